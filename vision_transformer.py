@@ -1,0 +1,171 @@
+"""The backbone and the projection head: a plain ViT without class token or final norm, and DINO's head.
+
+    model = vit_small(patch_size=16)
+    features = model(images)                        # [B, 3, 224, 224] -> [B, 196, 384]
+    features = model(torch.rand(1, 3, 480, 832))    # any size -> [1, 30 * 52, 384], row by row
+"""
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from timm.layers import PatchEmbed, trunc_normal_
+from timm.models.vision_transformer import Block
+from torch import nn
+
+
+def init_weights(module: nn.Module) -> None:
+    """Initialise one module as DINO does: Linear N(0, 0.02²) cut at ±2 with bias 0, LayerNorm 1 and 0."""
+    if isinstance(module, nn.Linear):
+        trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.LayerNorm):
+        nn.init.ones_(module.weight)
+        nn.init.zeros_(module.bias)
+
+
+class VisionTransformer(nn.Module):
+    """Vision Transformer whose output is its patch tokens (Dosovitskiy et al. 2021).
+
+    Args:
+        img_size: side in pixels of the images that the position embedding is laid out for.
+        patch_size: side of a patch in pixels.
+        embed_dim, depth, num_heads, mlp_ratio, qkv_bias: the usual ones.
+        drop_path_rate: stochastic depth of the last block; it rises linearly from 0 in the first.
+        class_token, final_norm: what DINO's own and timm's ViTs have and SelfPatch's have not.
+    """
+
+    def __init__(self, img_size: int = 224, patch_size: int = 16, in_chans: int = 3, embed_dim: int = 768,
+                 depth: int = 12, num_heads: int = 12, mlp_ratio: float = 4.0, qkv_bias: bool = True,
+                 drop_path_rate: float = 0.0, class_token: bool = False, final_norm: bool = False):
+        super().__init__()
+        self.embed_dim = self.num_features = embed_dim
+        self.patch_size, self.num_heads = patch_size, num_heads
+        norm_layer = partial(nn.LayerNorm, eps=1e-6)
+        self.patch_embed = PatchEmbed(None, patch_size, in_chans, embed_dim)  # no fixed size: any image goes
+        num_patches = (img_size // patch_size) ** 2
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if class_token else None
+        self.pos_embed = nn.Parameter(torch.zeros(1, num_patches + class_token, embed_dim))
+        self.blocks = nn.ModuleList(
+            Block(embed_dim, num_heads, mlp_ratio, qkv_bias, drop_path=rate, norm_layer=norm_layer)
+            for rate in torch.linspace(0, drop_path_rate, depth).tolist())
+        self.norm = norm_layer(embed_dim) if final_norm else nn.Identity()
+        trunc_normal_(self.pos_embed, std=0.02)
+        if class_token:
+            trunc_normal_(self.cls_token, std=0.02)
+        self.apply(init_weights)
+
+    def grid_size(self, x: torch.Tensor) -> tuple[int, int]:
+        """Rows and columns of patches in images x [B, 3, H, W]."""
+        return x.shape[-2] // self.patch_size, x.shape[-1] // self.patch_size
+
+    def interpolate_pos_encoding(self, grid: tuple[int, int]) -> torch.Tensor:
+        """Position embedding of the patches of a rows × columns grid, [1, rows·columns, D]."""
+        pos = self.pos_embed[:, -self._num_pos_patches:]
+        side = int(self._num_pos_patches ** 0.5)
+        if grid == (side, side):
+            return pos
+        pos = pos.reshape(1, side, side, -1).permute(0, 3, 1, 2)
+        # DINO scales by a factor with 0.1 added, not to a size; released weights were trained on that sampling grid
+        scale = tuple((n + 0.1) / side for n in grid)
+        pos = F.interpolate(pos, scale_factor=scale, mode="bicubic", align_corners=False)
+        assert pos.shape[-2:] == grid, f"position embedding came out as {tuple(pos.shape[-2:])}, not {grid}"
+        return pos.flatten(2).transpose(1, 2)
+
+    @property
+    def _num_pos_patches(self) -> int:
+        return self.pos_embed.shape[1] - (self.cls_token is not None)
+
+    def prepare_tokens(self, x: torch.Tensor) -> torch.Tensor:
+        """Images [B, 3, H, W] -> embedded patches [B, N, D], after the class token where there is one."""
+        tokens = self.patch_embed(x) + self.interpolate_pos_encoding(self.grid_size(x))
+        if self.cls_token is not None:
+            cls = self.cls_token + self.pos_embed[:, :1]
+            tokens = torch.cat([cls.expand(len(x), -1, -1), tokens], dim=1)
+        return tokens
+
+    def _patches(self, tokens: torch.Tensor) -> torch.Tensor:
+        return tokens if self.cls_token is None else tokens[:, 1:]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Images [B, 3, H, W] -> patch features [B, N, D], N = ⌊H/p⌋·⌊W/p⌋, row by row."""
+        tokens = self.prepare_tokens(x)
+        for block in self.blocks:
+            tokens = block(tokens)
+        return self._patches(self.norm(tokens))
+
+    def get_intermediate_layers(self, x: torch.Tensor, n: int | Sequence[int] = 1) -> list[torch.Tensor]:
+        """Patch features [B, N, D] of the last n blocks, or of the blocks of the given indices; no final norm."""
+        depth = len(self.blocks)
+        wanted = range(depth - n, depth) if isinstance(n, int) else n
+        tokens, features = self.prepare_tokens(x), {}
+        for i, block in enumerate(self.blocks[:max(wanted) + 1]):
+            tokens = block(tokens)
+            if i in wanted:
+                features[i] = self._patches(tokens)
+        return [features[i] for i in wanted]
+
+
+def vit_tiny(patch_size: int = 16, **kwargs) -> VisionTransformer:
+    return VisionTransformer(patch_size=patch_size, embed_dim=192, depth=12, num_heads=3, **kwargs)
+
+
+def vit_small(patch_size: int = 16, **kwargs) -> VisionTransformer:
+    return VisionTransformer(patch_size=patch_size, embed_dim=384, depth=12, num_heads=6, **kwargs)
+
+
+def vit_base(patch_size: int = 16, **kwargs) -> VisionTransformer:
+    return VisionTransformer(patch_size=patch_size, embed_dim=768, depth=12, num_heads=12, **kwargs)
+
+
+ARCHS = {"vit_tiny": vit_tiny, "vit_small": vit_small, "vit_base": vit_base,
+         "deit_tiny": vit_tiny, "deit_small": vit_small, "deit_base": vit_base}
+
+
+class WeightNormLinear(nn.Module):
+    """Linear layer without bias, rows of unit length times a gain (Salimans & Kingma 2016).
+
+    torch.nn.utils.parametrizations.weight_norm computes the same under other state-dict keys;
+    DINO's checkpoints have weight_g [out, 1] and weight_v [out, in].
+    """
+
+    def __init__(self, in_dim: int, out_dim: int):
+        super().__init__()
+        self.weight_g = nn.Parameter(torch.ones(out_dim, 1))
+        self.weight_v = nn.Parameter(nn.Linear(in_dim, out_dim, bias=False).weight.detach())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, torch._weight_norm(self.weight_v, self.weight_g, 0))
+
+
+class DINOHead(nn.Module):
+    """Projection to prototypes: MLP, L2 normalisation, weight-normalised Linear (Caron et al. 2021, Sec. 3.1).
+
+    Args:
+        norm_last_layer: keep the prototypes at unit length (their gain is frozen at 1).
+        nlayers: Linear layers before the normalisation, the bottleneck's included.
+    """
+
+    def __init__(self, in_dim: int, out_dim: int, use_bn: bool = False, norm_last_layer: bool = True,
+                 nlayers: int = 3, hidden_dim: int = 2048, bottleneck_dim: int = 256):
+        super().__init__()
+        if nlayers <= 1:
+            self.mlp = nn.Linear(in_dim, bottleneck_dim)
+        else:
+            layers = []
+            for dim in [in_dim] + [hidden_dim] * (nlayers - 2):
+                layers.append(nn.Linear(dim, hidden_dim))
+                if use_bn:
+                    layers.append(nn.BatchNorm1d(hidden_dim))
+                layers.append(nn.GELU())
+            self.mlp = nn.Sequential(*layers, nn.Linear(hidden_dim, bottleneck_dim))
+        self.apply(init_weights)
+        self.last_layer = WeightNormLinear(bottleneck_dim, out_dim)
+        self.last_layer.weight_g.requires_grad_(not norm_last_layer)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Tokens [..., in_dim] -> logits [..., out_dim]; BatchNorm counts every token of x alike."""
+        z = self.mlp(x.flatten(0, -2))
+        z = F.normalize(z.float(), dim=-1)  # its eps of 1e-12 would be 0 in half precision
+        return self.last_layer(z).unflatten(0, x.shape[:-1])
