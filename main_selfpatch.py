@@ -1,0 +1,301 @@
+"""Pretrain a Vision Transformer with SelfPatch: DINO plus a patch-level loss (Yun et al. 2022, arXiv 2206.07990).
+
+    python main_selfpatch.py --arch vit_small --data_path imagenet/train --output_dir runs/one     # one GPU, or the CPU
+    torchrun --nproc_per_node=8 main_selfpatch.py --arch vit_small --data_path imagenet/train --output_dir runs/eight
+    srun --ntasks-per-node=8 --gpus-per-node=8 python main_selfpatch.py ...                        # Slurm
+
+Run the same command again and it goes on from output_dir/checkpoint.pth.
+"""
+import argparse
+import datetime
+import json
+import math
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, DistributedSampler
+from torchvision.datasets import ImageFolder
+
+import utils
+from augmentations import DataAugmentationDINO, UnreadableImage, load_rgb
+from losses import DINOLoss, Losses
+from options import check_args, get_args_parser
+from selfpatch_head import MultiCropWrapper, SelfPatchHead
+from vision_transformer import ARCHS, DINOHead
+
+
+def build_dataset(args: argparse.Namespace) -> ImageFolder:
+    transform = DataAugmentationDINO(args.global_crops_scale, args.local_crops_scale, args.local_crops_number,
+                                     args.global_crops_size, args.local_crops_size)
+    try:
+        dataset = ImageFolder(args.data_path, transform, loader=load_rgb, allow_empty=True)
+    except FileNotFoundError:
+        utils.fail(f"--data_path {args.data_path} has no folders in it: images go into one folder for each class, "
+                   f"such as {args.data_path.rstrip('/')}/all/0001.jpg")
+    global_batch = args.batch_size_per_gpu * args.world_size
+    if not len(dataset):
+        utils.fail(f"--data_path {args.data_path} has class folders, but no images in them")
+    if len(dataset) < global_batch:
+        utils.fail(f"--data_path {args.data_path} has {len(dataset)} images, fewer than the {global_batch} of one step "
+                   f"({args.batch_size_per_gpu} × {args.world_size} processes): lower --batch_size_per_gpu")
+    return dataset
+
+
+def build_models(args: argparse.Namespace) -> tuple[MultiCropWrapper, MultiCropWrapper]:
+    """Student and teacher on args.device; the teacher is not yet a copy."""
+    def wrapper(drop_path_rate: float, norm_last_layer: bool) -> MultiCropWrapper:
+        backbone = ARCHS[args.arch](patch_size=args.patch_size, drop_path_rate=drop_path_rate)
+        heads = [DINOHead(backbone.embed_dim, out_dim, args.use_bn_in_head, norm_last_layer)
+                 for out_dim in (args.out_dim, args.out_dim_selfpatch)]
+        model = MultiCropWrapper(backbone, SelfPatchHead(backbone.embed_dim, backbone.num_heads, args.k_num), *heads)
+        if not args.patch_loss_weight:
+            model.p_head.requires_grad_(False)  # kept for the checkpoint's layout, but never run
+        if args.world_size > 1 and args.use_bn_in_head:
+            model = utils.sync_batchnorms(model, args.device)
+        return model.to(args.device)
+
+    return wrapper(args.drop_path_rate, args.norm_last_layer), wrapper(0.0, True).requires_grad_(False)
+
+
+def build_optimizer(args: argparse.Namespace, student: nn.Module) -> torch.optim.Optimizer:
+    groups = utils.get_params_groups(student)
+    fused = args.device.type in ("cuda", "cpu")
+    if args.optimizer == "adamw":
+        return torch.optim.AdamW(groups, fused=fused)
+    if args.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=0, momentum=0.9, fused=fused)
+    return utils.LARS(groups)
+
+
+def build_schedules(args: argparse.Namespace, steps: int) -> dict:
+    """Learning rate, weight decay and teacher momentum, one value an iteration, for epochs of so many steps."""
+    peak = args.lr * args.batch_size_per_gpu * args.world_size / 256
+    return {"lr": utils.cosine_scheduler(peak, args.min_lr, args.epochs, steps, args.warmup_epochs),
+            "wd": utils.cosine_scheduler(args.weight_decay, args.weight_decay_end, args.epochs, steps),
+            "momentum": utils.cosine_scheduler(args.momentum_teacher, 1, args.epochs, steps)}
+
+
+def autocast_dtype(args: argparse.Namespace) -> torch.dtype:
+    """The precision of the networks' matrix products; float32 is no autocast at all."""
+    if args.precision != "auto":
+        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.precision]
+    if not args.use_fp16 or args.device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def train_step(student: nn.Module, teacher: nn.Module, dino_loss: DINOLoss, optimizer: torch.optim.Optimizer,
+               crops: list[torch.Tensor], epoch: int, momentum: float, clip_grad: float, freeze_last_layer: int,
+               dtype: torch.dtype = torch.float32, scaler: torch.amp.GradScaler | None = None) -> Losses:
+    """One step on crops, V tensors [B, 3, H, W], the two global ones first; nothing in it waits for the device.
+
+    Args:
+        student, teacher: MultiCropWrappers, the student perhaps inside DDP.
+        momentum: of the teacher in this step.
+        clip_grad: largest gradient norm of each tensor, 0 for none.
+        dtype: of autocast; with float16 a scaler is needed.
+    """
+    patches = dino_loss.patch_loss_weight > 0
+    with torch.autocast(crops[0].device.type, dtype, enabled=dtype != torch.float32):
+        with torch.no_grad():
+            # DINO's teacher sees the global crops only; SelfPatch's all of them, for the patches and the centres
+            targets = teacher(crops if patches else crops[:2], loc=True, patches=patches)
+        losses = dino_loss(student(crops, patches=patches), targets, epoch)
+
+    optimizer.zero_grad(set_to_none=True)
+    scaler = scaler or torch.amp.GradScaler(enabled=False)
+    scaler.scale(losses.total).backward()
+    scaler.unscale_(optimizer)
+    if clip_grad:
+        utils.clip_gradients(student, clip_grad)
+    utils.cancel_gradients_last_layer(epoch, student, freeze_last_layer)
+    scaler.step(optimizer)
+    scaler.update()
+    utils.update_teacher(student, teacher, momentum)
+    return Losses(*(value.detach() for value in losses))
+
+
+def train_one_epoch(student: nn.Module, teacher: nn.Module, dino_loss: DINOLoss, loader: DataLoader,
+                    optimizer: torch.optim.Optimizer, schedules: dict, epoch: int, scaler: torch.amp.GradScaler,
+                    dtype: torch.dtype, args: argparse.Namespace) -> dict[str, float]:
+    """Train through the loader once; the epoch's means over all ranks."""
+    logger = utils.MetricLogger()
+    for step, (crops, _) in enumerate(loader):
+        it = epoch * len(loader) + step
+        for group in optimizer.param_groups:
+            group["lr"] = schedules["lr"][it]
+        optimizer.param_groups[0]["weight_decay"] = schedules["wd"][it]  # the second group has none
+
+        crops = [crop.to(args.device, non_blocking=True) for crop in crops]
+        losses = train_step(student, teacher, dino_loss, optimizer, crops, epoch, schedules["momentum"][it],
+                            args.clip_grad, args.freeze_last_layer, dtype, scaler)
+        logger.update(**losses._asdict())
+
+        if (step + 1) % args.log_every == 0 or step + 1 == len(loader):
+            logger.read()  # the only wait for the device
+            stop_if_not_finite(logger, epoch, step, len(loader))
+            if utils.is_main_process():
+                print(progress_line(logger, epoch, step, len(loader), schedules["lr"][it], args), flush=True)
+    logger.synchronize_between_processes(args.device)
+    return {"loss": logger["total"].global_avg, "clsloss": logger["image"].global_avg,
+            "patchloss": logger["patch"].global_avg, "lr": float(schedules["lr"][it]),
+            "wd": float(schedules["wd"][it]), "cls_entropy": logger["image_entropy"].global_avg,
+            "patch_entropy": logger["patch_entropy"].global_avg,
+            "images_per_s": args.batch_size_per_gpu * args.world_size / logger.seconds_per_step}
+
+
+def stop_if_not_finite(logger: utils.MetricLogger, epoch: int, step: int, steps: int) -> None:
+    """End the run with status 1 if a loss of the last steps was NaN or infinite; nothing of them has been saved."""
+    recent = list(logger["total"].recent)[-(step % steps + 1):]
+    for back, value in enumerate(recent):
+        if not math.isfinite(value):
+            bad = step - len(recent) + 1 + back
+            sys.exit(f"the loss was {value} at step {bad} of epoch {epoch} (iteration {epoch * steps + bad}): "
+                     "resume from the last checkpoint with --use_fp16 false, a smaller --clip_grad or a smaller --lr")
+
+
+def progress_line(logger: utils.MetricLogger, epoch: int, step: int, steps: int, lr: float,
+                  args: argparse.Namespace) -> str:
+    left = (args.epochs - epoch) * steps - step - 1
+    patch = ""
+    if args.patch_loss_weight:
+        patch = f"patch {logger['patch'].avg:.4f} (ln K {math.log(args.out_dim_selfpatch):.4f})  "
+    return (f"epoch {epoch}/{args.epochs}  step {step + 1}/{steps}  loss {logger['total'].avg:.4f}  "
+            f"image {logger['image'].avg:.4f} (ln K {math.log(args.out_dim):.4f})  {patch}lr {lr:.2e}  "
+            f"{args.batch_size_per_gpu * args.world_size / logger.seconds_per_step:.1f} images/s  "
+            f"ETA {datetime.timedelta(seconds=round(left * logger.seconds_per_step))}  "
+            f"memory {utils.peak_memory_gb(args.device):.1f} GiB")
+
+
+def health_warnings(stats: dict[str, float], epoch: int, args: argparse.Namespace) -> list[str]:
+    """What a person should know about the epoch's means, in words."""
+    found = []
+    terms = [("image", "clsloss", "cls_entropy", args.out_dim)]
+    if args.patch_loss_weight:
+        terms.append(("patch", "patchloss", "patch_entropy", args.out_dim_selfpatch))
+    for name, loss, entropy, prototypes in terms:
+        uniform = math.log(prototypes)
+        if epoch >= args.warmup_epochs and abs(stats[loss] - uniform) < 0.005 * uniform:
+            found.append(f"the {name} loss {stats[loss]:.4f} sits on ln K = {uniform:.4f} after the warm-up: the head "
+                         "has gone uniform or has not begun to learn; try a lower teacher temperature, a larger "
+                         "--freeze_last_layer or fewer prototypes")
+        if stats[entropy] < 0.01 * uniform:
+            found.append(f"the teacher gives almost every {name} the same prototype (entropy of its mean assignment "
+                         f"{stats[entropy]:.4f} of at most {uniform:.4f}): it has collapsed; try a higher "
+                         "--momentum_teacher or a lower --lr")
+    return found
+
+
+def train_dino(args: argparse.Namespace) -> None:
+    """The whole job: set up, resume, train, save."""
+    check_args(args)
+    utils.init_distributed_mode(args)
+    dataset = build_dataset(args)
+    dtype = autocast_dtype(args)
+    utils.fix_random_seeds(args.seed)
+    torch.backends.cudnn.benchmark = True
+
+    # data: every rank its own share, shuffled anew in each epoch
+    sampler = DistributedSampler(dataset, args.world_size, args.rank, shuffle=True, seed=args.seed)
+    loader = DataLoader(dataset, args.batch_size_per_gpu, sampler=sampler, num_workers=args.num_workers,
+                        pin_memory=args.device.type == "cuda", drop_last=True)
+
+    # models, loss, optimiser
+    student, teacher = build_models(args)
+    if args.world_size > 1:
+        student = nn.parallel.DistributedDataParallel(
+            student, device_ids=[args.local_rank] if args.device.type == "cuda" else None, gradient_as_bucket_view=True)
+    student_alone = student.module if args.world_size > 1 else student
+    teacher.load_state_dict(student_alone.state_dict())
+    teacher_views = args.local_crops_number + 2
+    dino_loss = DINOLoss(args.out_dim, args.out_dim_selfpatch, teacher_views, args.warmup_teacher_temp,
+                         args.teacher_temp, args.warmup_teacher_temp_epochs, args.epochs,
+                         patch_loss_weight=args.patch_loss_weight).to(args.device)
+    optimizer = build_optimizer(args, student_alone)
+    scaler = torch.amp.GradScaler(args.device.type, enabled=dtype == torch.float16)
+    schedules = build_schedules(args, len(loader))
+
+    # going on
+    output = Path(args.output_dir)
+    try:
+        resumed = utils.restart_from_checkpoint(output / "checkpoint.pth", student=student_alone, teacher=teacher,
+                                                optimizer=optimizer, dino_loss=dino_loss, fp16_scaler=scaler)
+    except ValueError as error:
+        utils.fail(f"{error}: give the options of that run, or another --output_dir")
+    start_epoch = resumed["epoch"] if resumed else 0
+    announce(args, dataset, student_alone, dtype, start_epoch)
+
+    log = RunLog(output, start_epoch, args.tensorboard) if utils.is_main_process() else None
+    for epoch in range(start_epoch, args.epochs):
+        # seeds that depend on the epoch alone: a resumed run draws what the uninterrupted one would have drawn
+        utils.fix_random_seeds(args.seed, args.rank, epoch)
+        sampler.set_epoch(epoch)
+        stats = train_one_epoch(student, teacher, dino_loss, loader, optimizer, schedules, epoch, scaler, dtype, args)
+        if log:
+            log.write(stats, epoch)
+            for warning in health_warnings(stats, epoch, args):
+                print(f"warning: {warning}", flush=True)
+        state = {"student": student.state_dict(), "teacher": teacher.state_dict(), "optimizer": optimizer.state_dict(),
+                 "epoch": epoch + 1, "args": plain_args(args), "dino_loss": dino_loss.state_dict(),
+                 "fp16_scaler": scaler.state_dict()}
+        utils.save_on_master(state, output / "checkpoint.pth")
+        if args.saveckp_freq and epoch % args.saveckp_freq == 0:
+            utils.save_on_master(state, output / f"checkpoint{epoch:04}.pth")
+    if log:
+        print(f"done: {args.epochs} epochs, {output / 'checkpoint.pth'}")
+
+
+def announce(args: argparse.Namespace, dataset: ImageFolder, student: nn.Module, dtype: torch.dtype,
+             start_epoch: int) -> None:
+    if utils.is_main_process():
+        size = sum(p.numel() for p in student.backbone.parameters()) / 1e6
+        print(f"{args.arch}/{args.patch_size} ({size:.1f} M parameters), {len(dataset)} images in "
+              f"{len(dataset.classes)} folders, {args.world_size} × {args.batch_size_per_gpu} images a step on "
+              f"{args.device.type} in {str(dtype).removeprefix('torch.')}; "
+              + (f"going on after epoch {start_epoch - 1}" if start_epoch else "starting anew"), flush=True)
+
+
+def plain_args(args: argparse.Namespace) -> dict:
+    """The options as plain values, which torch.load(weights_only=True) reads."""
+    return {name: str(value) if isinstance(value, (torch.device, Path)) else value
+            for name, value in vars(args).items()}
+
+
+class RunLog:
+    """log.txt, one JSON object a line and epoch, and TensorBoard curves where asked for."""
+
+    def __init__(self, output: Path, start_epoch: int, tensorboard: bool):
+        self.path, self.board = output / "log.txt", None
+        if self.path.is_file():
+            # a run that died between log and checkpoint does its last epoch again: that line goes
+            lines = [line for line in self.path.read_text().splitlines() if json.loads(line)["epoch"] < start_epoch]
+            self.path.write_text("".join(line + "\n" for line in lines))
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+            self.board = SummaryWriter(output / "tensorboard", purge_step=start_epoch)
+
+    def write(self, stats: dict[str, float], epoch: int) -> None:
+        with open(self.path, "a") as file:
+            file.write(json.dumps({f"train_{name}": value for name, value in stats.items()} | {"epoch": epoch}) + "\n")
+        if self.board:
+            for name, value in stats.items():
+                self.board.add_scalar(f"train/{name}", value, epoch)
+            self.board.flush()
+
+
+def main() -> None:
+    parser = utils.ArgumentParser(description=__doc__.split("\n\n")[0], parents=[get_args_parser()],
+                                  formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    try:
+        train_dino(parser.parse_args())
+    except UnreadableImage as error:
+        sys.exit(f"main_selfpatch.py: error: {str(error).splitlines()[-1]}")
+    finally:
+        if utils.is_distributed():
+            torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
