@@ -72,9 +72,11 @@ def build_optimizer(args: argparse.Namespace, student: nn.Module) -> torch.optim
 def build_schedules(args: argparse.Namespace, steps: int) -> dict:
     """Learning rate, weight decay and teacher momentum, one value an iteration, for epochs of so many steps."""
     peak = args.lr * args.batch_size_per_gpu * args.world_size / 256
-    return {"lr": utils.cosine_scheduler(peak, args.min_lr, args.epochs, steps, args.warmup_epochs),
-            "wd": utils.cosine_scheduler(args.weight_decay, args.weight_decay_end, args.epochs, steps),
-            "momentum": utils.cosine_scheduler(args.momentum_teacher, 1, args.epochs, steps)}
+    schedules = {"lr": utils.cosine_scheduler(peak, args.min_lr, args.epochs, steps, args.warmup_epochs),
+                 "wd": utils.cosine_scheduler(args.weight_decay, args.weight_decay_end, args.epochs, steps),
+                 "momentum": utils.cosine_scheduler(args.momentum_teacher, 1, args.epochs, steps)}
+    # plain floats: the optimiser's state takes them in, and numpy's would keep weights_only from reading it
+    return {name: values.tolist() for name, values in schedules.items()}
 
 
 def autocast_dtype(args: argparse.Namespace) -> torch.dtype:
@@ -140,8 +142,8 @@ def train_one_epoch(student: nn.Module, teacher: nn.Module, dino_loss: DINOLoss,
                 print(progress_line(logger, epoch, step, len(loader), schedules["lr"][it], args), flush=True)
     logger.synchronize_between_processes(args.device)
     return {"loss": logger["total"].global_avg, "clsloss": logger["image"].global_avg,
-            "patchloss": logger["patch"].global_avg, "lr": float(schedules["lr"][it]),
-            "wd": float(schedules["wd"][it]), "cls_entropy": logger["image_entropy"].global_avg,
+            "patchloss": logger["patch"].global_avg, "lr": schedules["lr"][it],
+            "wd": schedules["wd"][it], "cls_entropy": logger["image_entropy"].global_avg,
             "patch_entropy": logger["patch_entropy"].global_avg,
             "images_per_s": args.batch_size_per_gpu * args.world_size / logger.seconds_per_step}
 

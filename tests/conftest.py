@@ -1,0 +1,22 @@
+"""Shared material: a tiny ImageFolder of photograph-like noise."""
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageFilter
+
+
+@pytest.fixture(autouse=True)
+def same_seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory):
+    """12 JPEGs of 64×48 in two class folders."""
+    root, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for i in range(12):
+        folder = root / f"class{i % 2}"
+        folder.mkdir(exist_ok=True)
+        pixels = rng.integers(0, 256, (48, 64, 3), dtype=np.uint8)
+        Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(2)).save(folder / f"{i:02}.jpg")
+    return root
