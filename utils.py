@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as dist_nn
 from torch import nn
 
 from checkpoints import read_checkpoint, write_checkpoint
@@ -131,14 +130,26 @@ def has_batchnorms(model: nn.Module) -> bool:
     return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
 
 
+class AllReduce(torch.autograd.Function):
+    """Sum over all ranks whose gradient is summed over all ranks too."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor) -> torch.Tensor:
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    backward = forward
+
+
 class GlooSyncBatchNorm(nn.BatchNorm1d):
     """BatchNorm over the rows [R, C] of all ranks, equally many on each; torch's own SyncBatchNorm is GPU only."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training:
             return super().forward(x)
-        mean = dist_nn.all_reduce(x.mean(0)) / get_world_size()
-        var = dist_nn.all_reduce((x - mean).square().mean(0)) / get_world_size()
+        mean = AllReduce.apply(x.mean(0)) / get_world_size()
+        var = AllReduce.apply((x - mean).square().mean(0)) / get_world_size()
         with torch.no_grad():
             rows = len(x) * get_world_size()
             self.running_mean.lerp_(mean, self.momentum)

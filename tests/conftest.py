@@ -4,6 +4,8 @@ import pytest
 import torch
 from PIL import Image, ImageFilter
 
+torch.set_num_threads(1)  # tensors here are small: on a busy machine threads cost more than they give
+
 
 @pytest.fixture(autouse=True)
 def same_seed():

@@ -1,0 +1,80 @@
+"""Pretrain on a Slurm cluster through submitit (pip install submitit), with main_selfpatch.py's own options.
+
+    python run_with_submitit.py --nodes 2 --ngpus 8 --partition gpu --arch vit_small --data_path imagenet/train \
+        --output_dir /shared/runs/one
+
+The job is put back into the queue when its time is up and goes on from its last checkpoint.
+"""
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import main_selfpatch
+import utils
+
+
+def get_args() -> argparse.Namespace:
+    parser = utils.ArgumentParser(description=__doc__.split("\n\n")[0], parents=[main_selfpatch.get_args_parser()],
+                                  formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    group = parser.add_argument_group("Slurm")
+    group.add_argument("--ngpus", default=8, type=int, help="GPUs on each node, one process each; 0: one CPU process")
+    group.add_argument("--nodes", default=2, type=int, help="nodes; submitit's local executor knows one only")
+    group.add_argument("--timeout", default=2800, type=int, help="minutes, after which the job is queued again")
+    group.add_argument("--partition", default="learnfair", help="Slurm's partition")
+    group.add_argument("--mem_gb_per_gpu", default=40, type=int, help="memory of the node for each GPU, in GB")
+    group.add_argument("--use_volta32", action="store_true", help="ask for V100s with 32 GB")
+    group.add_argument("--comment", default="", help="for Slurm's accounting")
+    group.add_argument("--cluster", default="slurm", choices=["slurm", "local"], help="local: start it here, to try it")
+    group.add_argument("--wait", action="store_true", help="stay until the job is done and say how it ended")
+    return parser.parse_args()
+
+
+class Trainer:
+    """The job that submitit pickles and runs in each process."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args, self.code = args, str(Path(__file__).resolve().parent)
+
+    def __call__(self) -> None:
+        sys.path.insert(0, self.code)  # the job may start in another folder
+        import submitit
+
+        import main_selfpatch
+
+        job = submitit.JobEnvironment()
+        # main_selfpatch reads the launcher's variables, which submitit's local executor does not set by itself
+        os.environ.update(RANK=str(job.global_rank), WORLD_SIZE=str(job.num_tasks), LOCAL_RANK=str(job.local_rank))
+        os.environ.setdefault("MASTER_ADDR", job.hostnames[0])
+        main_selfpatch.train_dino(self.args)
+
+    def checkpoint(self):
+        """Called when the time is up: the same job again, which resumes by itself."""
+        import submitit
+
+        return submitit.helpers.DelayedSubmission(type(self)(self.args))
+
+
+def main() -> None:
+    args = get_args()
+    try:
+        import submitit
+    except ImportError:
+        utils.fail("run_with_submitit.py needs submitit: pip install submitit")
+    main_selfpatch.check_args(args)
+    folder = Path(args.output_dir).absolute()
+    args.output_dir, args.data_path = str(folder), os.path.abspath(args.data_path)
+    executor = submitit.AutoExecutor(folder=folder / "submitit", cluster=args.cluster, slurm_max_num_timeout=30)
+    executor.update_parameters(
+        name="selfpatch", nodes=args.nodes if args.cluster == "slurm" else 1, tasks_per_node=max(args.ngpus, 1),
+        gpus_per_node=args.ngpus, cpus_per_task=max(args.num_workers, 1), timeout_min=args.timeout,
+        mem_gb=args.mem_gb_per_gpu * max(args.ngpus, 1), slurm_partition=args.partition,
+        slurm_comment=args.comment or None, slurm_constraint="volta32gb" if args.use_volta32 else None)
+    job = executor.submit(Trainer(args))
+    print(f"submitted job {job.job_id}; its logs are in {folder / 'submitit'}")
+    if args.wait:
+        job.results()
+
+
+if __name__ == "__main__":
+    main()
