@@ -1,0 +1,133 @@
+"""The two-minute tour: make a small data set of moving objects, pretrain a ViT-Tiny on it, and see what it does.
+
+    python demo.py                  # everything goes to runs/demo; about three minutes on 2 CPU cores
+"""
+import argparse
+import json
+import math
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent
+SIZE = (160, 120)  # of a training image, width and height
+SCENES, FRAMES = 64, 5  # clips, and training images from each
+LIGHT = 0.45  # radians a frame by which the light's colour moves
+PROTOTYPES, PATCH_PROTOTYPES = 1024, 256
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The data: textured blobs that drift over a textured ground
+
+
+def texture(rng: np.random.Generator, width: int, height: int) -> Image.Image:
+    """Two colours mixed by smooth noise of a random grain, as an RGB image."""
+    low, high = rng.integers(0, 256, (2, 3))
+    grain = int(rng.choice([4, 8, 16, 32]))
+    noise = rng.random((grain * height // width + 2, grain + 2)).astype(np.float32)
+    mix = np.asarray(Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)).clip(0, 1)[..., None]
+    return Image.fromarray((low * mix + high * (1 - mix)).astype(np.uint8))
+
+
+class Blob:
+    """An object: a wavy outline with a texture, a place, a speed and a spin. Lengths are shares of the width."""
+
+    def __init__(self, rng: np.random.Generator, width: int):
+        self.radius = rng.uniform(0.1, 0.2) * width
+        self.place = rng.uniform(0.25, 0.75, 2) * width
+        self.speed = rng.uniform(-0.02, 0.02, 2) * width
+        self.spin, self.lobes, self.waviness = rng.uniform(-0.1, 0.1), rng.integers(2, 6), rng.uniform(0.05, 0.35)
+        self.texture = texture(rng, int(2.8 * self.radius), int(2.8 * self.radius))
+        angle = np.linspace(0, 2 * math.pi, 60, endpoint=False)
+        r = self.radius * (1 + self.waviness * np.cos(self.lobes * angle))
+        center = self.texture.width / 2
+        self.stencil = Image.new("L", self.texture.size)
+        ImageDraw.Draw(self.stencil).polygon(
+            list(zip(center + r * np.cos(angle), center + r * np.sin(angle), strict=True)), fill=255)
+
+    def paint(self, frame: Image.Image, mask: Image.Image, number: int, time_step: int) -> None:
+        degrees = math.degrees(self.spin) * time_step
+        stencil = self.stencil.rotate(degrees, Image.Resampling.BILINEAR)
+        corner = tuple((self.place + self.speed * time_step - self.texture.width / 2).round().astype(int).tolist())
+        frame.paste(self.texture.rotate(degrees, Image.Resampling.BILINEAR), corner, stencil)
+        mask.paste(number, corner, stencil.point(lambda v: 255 * (v > 127)))
+
+
+def clip(seed: int, frames: int, width: int, height: int) -> tuple[list[Image.Image], list[Image.Image]]:
+    """Frames (RGB) and masks (indices, 0 the ground) of a scene with two or three objects."""
+    rng = np.random.default_rng(seed)
+    ground, blobs = texture(rng, width, height), [Blob(rng, width) for _ in range(rng.integers(2, 4))]
+    images, masks, phase = [], [], rng.uniform(0, 2 * math.pi, 3)
+    for t in range(frames):
+        frame, mask = ground.copy(), Image.new("L", ground.size)
+        for number, blob in enumerate(blobs, 1):
+            blob.paint(frame, mask, number, t)
+        # the light changes, channel by channel, and the camera has noise: raw colours are no help for long
+        light = 0.75 + 0.25 * np.cos(phase + LIGHT * t)
+        noise = rng.normal(0, 12, (height, width, 3))
+        pixels = (np.asarray(frame) * light + noise).clip(0, 255).astype(np.uint8)
+        images.append(Image.fromarray(pixels))
+        masks.append(mask)
+    return images, masks
+
+
+def make_data(folder: Path) -> None:
+    """Training images as an ImageFolder, at once or, where an earlier run made them, not again."""
+    if (folder / "complete").exists():
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    images = folder / "images" / "scenes"
+    images.mkdir(parents=True)
+    for scene in tqdm(range(SCENES), desc="making scenes", unit="scene"):
+        for t, frame in enumerate(clip(scene, FRAMES, *SIZE)[0]):
+            frame.save(images / f"{scene:03}_{t}.jpg", quality=95)
+    (folder / "complete").touch()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The jobs
+
+
+def run(*words: str | Path) -> None:
+    """Start a job of this folder, showing the command; ends the demo where the job fails."""
+    print(f"\n$ python {' '.join(map(str, words))}", flush=True)
+    status = subprocess.run([sys.executable, str(ROOT / words[0]), *map(str, words[1:])]).returncode
+    if status:
+        sys.exit(status)
+
+
+def pretrain(folder: Path, epochs: int) -> None:
+    run("main_selfpatch.py", "--arch", "vit_tiny", "--data_path", folder / "images",
+        "--output_dir", folder / "vit_tiny",
+        "--epochs", epochs, "--warmup_epochs", 1, "--batch_size_per_gpu", 16, "--lr", 0.008, "--momentum_teacher", 0.99,
+        "--global_crops_size", 96, "--local_crops_size", 48, "--local_crops_number", 4,
+        "--out_dim", PROTOTYPES, "--out_dim_selfpatch", PATCH_PROTOTYPES, "--num_workers", 1, "--log_every", 5,
+        "--saveckp_freq", 0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"), help="where everything goes")
+    parser.add_argument("--epochs", type=int, default=4, help="passes through the 320 images")
+    args = parser.parse_args()
+    start = time.time()
+
+    make_data(args.output_dir)
+    pretrain(args.output_dir, args.epochs)
+
+    rows = [json.loads(line) for line in (args.output_dir / "vit_tiny" / "log.txt").read_text().splitlines()]
+    print(f"\nthe losses, epoch by epoch (a head that learns nothing stays at ln K: {math.log(PROTOTYPES):.2f} for "
+          f"images, {math.log(PATCH_PROTOTYPES):.2f} for patches):")
+    for row in rows:
+        print(f"  epoch {row['epoch']}: image {row['train_clsloss']:.3f}, patch {row['train_patchloss']:.3f}")
+    print(f"look at {args.output_dir / 'images'} for the data, {args.output_dir / 'vit_tiny'} for log.txt and "
+          f"checkpoint.pth ({time.time() - start:.0f} s in all)")
+
+
+if __name__ == "__main__":
+    main()
