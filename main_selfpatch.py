@@ -123,7 +123,7 @@ def train_one_epoch(student: nn.Module, teacher: nn.Module, dino_loss: DINOLoss,
                     optimizer: torch.optim.Optimizer, schedules: dict, epoch: int, scaler: torch.amp.GradScaler,
                     dtype: torch.dtype, args: argparse.Namespace) -> dict[str, float]:
     """Train through the loader once; the epoch's means over all ranks."""
-    logger = utils.MetricLogger()
+    logger = utils.MetricLogger(window=args.log_every)
     for step, (crops, _) in enumerate(loader):
         it = epoch * len(loader) + step
         for group in optimizer.param_groups:
@@ -142,15 +142,13 @@ def train_one_epoch(student: nn.Module, teacher: nn.Module, dino_loss: DINOLoss,
                 print(progress_line(logger, epoch, step, len(loader), schedules["lr"][it], args), flush=True)
     logger.synchronize_between_processes(args.device)
     return {"loss": logger["total"].global_avg, "clsloss": logger["image"].global_avg,
-            "patchloss": logger["patch"].global_avg, "lr": schedules["lr"][it],
-            "wd": schedules["wd"][it], "cls_entropy": logger["image_entropy"].global_avg,
-            "patch_entropy": logger["patch_entropy"].global_avg,
-            "images_per_s": args.batch_size_per_gpu * args.world_size / logger.seconds_per_step}
+            "patchloss": logger["patch"].global_avg, "lr": schedules["lr"][it], "wd": schedules["wd"][it],
+            "cls_entropy": logger["image_entropy"].global_avg, "patch_entropy": logger["patch_entropy"].global_avg}
 
 
 def stop_if_not_finite(logger: utils.MetricLogger, epoch: int, step: int, steps: int) -> None:
     """End the run with status 1 if a loss of the last steps was NaN or infinite; nothing of them has been saved."""
-    recent = list(logger["total"].recent)[-(step % steps + 1):]
+    recent = logger["total"].recent  # all that has come since the last look, which was log_every steps ago at most
     for back, value in enumerate(recent):
         if not math.isfinite(value):
             bad = step - len(recent) + 1 + back

@@ -6,6 +6,7 @@
 The job is put back into the queue when its time is up and goes on from its last checkpoint.
 """
 import argparse
+import copy
 import os
 import sys
 from pathlib import Path
@@ -46,7 +47,7 @@ class Trainer:
         # main_selfpatch reads the launcher's variables, which submitit's local executor does not set by itself
         os.environ.update(RANK=str(job.global_rank), WORLD_SIZE=str(job.num_tasks), LOCAL_RANK=str(job.local_rank))
         os.environ.setdefault("MASTER_ADDR", job.hostnames[0])
-        main_selfpatch.train_dino(self.args)
+        main_selfpatch.train_dino(copy.copy(self.args))  # which writes rank and device into it: checkpoint() must not
 
     def checkpoint(self):
         """Called when the time is up: the same job again, which resumes by itself."""

@@ -291,7 +291,7 @@ def restart_from_checkpoint(path: str | Path, **objects) -> dict | None:
 class SmoothedValue:
     """A series of numbers: mean of the last window ones, and of all. Tensors stay on the device until read."""
 
-    def __init__(self, window: int = 20):
+    def __init__(self, window: int):
         self.recent, self.total, self.count, self.pending = deque(maxlen=window), 0.0, 0, []
 
     def update(self, value: float | torch.Tensor) -> None:
@@ -319,7 +319,7 @@ class SmoothedValue:
 class MetricLogger:
     """SmoothedValues by name, and the pace of the loop they come from."""
 
-    def __init__(self, window: int = 20):
+    def __init__(self, window: int):
         self.meters: dict[str, SmoothedValue] = {}
         self.window, self.ticks = window, deque([time.time()], maxlen=window + 1)
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import main_selfpatch
+import utils
 from augmentations import DataAugmentationDINO
 from losses import DINOLoss
 from main_selfpatch import get_args_parser, health_warnings, train_dino
@@ -185,6 +186,15 @@ def test_other_options_train(image_folder, tmp_path, words):
     student, teacher = (load(tmp_path / "checkpoint.pth")[who] for who in ("student", "teacher"))
     moved = [k for k in student if not torch.equal(student[k], teacher[k])]
     assert any(k.startswith("backbone") for k in moved) and any(k.startswith("p_head") for k in moved)
+
+
+def test_nan_is_found_however_seldom_the_log_is_read():
+    logger = utils.MetricLogger(window=50)
+    for step in range(50):
+        logger.update(total=torch.tensor(float("nan") if step == 3 else 1.0))
+    logger.read()
+    with pytest.raises(SystemExit, match="step 103 of epoch 2"):
+        main_selfpatch.stop_if_not_finite(logger, epoch=2, step=149, steps=200)
 
 
 def test_loss_that_is_not_finite_stops_and_names_the_step(image_folder, tmp_path, monkeypatch):
