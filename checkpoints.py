@@ -46,16 +46,20 @@ class CheckpointInfo:
     final_norm: bool
     tensors: int
     epoch: int | None
-    left_out: list[str]  # what stands beside the backbone
-    args: dict = field(repr=False)  # options of the run, where the file has them
-    ca_head: dict[str, torch.Tensor] = field(repr=False)  # the SelfPatchHead's tensors, or none
+    args: dict = field(repr=False)  # the run's options, where the file has them
+    beside: dict[str, torch.Tensor] = field(repr=False)  # heads and whatever else is not the backbone, as it stands
+
+    @property
+    def k_num(self) -> int:
+        return self.args.get("k_num") or 4
 
     def __str__(self) -> str:
         parts = [f"{self.path}: {self.kind}", f"key {self.key}" if self.key else "no key",
                  f"{self.arch}, patch size {self.patch_size}", f"{self.tensors} tensors",
                  f"epoch {self.epoch}" if self.epoch is not None else "epoch not given"]
-        if self.left_out:
-            parts.append(f"left out {' '.join(self.left_out)}")
+        if self.beside:
+            tops = {name.removeprefix("backbone.").split(".")[0] for name in self.beside}
+            parts.append(f"left out {' '.join(sorted(tops))}")
         return ", ".join(parts)
 
 
@@ -88,18 +92,17 @@ def read_checkpoint(path: str | Path) -> dict:
     path = Path(path)
     start = _first_bytes(path)
     try:
-        if start[8:9] == b"{":  # safetensors: the length of the header in 8 bytes, then the header, JSON
+        if start[4:9] == b"\0\0\0\0{":  # safetensors: the length of its header in 8 bytes, then the header, JSON
             return safetensors.torch.load_file(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged bytes raise nearly anything, inside the unpickler and below it
-        needs = re.search(r"GLOBAL (\S+)", str(error))
-        if needs:
+        if needs := re.search(r"GLOBAL (\S+)", str(error)):
             raise CheckpointError(
                 f"{path} is refused: to read it would import {needs[1]}, and files may hold only tensors, plain "
                 "containers and argparse.Namespace; have its maker save the state_dict alone") from None
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{path} is damaged or cut off ({reason}): download or copy it again") from None
+        raise CheckpointError(f"{path} is damaged, cut off or no checkpoint ({reason}): get it again") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not a dictionary of tensors")
     return content
@@ -108,7 +111,7 @@ def read_checkpoint(path: str | Path) -> dict:
 def _first_bytes(path: Path) -> bytes:
     """The first 64 bytes of a file that may be a checkpoint; files that cannot be are refused in plain words."""
     if path.is_dir():
-        raise CheckpointError(f"{path} is a folder: give a file in it, such as {path / 'checkpoint.pth'}")
+        raise CheckpointError(f"{path} is a folder without a checkpoint.pth: give the file")
     try:
         with open(path, "rb") as file:
             start = file.read(64)
@@ -116,15 +119,14 @@ def _first_bytes(path: Path) -> bytes:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
     if not start:
         raise CheckpointError(f"{path} is empty (0 bytes): download or copy it again")
-    if start.startswith(b"PK") and not zipfile.is_zipfile(path):
-        raise CheckpointError(f"{path} is cut off (its end is missing): download or copy it again")
     text = start.lstrip(b"\xef\xbb\xbf \t\r\n")
-    if text.lower().startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
+    if text.lower().startswith((b"<!doctype", b"<html", b"<head", b"<?xml", b"<!--")):
         raise CheckpointError(f"{path} is an HTML page, what a failed download leaves: download it again")
-    if start[8:9] != b"{" and not start.startswith(b"PK") and all(b >= 32 or b in b"\t\r\n" for b in start):
-        if start[:1] < b"\x80":
-            line = text.decode(errors="replace").splitlines()[0]
-            raise CheckpointError(f"{path} is a text file that begins with {line!r}, not a checkpoint")
+    if start.startswith(b"PK") and not zipfile.is_zipfile(path):
+        raise CheckpointError(f"{path} is cut off, its end is missing: download or copy it again")
+    if all(byte >= 32 or byte in b"\t\r\n" for byte in start):
+        line = (text.decode(errors="replace").splitlines() or [""])[0]
+        raise CheckpointError(f"{path} is a text file that begins {line!r}, not a checkpoint")
     return start
 
 
@@ -167,22 +169,40 @@ def _network(content: dict, key: str, path: Path) -> tuple[dict, str | None]:
     return content, None
 
 
-def _kind(path: Path, content: dict, key: str | None, prefixed: bool, beside: list[str], names: dict) -> str:
-    """What to call the file whose backbone has these names, with these top-level names beside it."""
-    if key is not None or "ca_head" in beside:
-        kind = "SelfPatch run" if "ca_head" in beside else "DINO run" if "head" in beside else "run"
+def _split(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The backbone's tensors, float32 under our names, and what stands beside them, as it is."""
+    prefix = "backbone." if any(name.startswith("backbone.") for name in tensors) else ""
+    backbone, beside = {}, {}
+    for name, tensor in tensors.items():
+        own = name.removeprefix(prefix)
+        if not name.startswith(prefix) or own.startswith(NOT_BACKBONE):
+            beside[name] = tensor
+        else:
+            backbone[own] = tensor.float().contiguous() if tensor.is_floating_point() else tensor
+    if any(name.startswith("layers.") for name in backbone):
+        backbone = from_mmseg_names(backbone)
+    return backbone, beside
+
+
+def _kind(path: Path, content: dict, key: str | None, names: list[str]) -> str:
+    """What to call a file whose network has these names."""
+    tops = {name.split(".")[0] for name in names}
+    if "ca_head" in tops:
+        kind = "SelfPatch run"
+    elif key is not None:
+        kind = "DINO run" if "head" in tops else "run"
     elif "classy_state_dict" in content:
         kind = "VISSL run"
-    elif prefixed:
-        kind = ("mmseg segmenter" if "decode_head" in beside else
-                "mmdet detector" if {"rpn_head", "roi_head", "bbox_head"} & set(beside) else "wrapped backbone")
-    elif any(name.startswith("layers.") for name in names):
+    elif "backbone" in tops:
+        kind = ("mmseg segmenter" if "decode_head" in tops else
+                "mmdet detector" if tops & {"rpn_head", "roi_head", "bbox_head"} else "wrapped backbone")
+    elif "layers" in tops:
         kind = "backbone in mmseg's names"
-    elif "cls_token" not in names and "norm.weight" not in names:
-        kind = "timm backbone" if "head" in beside else "SelfPatch backbone"
+    elif tops & {"head", "fc_norm", "pre_logits"}:
+        kind = "timm backbone"
     else:
-        kind = "timm backbone" if "head" in beside else "DINO or timm backbone"
-    return kind + (" (safetensors)" if path.suffix == ".safetensors" else "")
+        kind = "DINO or timm backbone" if tops & {"cls_token", "norm"} else "SelfPatch backbone"
+    return f"{kind} (safetensors)" if path.suffix == ".safetensors" else kind
 
 
 def read_backbone(path: str | Path, key: str = "teacher") -> tuple[dict[str, torch.Tensor], CheckpointInfo]:
@@ -200,28 +220,20 @@ def read_backbone(path: str | Path, key: str = "teacher") -> tuple[dict[str, tor
         path = path / "checkpoint.pth"
     content = read_checkpoint(path)
     network, key = _network(content, key, path)
+    # DDP and torch.compile put their own names before ours
     tensors = {re.sub(r"^(module\.)+", "", str(name).replace("_orig_mod.", "")): tensor
                for name, tensor in network.items() if isinstance(tensor, torch.Tensor)}
-    prefixed = any(name.startswith("backbone.") for name in tensors)
-    if prefixed:
-        found = {name.removeprefix("backbone."): t for name, t in tensors.items() if name.startswith("backbone.")}
-        beside = {name: t for name, t in tensors.items() if not name.startswith("backbone.")}
-    else:
-        found, beside = tensors, {}
-    beside |= {name: found.pop(name) for name in list(found) if name.startswith(NOT_BACKBONE)}
-    state = from_mmseg_names(found) if any(name.startswith("layers.") for name in found) else found
-    state = {name: t.float().contiguous() if t.is_floating_point() else t for name, t in state.items()}
-    left_out = sorted({name.split(".")[0] for name in beside})
+    state, beside = _split(tensors)
     arch, patch_size, grid = _shape(state, path)
-    args, meta = content.get("args"), content.get("meta")
-    epoch = content.get("epoch", meta.get("epoch") if isinstance(meta, dict) else None)
+    args, meta, epoch = (content.get(name) for name in ("args", "meta", "epoch"))
+    if epoch is None and isinstance(meta, dict):
+        epoch = meta.get("epoch")
     info = CheckpointInfo(
-        path=path, kind=_kind(path, content, key, prefixed, left_out, found), key=key, arch=arch,
-        patch_size=patch_size, grid=grid, class_token="cls_token" in state, final_norm="norm.weight" in state,
-        tensors=len(state), epoch=epoch if isinstance(epoch, int) else None, left_out=left_out,
-        args=vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, dict) else {},
-        ca_head={name.removeprefix("ca_head."): t.float() for name, t in beside.items() if name.startswith("ca_head.")})
-    _check_keys(state, _empty_backbone(info).state_dict(), f"{path} does not fit {arch} with patch size {patch_size}")
+        path=path, kind=_kind(path, content, key, list(tensors)), key=key, arch=arch, patch_size=patch_size, grid=grid,
+        class_token="cls_token" in state, final_norm="norm.weight" in state, tensors=len(state),
+        epoch=epoch if isinstance(epoch, int) else None, beside=beside,
+        args=vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, dict) else {})
+    _check(state, _empty_backbone(info).state_dict(), f"{path} does not fit {arch} with patch size {patch_size}")
     return state, info
 
 
@@ -231,7 +243,7 @@ def _shape(state: dict[str, torch.Tensor], path: Path) -> tuple[str, int, int]:
         raise CheckpointError(f"{path} holds a ResNet: SelfPatch's backbone is a Vision Transformer")
     missing = [name for name in ("patch_embed.proj.weight", "pos_embed") if name not in state]
     if missing:
-        raise CheckpointError(f"{path} holds no Vision Transformer: {_listed('missing', missing)}; "
+        raise CheckpointError(f"{path} holds no Vision Transformer: missing {', '.join(missing)}; "
                               f"{_listed('it has', list(state))}")
     patch, pos = state["patch_embed.proj.weight"].shape, state["pos_embed"].shape
     if len(patch) != 4 or patch[2] != patch[3] or patch[0] not in ARCH_OF_WIDTH:
@@ -246,20 +258,21 @@ def _shape(state: dict[str, torch.Tensor], path: Path) -> tuple[str, int, int]:
 
 
 def _listed(what: str, names: list[str]) -> str:
-    return f"{what} {', '.join(names[:12])}" + (f" and {len(names) - 12} more" if len(names) > 12 else "")
+    return f"{what} ({len(names)}): {', '.join(names[:12])}{', …' if len(names) > 12 else ''}"
 
 
-def _check_keys(state: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], message: str) -> None:
-    wrong = []
-    if missing := [name for name in expected if name not in state]:
-        wrong.append(_listed("missing", missing))
-    if left_over := [name for name in state if name not in expected]:
-        wrong.append(_listed("left over", left_over))
-    if shapes := [f"{name} {list(state[name].shape)} not {list(t.shape)}" for name, t in expected.items()
-                  if name in state and state[name].shape != t.shape]:
-        wrong.append(_listed("of another shape", shapes))
-    if wrong:
-        raise CheckpointError(f"{message}: {'; '.join(wrong)}")
+def _check(state: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], message: str) -> None:
+    """CheckpointError, with everything that is wrong, unless state is just what is expected."""
+    both = [name for name in expected if name in state]
+    wrong = {
+        "missing": [name for name in expected if name not in state],
+        "left over": [name for name in state if name not in expected],
+        "of another shape": [f"{name} {list(state[name].shape)} not {list(expected[name].shape)}" for name in both
+                             if state[name].shape != expected[name].shape],
+        "not of floating point": [name for name in both if not state[name].is_floating_point()],
+        "with NaN or infinite values": [name for name in both if not state[name].isfinite().all()]}
+    if any(wrong.values()):
+        raise CheckpointError(f"{message}: {'; '.join(_listed(what, names) for what, names in wrong.items() if names)}")
 
 
 def _empty_backbone(info: CheckpointInfo, **kwargs) -> VisionTransformer:
@@ -295,21 +308,23 @@ def build_head(info: CheckpointInfo, k_num: int | None = None) -> SelfPatchHead:
     Raises:
         CheckpointError: the file has none, or keys missing, left over or of another shape.
     """
-    if not info.ca_head:
+    state = {name.removeprefix("ca_head."): tensor.float() for name, tensor in info.beside.items()
+             if name.startswith("ca_head.")}
+    if not state:
         raise CheckpointError(f"{info.path} has no ca_head (it is a {info.kind}): give a SelfPatch training checkpoint")
     backbone = _empty_backbone(info)
-    head = SelfPatchHead(backbone.embed_dim, backbone.num_heads, k_num or info.args.get("k_num", 4))
-    _check_keys(info.ca_head, head.state_dict(), f"the ca_head in {info.path} does not fit {info.arch}")
-    head.load_state_dict(info.ca_head)
+    head = SelfPatchHead(backbone.embed_dim, backbone.num_heads, k_num or info.k_num)
+    _check(state, head.state_dict(), f"the ca_head in {info.path} does not fit {info.arch}")
+    head.load_state_dict(state)
     return head.eval()
 
 
-def load_backbone(path: str | Path, key: str = "teacher", arch: str | None = None, patch_size: int | None = None,
-                  random_weights: bool = False, **kwargs) -> VisionTransformer:
+def load_with_info(path: str | Path, key: str = "teacher", arch: str | None = None, patch_size: int | None = None,
+                   random_weights: bool = False, **kwargs) -> tuple[VisionTransformer, CheckpointInfo | None]:
     """read_backbone and build_backbone for a job: prints one line that says what was loaded.
 
     Args:
-        path: the checkpoint; empty only with random_weights, which builds a network without one.
+        path: the checkpoint; empty only with random_weights, which builds a network without one and without info.
 
     Raises:
         CheckpointError: as read_backbone and build_backbone do, and for an empty path without random_weights.
@@ -320,10 +335,16 @@ def load_backbone(path: str | Path, key: str = "teacher", arch: str | None = Non
         state, info = read_backbone(path, key)
         model = build_backbone(state, info, arch, patch_size, **kwargs)
         print(f"loaded {info}")
-        return model
+        return model, info
     if not random_weights:
-        raise CheckpointError("--pretrained_weights is empty, so the features would be those of a random network: "
+        raise CheckpointError("--pretrained_weights is empty, so the features will be those of a random network: "
                               "give a checkpoint, or --random_weights to go on without one")
     arch, patch_size = arch or "vit_small", patch_size or 16
     print(f"random weights: {arch}, patch size {patch_size}, not trained at all")
-    return ARCHS[arch](patch_size, **kwargs).eval()
+    return ARCHS[arch](patch_size, **kwargs).eval(), None
+
+
+def load_backbone(path: str | Path, key: str = "teacher", arch: str | None = None, patch_size: int | None = None,
+                  random_weights: bool = False, **kwargs) -> VisionTransformer:
+    """The network that load_with_info gives."""
+    return load_with_info(path, key, arch, patch_size, random_weights, **kwargs)[0]
