@@ -10,6 +10,7 @@ timm's files, detectors and segmenters of mmdet and mmseg (in mmseg's own names 
 import argparse
 import os
 import re
+import warnings
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -90,29 +91,27 @@ def read_checkpoint(path: str | Path) -> dict:
     Raises:
         CheckpointError: no such file, or one that is empty, cut off, no checkpoint at all, or would run code.
     """
-    path = Path(path)
-    start = _first_bytes(path)
+    is_safetensors = _is_safetensors(path)
     try:
-        if start[4:9] == b"\0\0\0\0{":  # safetensors: the length of its header in 8 bytes, then the header, JSON
+        if is_safetensors:
             return safetensors.torch.load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what is wrong is said below, in one line
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged bytes raise nearly anything, inside the unpickler and below it
         if needs := re.search(r"GLOBAL (\S+)", str(error)):
             raise CheckpointError(
                 f"{path} is refused: to read it would import {needs[1]}, and files may hold only tensors, plain "
                 "containers and argparse.Namespace; have its maker save the state_dict alone") from None
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = re.split(r"\. |\n", str(error))[0] or type(error).__name__  # torch goes on with unsafe advice
         raise CheckpointError(f"{path} is damaged, cut off or no checkpoint ({reason}): get it again") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not a dictionary of tensors")
     return content
 
 
-def _first_bytes(path: Path) -> bytes:
-    """The first 64 bytes of a file that may be a checkpoint; files that cannot be are refused in plain words."""
-    if path.is_dir():
-        raise CheckpointError(f"{path} is a folder without a checkpoint.pth: give the file")
+def _is_safetensors(path: str | Path) -> bool:
+    """Whether the file is safetensors', not torch's; what its first bytes show to be neither is refused."""
     try:
         with open(path, "rb") as file:
             start = file.read(64)
@@ -120,6 +119,8 @@ def _first_bytes(path: Path) -> bytes:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
     if not start:
         raise CheckpointError(f"{path} is empty (0 bytes): download or copy it again")
+    if start[4:9] == b"\0\0\0\0{":  # the length of the header in 8 bytes, then the header, JSON
+        return True
     text = start.lstrip(b"\xef\xbb\xbf \t\r\n")
     if text.lower().startswith((b"<!doctype", b"<html", b"<head", b"<?xml", b"<!--")):
         raise CheckpointError(f"{path} is an HTML page, what a failed download leaves: download it again")
@@ -130,7 +131,7 @@ def _first_bytes(path: Path) -> bytes:
     if all(byte >= 32 or byte in b"\t\r\n" for byte in start):
         line = (text.decode(errors="replace").splitlines() or [""])[0]
         raise CheckpointError(f"{path} is a text file that begins {line!r}, not a checkpoint")
-    return start
+    return False
 
 
 def to_mmseg_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -166,7 +167,6 @@ def _network(content: dict, key: str, path: Path) -> tuple[dict, str | None]:
             content = content.get(step)
             if not isinstance(content, dict):
                 raise CheckpointError(f"{path} is from VISSL, but has no {step} in classy_state_dict")
-        return content, None
     for wrapper in ("state_dict", "model"):
         if isinstance(content.get(wrapper), dict):
             return _network(content[wrapper], key, path)

@@ -79,10 +79,20 @@ def test_truncated_files(tmp_path, state, name, options, part):
         load_backbone(path)
 
 
+@pytest.mark.parametrize("length", [0x80, 0x3c, 0x4b50])
+def test_safetensors_whose_header_length_looks_like_another_format(tmp_path, length):
+    """0x80 is a pickle's first byte, 0x3c is <, 0x4b50 is the zip's PK."""
+    path, length = tmp_path / "file.safetensors", length + (0x100 if length < 0x100 else 0)
+    data = safetensors.torch.save({"a": torch.ones(2)})
+    header = data[8:8 + int.from_bytes(data[:8], "little")].rstrip()
+    path.write_bytes(length.to_bytes(8, "little") + header.ljust(length) + bytes(torch.ones(2).numpy().data))
+    assert torch.equal(read_checkpoint(path)["a"], torch.ones(2))
+
+
 def test_no_file_a_folder_and_no_dictionary(tmp_path):
     with pytest.raises(CheckpointError, match="none.pth cannot be read: No such file"):
         load_backbone(tmp_path / "none.pth")
-    with pytest.raises(CheckpointError, match="is a folder without a checkpoint.pth"):
+    with pytest.raises(CheckpointError, match="cannot be read: Is a directory"):
         load_backbone(tmp_path)
     torch.save([torch.zeros(2)], tmp_path / "list.pth")
     with pytest.raises(CheckpointError, match="holds a list"):
