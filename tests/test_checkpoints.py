@@ -5,6 +5,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from golden_rules import set_weights
 from torch import nn
 
 from checkpoints import (
@@ -22,24 +23,16 @@ from selfpatch_head import MultiCropWrapper, SelfPatchHead
 from vision_transformer import DINOHead, vit_base, vit_small, vit_tiny
 
 
-def randomised(module: nn.Module) -> nn.Module:
-    """Every tensor takes part: no zero biases, no norms at 1 and 0."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for p in module.parameters():
-            p.add_(0.05 * torch.randn(p.shape, generator=generator))
-    return module.eval()
-
-
 @pytest.fixture(scope="module")
 def ours():
-    return randomised(MultiCropWrapper(vit_tiny(), SelfPatchHead(192, 3, 2), DINOHead(192, 24), DINOHead(192, 16)))
+    wrapper = MultiCropWrapper(vit_tiny(), SelfPatchHead(192, 3, 2), DINOHead(192, 24), DINOHead(192, 16))
+    return set_weights(wrapper, 0).eval()
 
 
 @pytest.fixture(scope="module")
 def dino():
-    return randomised(nn.ModuleDict({"backbone": vit_tiny(class_token=True, final_norm=True),
-                                     "head": DINOHead(192, 24)}))
+    return set_weights(nn.ModuleDict({"backbone": vit_tiny(class_token=True, final_norm=True),
+                                     "head": DINOHead(192, 24)}), 0).eval()
 
 
 IMAGES = torch.randn(1, 3, 48, 64, generator=torch.Generator().manual_seed(1))
@@ -62,7 +55,7 @@ def training_checkpoint(network: nn.Module, teacher: nn.Module | None = None) ->
 
 
 def test_selfpatch_run(tmp_path, ours, capsys):
-    other = randomised(vit_tiny())
+    other = set_weights(vit_tiny(), 0).eval()
     teacher = MultiCropWrapper(other, *(nn.Identity() for _ in range(3)))
     torch.save(training_checkpoint(ours, teacher), tmp_path / "checkpoint.pth")
     assert_same_features(load_backbone(tmp_path / "checkpoint.pth", "student"), ours.backbone)
@@ -152,7 +145,7 @@ def test_dino_backbone_and_run(tmp_path, dino):
 @pytest.mark.parametrize("options", [{}, {"global_pool": "avg"}, {"num_classes": 0, "final_norm": False}])
 @torch.no_grad()
 def test_timm(tmp_path, options):
-    source = randomised(timm.create_model("vit_tiny_patch16_224", **options))
+    source = set_weights(timm.create_model("vit_tiny_patch16_224", **options), 0).eval()
     torch.save(source.state_dict(), tmp_path / "timm.pth")
     x = torch.randn(1, 3, 224, 224)
     torch.testing.assert_close(load_backbone(tmp_path / "timm.pth")(x), source.forward_features(x)[:, 1:],
@@ -201,7 +194,7 @@ class MMSegViT(nn.Module):
 @pytest.mark.parametrize("class_token", [False, True])
 @torch.no_grad()
 def test_mmseg_names(tmp_path, class_token):
-    source = randomised(MMSegViT(class_token=class_token))
+    source = set_weights(MMSegViT(class_token=class_token), 0).eval()
     segmenter = {f"backbone.{k}": v for k, v in source.state_dict().items()}
     segmenter |= {"neck.lateral_convs.0.conv.weight": torch.zeros(4), "decode_head.conv_seg.bias": torch.zeros(150)}
     torch.save({"meta": {"epoch": 3, "CLASSES": ("wall", "sky")}, "state_dict": segmenter}, tmp_path / "segmenter.pth")

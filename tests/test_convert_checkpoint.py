@@ -5,23 +5,16 @@ import sys
 import pytest
 import timm
 import torch
+from golden_rules import set_weights
 
 from checkpoints import load_backbone, read_backbone, read_checkpoint
 from convert_checkpoint import convert, get_args_parser, how_to_load, main
 from vision_transformer import vit_small, vit_tiny
 
 
-def randomised(model):
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.05 * torch.randn(p.shape, generator=generator))
-    return model.eval()
-
-
 @pytest.fixture(scope="module")
 def source():
-    return randomised(vit_tiny())
+    return set_weights(vit_tiny(), 0).eval()
 
 
 @pytest.fixture
@@ -62,7 +55,7 @@ def test_backbone(tmp_path, source, run_file, name, capsys):
 @torch.no_grad()
 def test_timm_gives_the_same_features(tmp_path, capsys, make):
     source, suffix = make()
-    randomised(source)
+    set_weights(source, 0).eval()
     torch.save(source.state_dict(), tmp_path / "input.pth")
     run(tmp_path / "input.pth", tmp_path / f"timm{suffix}", "--to", "timm")
     line = capsys.readouterr().out.strip().splitlines()[-1].removeprefix("load it with: ")

@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from golden_rules import set_weights
 from PIL import Image
 
 import drawing
@@ -15,17 +16,10 @@ from vision_transformer import DINOHead, vit_tiny
 from visualize import head_attention, self_attention
 
 
-def randomised(module):
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for p in module.parameters():
-            p.add_(0.05 * torch.randn(p.shape, generator=generator))
-    return module.eval()
-
-
 @pytest.fixture(scope="module")
 def run_file(tmp_path_factory):
-    wrapper = randomised(MultiCropWrapper(vit_tiny(), SelfPatchHead(192, 3, 2), DINOHead(192, 8), DINOHead(192, 8)))
+    wrapper = MultiCropWrapper(vit_tiny(), SelfPatchHead(192, 3, 2), DINOHead(192, 8), DINOHead(192, 8))
+    set_weights(wrapper, 0)
     path = tmp_path_factory.mktemp("run") / "checkpoint.pth"
     torch.save({"teacher": wrapper.state_dict(), "epoch": 7, "args": argparse.Namespace(k_num=2)}, path)
     return path
@@ -34,7 +28,7 @@ def run_file(tmp_path_factory):
 @pytest.fixture(scope="module")
 def dino_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("dino") / "dino.pth"
-    torch.save(randomised(vit_tiny(class_token=True, final_norm=True)).state_dict(), path)
+    torch.save(set_weights(vit_tiny(class_token=True, final_norm=True), 0).eval().state_dict(), path)
     return path
 
 
@@ -60,7 +54,7 @@ def input_of(module, call):
 @torch.no_grad()
 def test_self_attention_is_the_last_blocks(class_token):
     """The weights times the values are what the block itself computes."""
-    backbone, x = randomised(vit_tiny(class_token=class_token)), torch.randn(1, 3, 48, 64)
+    backbone, x = set_weights(vit_tiny(class_token=class_token), 0).eval(), torch.randn(1, 3, 48, 64)
     attention = backbone.blocks[-1].attn
     values = attention.qkv(input_of(attention.qkv, lambda: backbone(x)))[0].chunk(3, -1)[2]
     expected = input_of(attention.proj, lambda: backbone(x))[0]
@@ -76,7 +70,7 @@ def test_self_attention_is_the_last_blocks(class_token):
 
 @torch.no_grad()
 def test_head_attention_is_the_second_blocks():
-    backbone, head = randomised(vit_tiny()), randomised(SelfPatchHead(192, 3))
+    backbone, head = set_weights(vit_tiny(), 0).eval(), set_weights(SelfPatchHead(192, 3), 0).eval()
     x = torch.randn(1, 3, 48, 64)
     patches, attention = backbone(x), head.cls_blocks[1].attn
     c = input_of(attention.q, lambda: head(patches))
