@@ -49,7 +49,7 @@ class VisionTransformer(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, num_patches + class_token, embed_dim))
         self.blocks = nn.ModuleList(
             Block(embed_dim, num_heads, mlp_ratio, qkv_bias, drop_path=rate, norm_layer=norm_layer)
-            for rate in torch.linspace(0, drop_path_rate, depth).tolist())
+            for rate in torch.linspace(0, drop_path_rate, depth, device="cpu").tolist())  # on the meta device too
         self.norm = norm_layer(embed_dim) if final_norm else nn.Identity()
         trunc_normal_(self.pos_embed, std=0.02)
         if class_token:
@@ -107,16 +107,16 @@ class VisionTransformer(nn.Module):
         return [features[i] for i in wanted]
 
 
-def vit_tiny(patch_size: int = 16, **kwargs) -> VisionTransformer:
-    return VisionTransformer(patch_size=patch_size, embed_dim=192, depth=12, num_heads=3, **kwargs)
+def vit_tiny(patch_size: int = 16, num_heads: int = 3, **kwargs) -> VisionTransformer:
+    return VisionTransformer(patch_size=patch_size, embed_dim=192, depth=12, num_heads=num_heads, **kwargs)
 
 
-def vit_small(patch_size: int = 16, **kwargs) -> VisionTransformer:
-    return VisionTransformer(patch_size=patch_size, embed_dim=384, depth=12, num_heads=6, **kwargs)
+def vit_small(patch_size: int = 16, num_heads: int = 6, **kwargs) -> VisionTransformer:
+    return VisionTransformer(patch_size=patch_size, embed_dim=384, depth=12, num_heads=num_heads, **kwargs)
 
 
-def vit_base(patch_size: int = 16, **kwargs) -> VisionTransformer:
-    return VisionTransformer(patch_size=patch_size, embed_dim=768, depth=12, num_heads=12, **kwargs)
+def vit_base(patch_size: int = 16, num_heads: int = 12, **kwargs) -> VisionTransformer:
+    return VisionTransformer(patch_size=patch_size, embed_dim=768, depth=12, num_heads=num_heads, **kwargs)
 
 
 ARCHS = {"vit_tiny": vit_tiny, "vit_small": vit_small, "vit_base": vit_base,
