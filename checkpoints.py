@@ -15,6 +15,7 @@ import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import safetensors.torch
 import torch
 
@@ -24,6 +25,10 @@ from vision_transformer import ARCHS, VisionTransformer
 ARCH_OF_WIDTH = {192: "vit_tiny", 384: "vit_small", 768: "vit_base"}
 # beside a bare backbone: a classifier or projection head, timm's norm after pooling, a detector's pyramid
 NOT_BACKBONE = ("head.", "fc_norm.", "pre_logits.", "fpn1.", "fpn2.", "fpn3.", "fpn4.")
+# argparse.Namespace for args, and numpy's numbers: the published loop leaves np.float64 rates in the optimizer
+NUMPY_SCALAR = np.float64(0).__reduce__()[0]
+SAFE_CLASSES = [argparse.Namespace, np.dtype, type(np.dtype(np.float64)), type(np.dtype(np.int64)),
+                *((NUMPY_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core"))]
 TORCH_MAGIC = bytes.fromhex("6cfc9c46f9206aa85019")  # torch.save's first number before torch 1.6
 MMSEG_NAMES = (("blocks.", "layers."), ("patch_embed.proj.", "patch_embed.projection."),
                (".norm1.", ".ln1."), (".norm2.", ".ln2."),
@@ -86,7 +91,7 @@ def write_checkpoint(state: dict, path: str | Path) -> None:
 
 
 def read_checkpoint(path: str | Path) -> dict:
-    """What torch.save or safetensors wrote at path, on the CPU; of pickled classes argparse.Namespace alone is let in.
+    """What torch.save or safetensors wrote at path, on the CPU; of classes only SAFE_CLASSES are let in.
 
     Raises:
         CheckpointError: no such file, or one that is empty, cut off, no checkpoint at all, or would run code.
@@ -95,14 +100,14 @@ def read_checkpoint(path: str | Path) -> dict:
     try:
         if is_safetensors:
             return safetensors.torch.load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+        with torch.serialization.safe_globals(SAFE_CLASSES), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what is wrong is said below, in one line
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged bytes raise nearly anything, inside the unpickler and below it
         if needs := re.search(r"GLOBAL (\S+)", str(error)):
             raise CheckpointError(
                 f"{path} is refused: to read it would import {needs[1]}, and files may hold only tensors, plain "
-                "containers and argparse.Namespace; have its maker save the state_dict alone") from None
+                "containers, numbers and argparse.Namespace; have its maker save the state_dict alone") from None
         reason = re.split(r"\. |\n", str(error))[0] or type(error).__name__  # torch goes on with unsafe advice
         raise CheckpointError(f"{path} is damaged, cut off or no checkpoint ({reason}): get it again") from None
     if not isinstance(content, dict):

@@ -1,6 +1,9 @@
 """Every kind of checkpoint, built as its makers write it, gives the source's features; bad ones are refused."""
 import argparse
+import re
+import zipfile
 
+import numpy as np
 import pytest
 import safetensors.torch
 import timm
@@ -52,6 +55,20 @@ def training_checkpoint(network: nn.Module, teacher: nn.Module | None = None) ->
     return {"student": student, "teacher": (teacher or network).state_dict(), "optimizer": optimizer.state_dict(),
             "epoch": 200, "args": args, "dino_loss": DINOLoss(24, 16, 4, 0.04, 0.04, 0, 10).state_dict(),
             "fp16_scaler": {"scale": 65536.0, "growth_factor": 2.0, "_growth_tracker": 7}}
+
+
+@pytest.mark.parametrize("core", [b"numpy._core.", b"numpy.core."])  # numpy 2's name and numpy 1's
+def test_numpy_learning_rates_of_published_runs(tmp_path, ours, core):
+    """The published loop sets each group's lr to an np.float64, which the optimizer's state takes along."""
+    state = training_checkpoint(ours)
+    state["optimizer"]["param_groups"][0]["lr"] = np.float64(2.5e-4)
+    torch.save(state, tmp_path / "new.pth")
+    with zipfile.ZipFile(tmp_path / "new.pth") as source, zipfile.ZipFile(tmp_path / "run.pth", "w") as target:
+        for name in source.namelist():
+            target.writestr(name, re.sub(rb"numpy\._?core\.", core, source.read(name))
+                            if name.endswith("data.pkl") else source.read(name))
+    assert read_checkpoint(tmp_path / "run.pth")["optimizer"]["param_groups"][0]["lr"] == 2.5e-4
+    assert_same_features(load_backbone(tmp_path / "run.pth"), ours.backbone)
 
 
 def test_selfpatch_run(tmp_path, ours, capsys):
