@@ -1,6 +1,7 @@
 """An image becomes crops: DINO's multi-crop (Caron et al. 2021, Sec. 3.2, with BYOL's colour transforms), in PIL."""
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image, ImageFilter
 from torchvision import transforms
@@ -21,6 +22,10 @@ def load_rgb(path: str | Path) -> Image.Image:
     """
     try:
         with Image.open(path) as image:
+            if image.mode == "F":
+                raise ValueError("floating point, with no known range")
+            if image.mode.startswith("I"):  # 16-bit grey: PIL would cut it off at 255
+                return Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
             if image.mode == "P" and "transparency" in image.info:
                 image = image.convert("RGBA")  # the palette's colours stay; PIL would warn of bytes transparency
             return image.convert("RGB")

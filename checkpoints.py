@@ -76,7 +76,7 @@ def write_checkpoint(state: dict, path: str | Path) -> None:
     A path that ends in .safetensors takes a flat dictionary of tensors.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")  # one name: what a killed process leaves, the next one overwrites
     try:
         with open(temporary, "wb") as file:
             if path.suffix == ".safetensors":

@@ -5,7 +5,6 @@
 import argparse
 import json
 import math
-import shutil
 import subprocess
 import sys
 import time
@@ -77,16 +76,14 @@ def clip(seed: int, frames: int, width: int, height: int) -> tuple[list[Image.Im
 
 
 def make_data(folder: Path) -> None:
-    """Training images as an ImageFolder, at once or, where an earlier run made them, not again."""
-    if (folder / "complete").exists():
-        return
-    shutil.rmtree(folder, ignore_errors=True)
+    """Training images as an ImageFolder in folder/images, unless an earlier run has made them."""
     images = folder / "images" / "scenes"
-    images.mkdir(parents=True)
+    images.mkdir(parents=True, exist_ok=True)
+    if len(list(images.iterdir())) == SCENES * FRAMES:
+        return
     for scene in tqdm(range(SCENES), desc="making scenes", unit="scene"):
         for t, frame in enumerate(clip(scene, FRAMES, *SIZE)[0]):
             frame.save(images / f"{scene:03}_{t}.jpg", quality=95)
-    (folder / "complete").touch()
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ class Losses(NamedTuple):
 
 def entropy(p: torch.Tensor) -> torch.Tensor:
     """Entropy in nats of the distribution p [K]."""
-    return torch.special.entr(p).sum()
+    return -(p * p.clamp_min(1e-30).log()).sum()
 
 
 class DINOLoss(nn.Module):
@@ -39,6 +39,7 @@ class DINOLoss(nn.Module):
         super().__init__()
         self.ncrops, self.student_temp, self.center_momentum = ncrops, student_temp, center_momentum
         self.patch_loss_weight = patch_loss_weight
+        self.uses_patches = patch_loss_weight > 0
         self.register_buffer("center", torch.zeros(1, 1, out_dim))
         self.register_buffer("patch_center", torch.zeros(1, out_dim_selfpatch))
         self.teacher_temp_schedule = np.concatenate((
@@ -57,7 +58,7 @@ class DINOLoss(nn.Module):
         with torch.autocast(student[0].device.type, enabled=False):
             image, image_entropy = self.image_loss(student[0], teacher[0], temp)
             self.center.copy_(self._moved(self.center, teacher[0].float().mean(0)))
-            if not self.patch_loss_weight:
+            if not self.uses_patches:
                 return Losses(image, image, image.new_zeros(()), image_entropy, image.new_zeros(()))
             patch, patch_entropy = self.patch_loss(student[1], teacher[1], temp)
             rows = sum(t.shape[0] * t.shape[1] for t in teacher[1])
@@ -75,7 +76,7 @@ class DINOLoss(nn.Module):
         lse = s.logsumexp(-1)
         others = s.sum(0) - s[:2]
         terms = lse.sum(0) - lse[:2] - (p * others).sum(-1)
-        return terms.mean() * 2 / (2 * (self.ncrops - 1)), entropy(p.mean((0, 1)))
+        return terms.mean() / (self.ncrops - 1), entropy(p.mean((0, 1)))  # each term sums over ncrops − 1 pairs
 
     def patch_loss(self, student: list[torch.Tensor], teacher: list[torch.Tensor],
                    temp: float) -> tuple[torch.Tensor, torch.Tensor]:

@@ -20,6 +20,7 @@ from torchvision.datasets import ImageFolder
 
 import utils
 from augmentations import DataAugmentationDINO, UnreadableImage, load_rgb
+from batchnorm import sync_batchnorms
 from losses import DINOLoss, Losses
 from options import check_args, get_args_parser
 from selfpatch_head import MultiCropWrapper, SelfPatchHead
@@ -53,7 +54,7 @@ def build_models(args: argparse.Namespace) -> tuple[MultiCropWrapper, MultiCropW
         if not args.patch_loss_weight:
             model.p_head.requires_grad_(False)  # kept for the checkpoint's layout, but never run
         if args.world_size > 1 and args.use_bn_in_head:
-            model = utils.sync_batchnorms(model, args.device)
+            model = sync_batchnorms(model, args.device)
         return model.to(args.device)
 
     return wrapper(args.drop_path_rate, args.norm_last_layer), wrapper(0.0, True).requires_grad_(False)
@@ -61,11 +62,11 @@ def build_models(args: argparse.Namespace) -> tuple[MultiCropWrapper, MultiCropW
 
 def build_optimizer(args: argparse.Namespace, student: nn.Module) -> torch.optim.Optimizer:
     groups = utils.get_params_groups(student)
-    fused = args.device.type in ("cuda", "cpu")
     if args.optimizer == "adamw":
-        return torch.optim.AdamW(groups, fused=fused)
+        return torch.optim.AdamW(groups, fused=args.device.type in ("cuda", "cpu"))
     if args.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=0, momentum=0.9, fused=fused)
+        # not fused: that one stumbles over last layers whose momentum begins an epoch late
+        return torch.optim.SGD(groups, lr=0, momentum=0.9, foreach=True)
     return utils.LARS(groups)
 
 
@@ -81,6 +82,8 @@ def build_schedules(args: argparse.Namespace, steps: int) -> dict:
 
 def autocast_dtype(args: argparse.Namespace) -> torch.dtype:
     """The precision of the networks' matrix products; float32 is no autocast at all."""
+    if args.precision == "fp16" and args.device.type == "mps":
+        utils.fail("--precision fp16 needs a GradScaler, which MPS has not: use fp32 or bf16")
     if args.precision != "auto":
         return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.precision]
     if not args.use_fp16 or args.device.type != "cuda":
@@ -99,7 +102,7 @@ def train_step(student: nn.Module, teacher: nn.Module, dino_loss: DINOLoss, opti
         clip_grad: largest gradient norm of each tensor, 0 for none.
         dtype: of autocast; with float16 a scaler is needed.
     """
-    patches = dino_loss.patch_loss_weight > 0
+    patches = dino_loss.uses_patches
     with torch.autocast(crops[0].device.type, dtype, enabled=dtype != torch.float32):
         with torch.no_grad():
             # DINO's teacher sees the global crops only; SelfPatch's all of them, for the patches and the centres
@@ -130,7 +133,7 @@ def train_one_epoch(student: nn.Module, teacher: nn.Module, dino_loss: DINOLoss,
             group["lr"] = schedules["lr"][it]
         optimizer.param_groups[0]["weight_decay"] = schedules["wd"][it]  # the second group has none
 
-        crops = [crop.to(args.device, non_blocking=True) for crop in crops]
+        crops = [crop.to(args.device, non_blocking=loader.pin_memory) for crop in crops]
         losses = train_step(student, teacher, dino_loss, optimizer, crops, epoch, schedules["momentum"][it],
                             args.clip_grad, args.freeze_last_layer, dtype, scaler)
         logger.update(**losses._asdict())
@@ -153,7 +156,7 @@ def stop_if_not_finite(logger: utils.MetricLogger, epoch: int, step: int, steps:
         if not math.isfinite(value):
             bad = step - len(recent) + 1 + back
             sys.exit(f"the loss was {value} at step {bad} of epoch {epoch} (iteration {epoch * steps + bad}): "
-                     "resume from the last checkpoint with --use_fp16 false, a smaller --clip_grad or a smaller --lr")
+                     "the run goes on from its last checkpoint; try --precision fp32, a smaller --clip_grad or --lr")
 
 
 def progress_line(logger: utils.MetricLogger, epoch: int, step: int, steps: int, lr: float,
@@ -181,70 +184,95 @@ def health_warnings(stats: dict[str, float], epoch: int, args: argparse.Namespac
             found.append(f"the {name} loss {stats[loss]:.4f} sits on ln K = {uniform:.4f} after the warm-up: the head "
                          "has gone uniform or has not begun to learn; try a lower teacher temperature, a larger "
                          "--freeze_last_layer or fewer prototypes")
-        if stats[entropy] < 0.01 * uniform:
+        if args.batch_size_per_gpu >= 8 and stats[entropy] < 0.01 * uniform:  # few images may well be alike
             found.append(f"the teacher gives almost every {name} the same prototype (entropy of its mean assignment "
                          f"{stats[entropy]:.4f} of at most {uniform:.4f}): it has collapsed; try a higher "
                          "--momentum_teacher or a lower --lr")
     return found
 
 
-def train_dino(args: argparse.Namespace) -> None:
-    """The whole job: set up, resume, train, save."""
+def build_loader(args: argparse.Namespace, dataset: ImageFolder) -> DataLoader:
+    """Batches of this rank's own share of the images, shuffled anew at each sampler.set_epoch."""
+    sampler = DistributedSampler(dataset, args.world_size, args.rank, shuffle=True, seed=args.seed)
+    return DataLoader(dataset, args.batch_size_per_gpu, sampler=sampler, num_workers=args.num_workers,
+                      pin_memory=args.device.type == "cuda", drop_last=True)
+
+
+def resume(path: Path, args: argparse.Namespace, **objects) -> int:
+    """Load what path has into the objects; the epoch to begin with."""
+    try:
+        start_epoch = utils.restart_from_checkpoint(path, **objects)
+    except ValueError as error:
+        utils.fail(f"{error}: give the options of that run, or another --output_dir")
+    if args.world_size > 1:
+        epochs = [0] * args.world_size
+        torch.distributed.all_gather_object(epochs, start_epoch)
+        if len(set(epochs)) > 1:
+            utils.fail(f"the processes found checkpoints of different epochs ({sorted(set(epochs))}) in --output_dir "
+                       f"{args.output_dir}: it must be one folder that all machines share")
+    return start_epoch
+
+
+def pretrain(args: argparse.Namespace) -> None:
+    """Set up, resume, train, save."""
     check_args(args)
     utils.init_distributed_mode(args)
-    dataset = build_dataset(args)
     dtype = autocast_dtype(args)
+    loader = build_loader(args, build_dataset(args))
     utils.fix_random_seeds(args.seed)
     torch.backends.cudnn.benchmark = True
 
-    # data: every rank its own share, shuffled anew in each epoch
-    sampler = DistributedSampler(dataset, args.world_size, args.rank, shuffle=True, seed=args.seed)
-    loader = DataLoader(dataset, args.batch_size_per_gpu, sampler=sampler, num_workers=args.num_workers,
-                        pin_memory=args.device.type == "cuda", drop_last=True)
-
-    # models, loss, optimiser
     student, teacher = build_models(args)
+    student_alone = student
     if args.world_size > 1:
         student = nn.parallel.DistributedDataParallel(
-            student, device_ids=[args.local_rank] if args.device.type == "cuda" else None, gradient_as_bucket_view=True)
-    student_alone = student.module if args.world_size > 1 else student
+            student, device_ids=[args.device] if args.device.type == "cuda" else None, gradient_as_bucket_view=True)
     teacher.load_state_dict(student_alone.state_dict())
-    teacher_views = args.local_crops_number + 2
-    dino_loss = DINOLoss(args.out_dim, args.out_dim_selfpatch, teacher_views, args.warmup_teacher_temp,
+    dino_loss = DINOLoss(args.out_dim, args.out_dim_selfpatch, 2 + args.local_crops_number, args.warmup_teacher_temp,
                          args.teacher_temp, args.warmup_teacher_temp_epochs, args.epochs,
                          patch_loss_weight=args.patch_loss_weight).to(args.device)
     optimizer = build_optimizer(args, student_alone)
     scaler = torch.amp.GradScaler(args.device.type, enabled=dtype == torch.float16)
     schedules = build_schedules(args, len(loader))
 
-    # going on
     output = Path(args.output_dir)
-    try:
-        resumed = utils.restart_from_checkpoint(output / "checkpoint.pth", student=student_alone, teacher=teacher,
-                                                optimizer=optimizer, dino_loss=dino_loss, fp16_scaler=scaler)
-    except ValueError as error:
-        utils.fail(f"{error}: give the options of that run, or another --output_dir")
-    start_epoch = resumed["epoch"] if resumed else 0
-    announce(args, dataset, student_alone, dtype, start_epoch)
-
+    start_epoch = resume(output / "checkpoint.pth", args, student=student_alone, teacher=teacher, optimizer=optimizer,
+                         dino_loss=dino_loss, fp16_scaler=scaler)
+    announce(args, loader.dataset, student_alone, dtype, start_epoch)
     log = RunLog(output, start_epoch, args.tensorboard) if utils.is_main_process() else None
     for epoch in range(start_epoch, args.epochs):
         # seeds that depend on the epoch alone: a resumed run draws what the uninterrupted one would have drawn
         utils.fix_random_seeds(args.seed, args.rank, epoch)
-        sampler.set_epoch(epoch)
+        loader.sampler.set_epoch(epoch)
         stats = train_one_epoch(student, teacher, dino_loss, loader, optimizer, schedules, epoch, scaler, dtype, args)
-        if log:
-            log.write(stats, epoch)
-            for warning in health_warnings(stats, epoch, args):
-                print(f"warning: {warning}", flush=True)
+        if not utils.all_finite(student_alone):
+            sys.exit(f"the last step of epoch {epoch} made weights NaN or infinite, so they are not saved: "
+                     "the run goes on from the epoch before; try a smaller --lr or --clip_grad")
         state = {"student": student.state_dict(), "teacher": teacher.state_dict(), "optimizer": optimizer.state_dict(),
                  "epoch": epoch + 1, "args": plain_args(args), "dino_loss": dino_loss.state_dict(),
                  "fp16_scaler": scaler.state_dict()}
         utils.save_on_master(state, output / "checkpoint.pth")
         if args.saveckp_freq and epoch % args.saveckp_freq == 0:
             utils.save_on_master(state, output / f"checkpoint{epoch:04}.pth")
+        if log:
+            log.write(stats, epoch)
+            for warning in health_warnings(stats, epoch, args):
+                print(f"warning: {warning}", flush=True)
     if log:
         print(f"done: {args.epochs} epochs, {output / 'checkpoint.pth'}")
+
+
+def train_dino(args: argparse.Namespace) -> None:
+    """The whole job, with the one error that only comes up on the way told in one line."""
+    try:
+        pretrain(args)
+    except UnreadableImage as error:
+        # a worker's error comes with its traceback, whose last line begins with the class
+        line = str(error).splitlines()[-1].removeprefix("augmentations.UnreadableImage: ")
+        sys.exit(f"main_selfpatch.py: error: {line}")
+    finally:
+        if utils.is_distributed():
+            torch.distributed.destroy_process_group()
 
 
 def announce(args: argparse.Namespace, dataset: ImageFolder, student: nn.Module, dtype: torch.dtype,
@@ -268,10 +296,9 @@ class RunLog:
 
     def __init__(self, output: Path, start_epoch: int, tensorboard: bool):
         self.path, self.board = output / "log.txt", None
-        if self.path.is_file():
-            # a run that died between log and checkpoint does its last epoch again: that line goes
-            lines = [line for line in self.path.read_text().splitlines() if json.loads(line)["epoch"] < start_epoch]
-            self.path.write_text("".join(line + "\n" for line in lines))
+        if self.path.is_file() and not self.path.read_text().endswith("\n"):
+            with open(self.path, "a") as file:  # a run that was killed while writing left half a line
+                file.write("\n")
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
             self.board = SummaryWriter(output / "tensorboard", purge_step=start_epoch)
@@ -288,13 +315,7 @@ class RunLog:
 def main() -> None:
     parser = utils.ArgumentParser(description=__doc__.split("\n\n")[0], parents=[get_args_parser()],
                                   formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    try:
-        train_dino(parser.parse_args())
-    except UnreadableImage as error:
-        sys.exit(f"main_selfpatch.py: error: {str(error).splitlines()[-1]}")
-    finally:
-        if utils.is_distributed():
-            torch.distributed.destroy_process_group()
+    train_dino(parser.parse_args())
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The options of pretraining: the published names and defaults, with advice, and what cannot work together."""
 import argparse
+import math
 import os
 import tempfile
 
@@ -95,7 +96,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
 def add_process_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("processes")
     group.add_argument("--device", default="auto", choices=["auto", "cuda", "cpu", "mps"],
-                       help="auto: the GPU where there is one")
+                       help="auto: the GPU where there is one. mps is untested")
     group.add_argument("--dist_url", default="env://", help="how the processes find each other")
     group.add_argument("--port", default=29500, type=int, help="of rank 0, where the launcher has set no MASTER_PORT")
     group.add_argument("--local_rank", "--local-rank", default=0, type=int, help="set by torch.distributed.launch")
@@ -112,11 +113,17 @@ def check_args(args: argparse.Namespace) -> None:
     for name in ("local_crops_number", "num_workers", "warmup_epochs", "warmup_teacher_temp_epochs", "clip_grad",
                  "patch_loss_weight", "saveckp_freq"):
         need(getattr(args, name) >= 0, f"--{name} is {getattr(args, name)}: it must not be negative")
+    for name in ("lr", "min_lr", "weight_decay", "weight_decay_end", "seed"):
+        need(0 <= getattr(args, name) < math.inf, f"--{name} is {getattr(args, name)}: it must be a number from 0 on")
+    for name in ("warmup_teacher_temp", "teacher_temp"):
+        need(0 < getattr(args, name) < math.inf, f"--{name} is {getattr(args, name)}: it must be above 0")
+    need(0 <= args.drop_path_rate < 1, f"--drop_path_rate is {args.drop_path_rate}: it must be from 0 to below 1")
+    need(0 <= args.momentum_teacher <= 1, f"--momentum_teacher is {args.momentum_teacher}: it must be from 0 to 1")
     need(1 <= args.k_num <= 8, f"--k_num is {args.k_num}, but a patch has 8 neighbours: choose 1 to 8")
     for name in ("warmup_epochs", "warmup_teacher_temp_epochs"):
         need(getattr(args, name) <= args.epochs,
              f"--{name} is {getattr(args, name)}, longer than the run of --epochs {args.epochs}: shorten it")
-    for name in ("global_crops", "local_crops"):
+    for name in ("global_crops", "local_crops") if args.local_crops_number else ("global_crops",):
         size, (least, most) = getattr(args, f"{name}_size"), getattr(args, f"{name}_scale")
         need(size > 0 and size % args.patch_size == 0,
              f"--{name}_size is {size}, no multiple of --patch_size {args.patch_size}: "

@@ -30,9 +30,9 @@ def bool_flag(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"{text!r} is neither true/1/on nor false/0/off")
 
 
-def fail(message: str) -> None:
-    """End the job before it starts: one line on stderr (from one rank), exit status 2."""
-    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+def fail(message: str, every_rank: bool = False) -> None:
+    """End the job before it starts: one line on stderr (from each machine's first process), exit status 2."""
+    if every_rank or os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0":
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
@@ -58,7 +58,8 @@ def init_distributed_mode(args: argparse.Namespace) -> None:
     if "RANK" in env and "WORLD_SIZE" in env:
         args.rank, args.world_size = int(env["RANK"]), int(env["WORLD_SIZE"])
         args.local_rank = int(env.get("LOCAL_RANK", args.local_rank))
-    elif "SLURM_PROCID" in env:
+    elif "SLURM_PROCID" in env and ("SLURM_STEP_NUM_TASKS" in env or env.get("ENVIRONMENT") != "BATCH"):
+        # the script that sbatch runs has SLURM_PROCID too, but there plain python is one process alone
         args.rank = int(env["SLURM_PROCID"])
         args.world_size = int(env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS", 1)))
         args.local_rank = int(env.get("SLURM_LOCALID", 0))
@@ -92,11 +93,14 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
         if name == "mps" and "WORLD_SIZE" in os.environ:
             name = "cpu"  # several processes cannot share tensors on MPS
     if name == "cuda":
-        if local_rank >= torch.cuda.device_count():
-            fail(f"--device cuda: process {local_rank} of this machine needs GPU {local_rank}, but torch sees "
-                 f"{torch.cuda.device_count()}: start as many processes as there are GPUs, or use --device cpu")
-        torch.cuda.set_device(local_rank)
-        return torch.device("cuda", local_rank)
+        gpus = torch.cuda.device_count()
+        # Slurm can show each task its own GPU only (--gpus-per-task): that one is number 0, whatever the local rank
+        index = 0 if gpus == 1 and "SLURM_LOCALID" in os.environ and "LOCAL_RANK" not in os.environ else local_rank
+        if index >= gpus:
+            fail(f"--device cuda: process {local_rank} of this machine needs GPU {index}, but torch sees {gpus}: "
+                 "start as many processes as there are GPUs, or use --device cpu", every_rank=True)
+        torch.cuda.set_device(index)
+        return torch.device("cuda", index)
     if name == "mps" and not torch.backends.mps.is_available():
         fail("--device mps: torch sees no Apple GPU here, use --device cpu")
     return torch.device(name)
@@ -124,48 +128,6 @@ def fix_random_seeds(*seed: int) -> None:
     torch.manual_seed(mixed)
     np.random.seed(mixed)
     random.seed(mixed)
-
-
-def has_batchnorms(model: nn.Module) -> bool:
-    return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
-
-
-class AllReduce(torch.autograd.Function):
-    """Sum over all ranks whose gradient is summed over all ranks too."""
-
-    @staticmethod
-    def forward(ctx, x: torch.Tensor) -> torch.Tensor:
-        x = x.clone()
-        dist.all_reduce(x)
-        return x
-
-    backward = forward
-
-
-class GlooSyncBatchNorm(nn.BatchNorm1d):
-    """BatchNorm over the rows [R, C] of all ranks, equally many on each; torch's own SyncBatchNorm is GPU only."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not self.training:
-            return super().forward(x)
-        mean = AllReduce.apply(x.mean(0)) / get_world_size()
-        var = AllReduce.apply((x - mean).square().mean(0)) / get_world_size()
-        with torch.no_grad():
-            rows = len(x) * get_world_size()
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(var * rows / (rows - 1), self.momentum)
-            self.num_batches_tracked += 1
-        return (x - mean) * torch.rsqrt(var + self.eps) * self.weight + self.bias
-
-
-def sync_batchnorms(model: nn.Module, device: torch.device) -> nn.Module:
-    """Make the model's BatchNorm layers normalise over all ranks."""
-    if device.type == "cuda":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    for module in model.modules():
-        if type(module) is nn.BatchNorm1d:
-            module.__class__ = GlooSyncBatchNorm
-    return model
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -216,6 +178,12 @@ def update_teacher(student: nn.Module, teacher: nn.Module, momentum: float) -> N
     torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)
 
 
+@torch.no_grad()
+def all_finite(model: nn.Module) -> bool:
+    """Whether no weight is NaN or infinite."""
+    return bool(torch.stack(torch._foreach_norm(list(model.parameters()))).isfinite().all())
+
+
 class LARS(torch.optim.Optimizer):
     """SGD with layer-wise adaptive rates (You et al. 2017), as DINO has it.
 
@@ -226,8 +194,7 @@ class LARS(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "eta": eta})
 
     @torch.no_grad()
-    def step(self, closure=None):
-        loss = torch.enable_grad()(closure)() if closure is not None else None
+    def step(self) -> None:
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
@@ -241,12 +208,12 @@ class LARS(torch.optim.Optimizer):
                           for pn, gn in zip(torch._foreach_norm(ps), torch._foreach_norm(gs), strict=True)]
                 torch._foreach_mul_(gs, ratios)
             for p in params:
-                self.state[p].setdefault("mu", torch.zeros_like(p))
+                if "mu" not in self.state[p]:
+                    self.state[p]["mu"] = torch.zeros_like(p)
             momenta = [self.state[p]["mu"] for p in params]
             torch._foreach_mul_(momenta, group["momentum"])
             torch._foreach_add_(momenta, grads)
             torch._foreach_add_(params, momenta, alpha=-group["lr"])
-        return loss
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -258,30 +225,49 @@ def save_on_master(state: dict, path: str | Path) -> None:
         write_checkpoint(state, path)
 
 
-def restart_from_checkpoint(path: str | Path, **objects) -> dict | None:
-    """Load path's entries into the objects of the same names, strictly; None where there is no such file.
+def restart_from_checkpoint(path: str | Path, **objects) -> int:
+    """Load path's entries into the objects of the same names, strictly; the epoch to go on with, 0 without a file.
 
-    A student saved under DDP loads without it and the other way about.
+    A student saved under DDP loads without it and the other way about; so do runs with and without a GradScaler.
 
     Raises:
         ValueError: an entry is missing or does not fit; nothing that could be trained on silently.
     """
     if not Path(path).is_file():
-        return None
+        return 0
     checkpoint = read_checkpoint(path)
     for name, target in objects.items():
+        if isinstance(target, torch.amp.GradScaler):
+            if checkpoint.get(name) and target.is_enabled():  # empty where the run was not in float16
+                target.load_state_dict(checkpoint[name])
+            continue
         if name not in checkpoint:
             raise ValueError(f"{path} has no {name!r}, only {', '.join(checkpoint)}")
-        state = checkpoint[name]
         try:
-            if isinstance(target, nn.Module):
-                state = {k.removeprefix("module."): v for k, v in state.items()}
-            target.load_state_dict(state)
+            if isinstance(target, torch.optim.Optimizer):
+                load_optimizer(target, checkpoint[name])
+            else:
+                target.load_state_dict({k.removeprefix("module."): v for k, v in checkpoint[name].items()})
         except (RuntimeError, ValueError, KeyError) as error:
             lines = str(error).splitlines()
             raise ValueError(f"the {name} in {path} does not fit this run's options: "
                              f"{'; '.join(line.strip() for line in lines[:4])}") from None
-    return checkpoint
+    return checkpoint["epoch"]
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """Load state and keep how this run computes (fused, foreach), which differs between devices and torch versions.
+
+    Raises:
+        ValueError: the state is another kind of optimizer's.
+    """
+    kinds = {"betas", "momentum", "eta"}  # what tells AdamW, SGD and LARS apart
+    ours, saved = (kinds.intersection(groups[0]) for groups in (optimizer.param_groups, state["param_groups"]))
+    if ours != saved:
+        raise ValueError(f"it is another kind of optimizer, one with {' and '.join(sorted(saved))}")
+    groups = [group | {name: own[name] for name in ("fused", "foreach", "capturable") if name in own}
+              for group, own in zip(state["param_groups"], optimizer.param_groups, strict=True)]
+    optimizer.load_state_dict(state | {"param_groups": groups})
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -321,23 +307,23 @@ class MetricLogger:
 
     def __init__(self, window: int):
         self.meters: dict[str, SmoothedValue] = {}
-        self.window, self.ticks = window, deque([time.time()], maxlen=window + 1)
+        self.window, self.steps, self.last_read, self.seconds_per_step = window, 0, time.time(), 0.0
 
     def update(self, **values: float | torch.Tensor) -> None:
         for name, value in values.items():
             self.meters.setdefault(name, SmoothedValue(self.window)).update(value)
-        self.ticks.append(time.time())
+        self.steps += 1
 
     def read(self) -> None:
+        """Fetch all values, and take the pace since the last time: on a GPU only now is that work done."""
         for meter in self.meters.values():
             meter.read()
+        if self.steps:
+            self.seconds_per_step = (time.time() - self.last_read) / self.steps
+        self.steps, self.last_read = 0, time.time()
 
     def __getitem__(self, name: str) -> SmoothedValue:
         return self.meters[name]
-
-    @property
-    def seconds_per_step(self) -> float:
-        return (self.ticks[-1] - self.ticks[0]) / max(len(self.ticks) - 1, 1)
 
     def synchronize_between_processes(self, device: torch.device) -> None:
         """Make every global_avg the mean over all ranks."""

@@ -98,7 +98,7 @@ class VisionTransformer(nn.Module):
     def get_intermediate_layers(self, x: torch.Tensor, n: int | Sequence[int] = 1) -> list[torch.Tensor]:
         """Patch features [B, N, D] of the last n blocks, or of the blocks of the given indices; no final norm."""
         depth = len(self.blocks)
-        wanted = range(depth - n, depth) if isinstance(n, int) else n
+        wanted = range(max(depth - n, 0), depth) if isinstance(n, int) else n
         tokens, features = self.prepare_tokens(x), {}
         for i, block in enumerate(self.blocks[:max(wanted) + 1]):
             tokens = block(tokens)

@@ -83,6 +83,15 @@ def test_every_kind_of_image_becomes_rgb(tmp_path, mode, suffix):
     assert error.mean() < 3
 
 
+def test_16_bit_grey_keeps_its_range(tmp_path):
+    ramp = np.linspace(0, 65535, 80 * 60).reshape(60, 80).astype(np.uint16)
+    Image.fromarray(ramp).save(tmp_path / "image.png")
+    assert np.abs(np.asarray(load_rgb(tmp_path / "image.png"))[..., 1] - ramp / 257).max() <= 1
+    Image.fromarray(ramp.astype(np.float32)).save(tmp_path / "image.tif")
+    with pytest.raises(UnreadableImage, match="floating point"):
+        load_rgb(tmp_path / "image.tif")
+
+
 def test_palette_with_transparency(tmp_path, recwarn):
     picture().convert("P").save(tmp_path / "image.png", transparency=b"\x00\x80\xff")
     assert load_rgb(tmp_path / "image.png").mode == "RGB"

@@ -12,6 +12,7 @@ from golden_rules import set_weights
 from torch import nn
 
 import utils
+from batchnorm import sync_batchnorms
 from losses import DINOLoss
 from main_selfpatch import MultiCropWrapper, train_step
 from selfpatch_head import SelfPatchHead
@@ -30,7 +31,7 @@ def run_step(batch, use_bn, rank=0, world_size=1):
                                  DINOHead(24, 12, use_bn, hidden_dim=16, bottleneck_dim=8),
                                  DINOHead(24, 10, use_bn, hidden_dim=16, bottleneck_dim=8))
         model = set_weights(model, salt=0)  # larger than the initial ones, which BatchNorm would divide rounding by
-        return utils.sync_batchnorms(model, torch.device("cpu")) if world_size > 1 else model
+        return sync_batchnorms(model, torch.device("cpu")) if world_size > 1 else model
 
     student, teacher = wrapper(), wrapper().requires_grad_(False)
     model = nn.parallel.DistributedDataParallel(student, gradient_as_bucket_view=True) if world_size > 1 else student

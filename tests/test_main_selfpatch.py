@@ -4,13 +4,14 @@ import json
 import shutil
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 
 import main_selfpatch
 import utils
 from augmentations import DataAugmentationDINO
-from losses import DINOLoss
+from losses import DINOLoss, Losses
 from main_selfpatch import get_args_parser, health_warnings, train_dino
 from vision_transformer import ARCHS, DINOHead, VisionTransformer
 
@@ -119,16 +120,16 @@ def test_one_epoch_resumed_equals_two(image_folder, two_epochs, tmp_path, worker
     resumed = tmp_path / "resumed"
     resumed.mkdir()
     shutil.copy(whole / "checkpoint0000.pth", resumed / "checkpoint.pth")
-    shutil.copy(whole / "log.txt", resumed / "log.txt")  # has epoch 1 already, as if killed before its checkpoint
+    first_line = (whole / "log.txt").read_text().splitlines()[0]
+    (resumed / "log.txt").write_text(first_line + '\n{"train_lo')  # killed while it wrote the second
     torch.manual_seed(1234)  # whatever has been drawn since must not matter
     train_dino(options("--epochs", 2, "--data_path", image_folder, "--output_dir", resumed, "--num_workers", workers))
     assert "going on after epoch 0" in capsys.readouterr().out
     ours, other = load(resumed / "checkpoint.pth"), load(whole / "checkpoint.pth")
     del ours["args"], other["args"]  # they name the folders
     assert_same(ours, other)
-    rows = [[json.loads(line) for line in (folder / "log.txt").read_text().splitlines()] for folder in (resumed, whole)]
-    assert [row["epoch"] for row in rows[0]] == [0, 1]
-    assert [row["train_loss"] for row in rows[0]] == [row["train_loss"] for row in rows[1]]
+    lines = (resumed / "log.txt").read_text().splitlines()
+    assert lines[::2] == (whole / "log.txt").read_text().splitlines()
 
 
 def test_finished_run_is_left_alone(image_folder, two_epochs, tmp_path):
@@ -140,8 +141,12 @@ def test_finished_run_is_left_alone(image_folder, two_epochs, tmp_path):
 
 
 def test_published_checkpoint_is_taken_up(image_folder, two_epochs, tmp_path):
-    """args as a Namespace, the student's keys with DDP's prefix."""
+    """args as a Namespace, the student's keys with DDP's prefix, numpy rates, an optimizer that was not fused."""
     state = load(two_epochs / "checkpoint0000.pth")
+    for group in state["optimizer"]["param_groups"]:
+        group["lr"] = np.float64(group["lr"])
+        del group["fused"]
+    del state["fp16_scaler"]
     state["args"] = argparse.Namespace(**state["args"])
     state["student"] = {f"module.{k}": v for k, v in state["student"].items()}
     torch.save(state, tmp_path / "checkpoint.pth")
@@ -178,14 +183,73 @@ def test_patch_loss_weight_0_is_dino(image_folder, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("words", [["--use_bn_in_head", "true"], ["--optimizer", "lars", "--lr", "0.1"],
                                    ["--optimizer", "sgd", "--norm_last_layer", "false", "--precision", "bf16"],
+                                   ["--precision", "fp16", "--epochs", "6"],  # the scaler skips its first steps
                                    ["--patch_size", "8", "--global_crops_size", "40", "--local_crops_size", "24"]])
 def test_other_options_train(image_folder, tmp_path, words):
     train_dino(options("--epochs", 1, "--data_path", image_folder, "--output_dir", tmp_path, *words))
-    row = json.loads((tmp_path / "log.txt").read_text())
+    row = json.loads((tmp_path / "log.txt").read_text().splitlines()[-1])
     assert 0 < row["train_loss"] < 10
     student, teacher = (load(tmp_path / "checkpoint.pth")[who] for who in ("student", "teacher"))
     moved = [k for k in student if not torch.equal(student[k], teacher[k])]
     assert any(k.startswith("backbone") for k in moved) and any(k.startswith("p_head") for k in moved)
+
+
+def test_schedules_over_a_run():
+    args = options("--epochs", 10, "--warmup_epochs", 2, "--lr", 0.004, "--batch_size_per_gpu", 16)
+    args.world_size = 8
+    schedules = main_selfpatch.build_schedules(args, steps=50)
+    assert all(len(values) == 500 and type(values[0]) is float for values in schedules.values())
+    assert max(schedules["lr"]) == schedules["lr"][99] == pytest.approx(0.004 * 16 * 8 / 256)
+    assert schedules["lr"][0] == 0 and schedules["lr"][-1] == pytest.approx(1e-6, rel=0.1)
+    assert (schedules["wd"][0], schedules["wd"][-1]) == pytest.approx((0.04, 0.4), rel=1e-4)
+    assert (schedules["momentum"][0], schedules["momentum"][-1]) == pytest.approx((0.996, 1), abs=1e-6)
+
+
+def test_epoch_sets_rates_decay_and_momentum_at_every_step(monkeypatch):
+    """lr on both groups, weight decay on the first alone, momentum to the step, by the iteration of the whole run."""
+    seen, args = [], options("--epochs", 2)
+    args.device, args.world_size = torch.device("cpu"), 1
+    optimizer = main_selfpatch.build_optimizer(args, DINOHead(8, 4, hidden_dim=8, bottleneck_dim=4))
+    assert [group["betas"] for group in optimizer.param_groups] == [(0.9, 0.999)] * 2
+
+    def step(student, teacher, dino_loss, optimizer, crops, epoch, momentum, clip_grad, freeze_last_layer, *_):
+        seen.append(([g["lr"] for g in optimizer.param_groups], [g["weight_decay"] for g in optimizer.param_groups],
+                     momentum, epoch, clip_grad, freeze_last_layer, len(crops)))
+        return Losses(*torch.ones(5))
+
+    monkeypatch.setattr(main_selfpatch, "train_step", step)
+    schedules = {"lr": [0.1, 0.2, 0.3, 0.4, 0.5, 0.6], "wd": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0],
+                 "momentum": [0.91, 0.92, 0.93, 0.94, 0.95, 0.96]}
+    loader = torch.utils.data.DataLoader([([torch.zeros(3, 4, 4)] * 3, 0)] * 3, batch_size=1)
+    stats = main_selfpatch.train_one_epoch(None, None, None, loader, optimizer, schedules, 1, None, None, args)
+    assert seen == [([lr, lr], [wd, 0.0], m, 1, 3.0, 1, 3) for lr, wd, m in ((0.4, 4.0, 0.94), (0.5, 5.0, 0.95),
+                                                                            (0.6, 6.0, 0.96))]
+    assert (stats["lr"], stats["wd"], stats["loss"]) == (0.6, 6.0, 1.0)
+
+
+def test_ranks_share_the_images_out_and_epochs_shuffle_them(image_folder):
+    def paths(rank, epoch):
+        args = options("--data_path", image_folder, "--seed", 3)
+        args.world_size, args.rank, args.device = 2, rank, torch.device("cpu")
+        dataset = main_selfpatch.build_dataset(args)
+        dataset.transform = torch.nn.Identity()
+        dataset.loader = str
+        dataset.target_transform = None
+        loader = main_selfpatch.build_loader(args, dataset)
+        loader.sampler.set_epoch(epoch)
+        return [path for batch, _ in loader for path in batch]
+
+    first, second = paths(0, 0), paths(1, 0)
+    assert len(first) == len(second) == 4  # of 6 each: the last 2 are no whole batch
+    assert not set(first) & set(second)
+    assert paths(0, 0) == first != paths(0, 1)
+
+
+def test_each_rank_and_epoch_draws_its_own_crops(image_folder, tmp_path, monkeypatch):
+    seeds = []
+    monkeypatch.setattr(utils, "fix_random_seeds", lambda *seed: seeds.append(seed))
+    train_dino(options("--epochs", 2, "--data_path", image_folder, "--output_dir", tmp_path, "--seed", 7))
+    assert seeds == [(7,), (7, 0, 0), (7, 0, 1)]
 
 
 def test_nan_is_found_however_seldom_the_log_is_read():
@@ -212,7 +276,7 @@ def test_loss_that_is_not_finite_stops_and_names_the_step(image_folder, tmp_path
 
 
 def test_warnings_in_words():
-    args = options("--epochs", 20, "--warmup_epochs", 10)
+    args = options("--epochs", 20, "--warmup_epochs", 10, "--batch_size_per_gpu", 8)
     good = {"clsloss": 3.0, "patchloss": 2.5, "cls_entropy": 3.0, "patch_entropy": 2.0}
     assert health_warnings(good, 15, args) == []
     stuck = good | {"clsloss": 4.16}  # ln 64 = 4.159
@@ -220,6 +284,8 @@ def test_warnings_in_words():
     assert "image loss 4.1600 sits on ln K = 4.1589" in health_warnings(stuck, 15, args)[0]
     collapsed = health_warnings(good | {"patch_entropy": 1e-3}, 5, args)
     assert len(collapsed) == 1 and "every patch the same prototype" in collapsed[0]
+    args.batch_size_per_gpu = 1  # so few may well be alike
+    assert health_warnings(good | {"patch_entropy": 1e-3}, 5, args) == []
 
 
 @pytest.mark.parametrize("words, says", [
@@ -239,6 +305,11 @@ def test_warnings_in_words():
     (["--epochs", "0", "--warmup_epochs", "0"], "--epochs is 0"),
     (["--global_crops_scale", "0.5", "0.25"], "--global_crops_scale"),
     (["--use_fp16", "maybe"], "'maybe' is neither"),
+    (["--seed", "-1"], "--seed is -1"),
+    (["--lr", "nan"], "--lr is nan"),
+    (["--teacher_temp", "0"], "--teacher_temp is 0.0"),
+    (["--drop_path_rate", "1"], "--drop_path_rate is 1.0"),
+    (["--optimizer", "sgd", "--output_dir", "{resumed}"], "another kind of optimizer, one with betas"),
     (["--out_dim", "63", "--output_dir", "{resumed}"], "does not fit this run's options")])
 def test_bad_input_is_one_line_and_status_2(image_folder, two_epochs, tmp_path, capsys, monkeypatch, words, says):
     (tmp_path / "empty").mkdir()
@@ -264,4 +335,43 @@ def test_unreadable_image_is_named(image_folder, tmp_path, monkeypatch):
                                      str(tmp_path / "data"), "--output_dir", str(tmp_path / "out")])
     with pytest.raises(SystemExit) as stop:
         main_selfpatch.main()
-    assert str(damaged) in stop.value.code and "\n" not in stop.value.code
+    assert stop.value.code.startswith(f"main_selfpatch.py: error: cannot read the image {damaged}")
+    assert "\n" not in stop.value.code
+
+
+def test_half_precision_goes_on_from_float32(image_folder, two_epochs, tmp_path):
+    """An empty scaler state, and one that is there the next time."""
+    shutil.copy(two_epochs / "checkpoint0000.pth", tmp_path / "checkpoint.pth")
+    words = ["--epochs", 3, "--data_path", image_folder, "--output_dir", tmp_path, "--precision", "fp16"]
+    train_dino(options(*words))
+    state = load(tmp_path / "checkpoint0001.pth")
+    assert state["fp16_scaler"]["scale"] > 0
+    torch.save(state | {"fp16_scaler": state["fp16_scaler"] | {"scale": 8.0}}, tmp_path / "checkpoint.pth")
+    train_dino(options(*words))
+    assert load(tmp_path / "checkpoint.pth")["fp16_scaler"]["scale"] == 8.0
+
+
+def test_weights_that_are_not_finite_are_not_saved(image_folder, two_epochs, tmp_path, monkeypatch):
+    shutil.copy(two_epochs / "checkpoint0000.pth", tmp_path / "checkpoint.pth")
+    epoch = main_selfpatch.train_one_epoch
+
+    def spoiled(student, *args):
+        stats = epoch(student, *args)
+        student.backbone.pos_embed.data[0, 0, 0] = float("inf")
+        return stats
+
+    monkeypatch.setattr(main_selfpatch, "train_one_epoch", spoiled)
+    with pytest.raises(SystemExit, match="weights NaN or infinite"):
+        train_dino(options("--epochs", 2, "--data_path", image_folder, "--output_dir", tmp_path))
+    assert load(tmp_path / "checkpoint.pth")["epoch"] == 1
+
+
+@pytest.mark.parametrize("device, has_bf16, words, dtype", [
+    ("cuda", True, [], torch.bfloat16), ("cuda", False, [], torch.float16),
+    ("cuda", True, ["--use_fp16", "false"], torch.float32), ("cpu", True, [], torch.float32),
+    ("cpu", False, ["--precision", "bf16"], torch.bfloat16), ("cuda", True, ["--precision", "fp32"], torch.float32)])
+def test_precision_by_device(monkeypatch, device, has_bf16, words, dtype):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16)
+    args = options(*words)
+    args.device = torch.device(device)
+    assert main_selfpatch.autocast_dtype(args) == dtype

@@ -135,8 +135,26 @@ def test_first_slurm_host_without_scontrol(clean_env, nodes, first, tmp_path):
     assert utils.first_slurm_host() == first
 
 
-def test_missing_gpu_is_a_clear_error(monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+def test_slurm_script_without_srun_is_one_process(clean_env):
+    for name, value in {"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_LOCALID": "0", "ENVIRONMENT": "BATCH"}.items():
+        clean_env.setenv(name, value)
+    args = process_args()
+    utils.init_distributed_mode(args)
+    assert (args.rank, args.world_size) == (0, 1)
+
+
+@pytest.mark.parametrize("env, index", [({"SLURM_LOCALID": "3"}, 0), ({"LOCAL_RANK": "0"}, 0)])
+def test_one_visible_gpu(clean_env, env, index):
+    for name, value in env.items():
+        clean_env.setenv(name, value)
+    clean_env.setattr(torch.cuda, "device_count", lambda: 1)
+    clean_env.setattr(torch.cuda, "set_device", lambda index: None)
+    assert utils.pick_device("cuda", local_rank=int(next(iter(env.values())))) == torch.device("cuda", index)
+
+
+def test_missing_gpu_is_a_clear_error(clean_env, capsys):
+    clean_env.setenv("LOCAL_RANK", "1")  # only such a rank can meet it, so it must speak
+    clean_env.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(SystemExit) as stop:
         utils.pick_device("cuda", local_rank=1)
     assert stop.value.code == 2 and "needs GPU 1, but torch sees 1" in capsys.readouterr().err
@@ -159,9 +177,9 @@ def test_checkpoint_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
 def test_restart_is_strict(tmp_path):
     path, model = tmp_path / "checkpoint.pth", nn.Linear(2, 2)
-    assert utils.restart_from_checkpoint(path, student=model) is None
+    assert utils.restart_from_checkpoint(path, student=model) == 0
     torch.save({"student": {"module.weight": torch.ones(2, 2), "module.bias": torch.zeros(2)}, "epoch": 3}, path)
-    assert utils.restart_from_checkpoint(path, student=model)["epoch"] == 3
+    assert utils.restart_from_checkpoint(path, student=model) == 3
     assert (model.weight == 1).all()
     with pytest.raises(ValueError, match="student.*does not fit.*size mismatch"):
         utils.restart_from_checkpoint(path, student=nn.Linear(3, 2))
