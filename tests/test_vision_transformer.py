@@ -100,7 +100,7 @@ def test_class_token_takes_part_and_is_dropped():
     assert model.pos_embed.shape == (1, 17, 24)
     raw = model.get_intermediate_layers(x, 1)[0]
     torch.testing.assert_close(model.norm(raw), features)
-    model.cls_token += 1
+    model.cls_token.normal_()
     assert not torch.allclose(model(x), features)
 
 
