@@ -49,7 +49,7 @@ class VisionTransformer(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, num_patches + class_token, embed_dim))
         self.blocks = nn.ModuleList(
             Block(embed_dim, num_heads, mlp_ratio, qkv_bias, drop_path=rate, norm_layer=norm_layer)
-            for rate in torch.linspace(0, drop_path_rate, depth).tolist())
+            for rate in torch.linspace(0, drop_path_rate, depth, device="cpu").tolist())  # on the meta device too
         self.norm = norm_layer(embed_dim) if final_norm else nn.Identity()
         trunc_normal_(self.pos_embed, std=0.02)
         if class_token:
