@@ -5,17 +5,20 @@
     DAVIS/Annotations/480p/<sequence>/00000.png …    masks: 0 background, 1 … n objects, 255 void
 """
 import os
+import shutil
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import cv2
 import numpy as np
 from PIL import Image
 
 VOID = 255
+SCALE_SIZE = 480  # short side of the frames that a backbone sees
 
 
-class DataError(Exception):
+class DataError(ValueError):
     """Something in the user's files cannot be used; the message names the file and says why."""
 
 
@@ -119,6 +122,29 @@ def image_size(path: str | Path) -> tuple[int, int]:
         return image.size
 
 
+def resized_shape(height: int, width: int, scale_size: int = SCALE_SIZE) -> tuple[int, int]:
+    """The short side becomes scale_size, the long one keeps the proportion, cut to a multiple of 64."""
+    if height > width:
+        return scale_size * height // width // 64 * 64, scale_size
+    return scale_size, scale_size * width // height // 64 * 64
+
+
+def load_frame(path: str | Path, scale_size: int = SCALE_SIZE) -> tuple[np.ndarray, int, int]:
+    """A frame as resized RGB, uint8 [H, W, 3], and its own height and width.
+
+    Raises:
+        DataError: the file is missing, damaged or no image.
+    """
+    with readable(path), Image.open(path) as check:
+        check.load()  # refuses damaged files of which OpenCV would return the readable part
+    image = cv2.imread(str(path), cv2.IMREAD_COLOR)
+    if image is None:
+        raise DataError(f"{path}: damaged, or no image")
+    height, width = image.shape[:2]
+    image = cv2.resize(image, resized_shape(height, width, scale_size)[::-1])  # bilinear, on uint8 as published
+    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB), height, width
+
+
 def open_mask(path: str | Path) -> Image.Image:
     with readable(path), Image.open(path) as image:
         image.load()
@@ -161,3 +187,18 @@ def write_text(path: str | Path, text: str) -> None:
     temporary.write_text(text)
     os.replace(temporary, path)
     print(f"{path} {'replaced' if replaced else 'written'}")
+
+
+@contextmanager
+def whole_folder(folder: Path):
+    """A new folder to write to, which takes the place of folder when all is done and is removed if anything fails."""
+    temporary, replaced = (folder.with_name(f".{folder.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        if folder.exists():
+            folder.rename(replaced)
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
