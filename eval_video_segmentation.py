@@ -28,8 +28,7 @@ import davis_data
 from checkpoints import load_backbone
 from davis_data import SCALE_SIZE, VOID, DataError, Sequence, imwrite_indexed, load_frame, resized_shape
 from davis_metrics import format_scores, score_sequence
-from label_propagation import label_propagation, norm_mask, restrict_neighborhood  # noqa: F401  looked for here
-from label_propagation import propagate, to_mask, to_one_hot
+from label_propagation import label_propagation, norm_mask, propagate, restrict_neighborhood, to_mask, to_one_hot  # noqa: F401
 from vision_transformer import ARCHS, VisionTransformer
 
 MEAN = (0.485, 0.456, 0.406)
