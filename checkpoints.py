@@ -287,7 +287,8 @@ def build_backbone(state: dict[str, torch.Tensor], info: CheckpointInfo, arch: s
 
     Args:
         arch, patch_size: what the user asked for; None takes what the file has.
-        kwargs: more of VisionTransformer's arguments, such as drop_path_rate.
+        kwargs: more of VisionTransformer's arguments: drop_path_rate; num_heads, which no file tells (the published
+            detectors have 8 in vit_small).
 
     Raises:
         CheckpointError: arch or patch_size contradicts the file.
@@ -323,11 +324,7 @@ def load_with_info(path: str | Path, key: str = "teacher", arch: str | None = No
                    random_weights: bool = False, **kwargs) -> tuple[VisionTransformer, CheckpointInfo | None]:
     """read_backbone and build_backbone for a job: prints one line that says what was loaded.
 
-    Args:
-        path: the checkpoint; empty only with random_weights, which builds a network without one and without info.
-
-    Raises:
-        CheckpointError: as read_backbone and build_backbone do, and for an empty path without random_weights.
+    An empty path needs random_weights, which builds an untrained network and gives no info. Errors are CheckpointError.
     """
     if path and random_weights:
         raise CheckpointError(f"--random_weights contradicts --pretrained_weights {path}: give one of the two")
@@ -339,7 +336,9 @@ def load_with_info(path: str | Path, key: str = "teacher", arch: str | None = No
     if not random_weights:
         raise CheckpointError("--pretrained_weights is empty, so the features will be those of a random network: "
                               "give a checkpoint, or --random_weights to go on without one")
-    arch, patch_size = arch or "vit_small", patch_size or 16
+    arch, patch_size = arch or "vit_small", 16 if patch_size is None else patch_size
+    if not 1 <= patch_size <= 224:
+        raise CheckpointError(f"--patch_size {patch_size} is not within 1 to 224")
     print(f"random weights: {arch}, patch size {patch_size}, not trained at all")
     return ARCHS[arch](patch_size, **kwargs).eval(), None
 

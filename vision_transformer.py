@@ -107,16 +107,16 @@ class VisionTransformer(nn.Module):
         return [features[i] for i in wanted]
 
 
-def vit_tiny(patch_size: int = 16, **kwargs) -> VisionTransformer:
-    return VisionTransformer(patch_size=patch_size, embed_dim=192, depth=12, num_heads=3, **kwargs)
+def vit_tiny(patch_size: int = 16, num_heads: int = 3, **kwargs) -> VisionTransformer:
+    return VisionTransformer(patch_size=patch_size, embed_dim=192, depth=12, num_heads=num_heads, **kwargs)
 
 
-def vit_small(patch_size: int = 16, **kwargs) -> VisionTransformer:
-    return VisionTransformer(patch_size=patch_size, embed_dim=384, depth=12, num_heads=6, **kwargs)
+def vit_small(patch_size: int = 16, num_heads: int = 6, **kwargs) -> VisionTransformer:
+    return VisionTransformer(patch_size=patch_size, embed_dim=384, depth=12, num_heads=num_heads, **kwargs)
 
 
-def vit_base(patch_size: int = 16, **kwargs) -> VisionTransformer:
-    return VisionTransformer(patch_size=patch_size, embed_dim=768, depth=12, num_heads=12, **kwargs)
+def vit_base(patch_size: int = 16, num_heads: int = 12, **kwargs) -> VisionTransformer:
+    return VisionTransformer(patch_size=patch_size, embed_dim=768, depth=12, num_heads=num_heads, **kwargs)
 
 
 ARCHS = {"vit_tiny": vit_tiny, "vit_small": vit_small, "vit_base": vit_base,

@@ -1,0 +1,74 @@
+"""Drawings of attention maps and positives, as PIL images for visualize.py."""
+import math
+
+import cv2
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+COLOURS = ("#ff3b30", "#34c759", "#0a84ff", "#ffcc00", "#ff2dce", "#00e5ff", "#ff9500", "#af7cff", "#ffffff")
+PANEL_WIDTH, LABEL_HEIGHT, GAP = 416, 30, 6
+CELLS = 24, 40  # pixels a patch is drawn with: enough for a digit, and no more than it needs
+
+
+def labelled_panels(panels: list[tuple[str, Image.Image]], columns: int) -> Image.Image:
+    """Panels of one size on a white sheet, row by row, each under its label."""
+    width, height = panels[0][1].size
+    rows = -(-len(panels) // columns)
+    sheet = Image.new("RGB", (columns * (width + GAP) + GAP, rows * (height + LABEL_HEIGHT + GAP)), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(20)
+    for i, (label, panel) in enumerate(panels):
+        x, y = GAP + i % columns * (width + GAP), i // columns * (height + LABEL_HEIGHT + GAP)
+        draw.text((x + 2, y + LABEL_HEIGHT // 2), label, "black", font, anchor="lm")
+        sheet.paste(panel, (x, y + LABEL_HEIGHT))
+    return sheet
+
+
+def heat(values: np.ndarray, size: tuple[int, int]) -> Image.Image:
+    """Values [rows, columns] from their least, dark, to their greatest, bright, each patch a flat cell."""
+    span = np.ptp(values)
+    levels = np.uint8(255 * (values - values.min()) / (span if span > 0 else 1))
+    colours = cv2.cvtColor(cv2.applyColorMap(levels, cv2.COLORMAP_INFERNO), cv2.COLOR_BGR2RGB)
+    return Image.fromarray(colours).resize(size, Image.Resampling.NEAREST)
+
+
+def attention_maps(image: Image.Image, maps: np.ndarray, patch: tuple[int, int] | None, patch_size: int) -> Image.Image:
+    """The image, the mean map and a map per head, each scaled from its own least to its own greatest value.
+
+    Args:
+        maps: attention [heads, rows, columns].
+        patch: row and column of the patch that asks, marked in every panel; None where the class token asks.
+    """
+    size = (PANEL_WIDTH, round(PANEL_WIDTH * image.height / image.width))
+    panels = [("image", image.resize(size, Image.Resampling.BICUBIC)), ("mean of the heads", heat(maps.mean(0), size))]
+    panels += [(f"head {i + 1}", heat(values, size)) for i, values in enumerate(maps)]
+    if patch is not None:
+        cell = patch_size * size[0] / image.width
+        y, x = patch[0] * cell, patch[1] * cell
+        for _, panel in panels:
+            ImageDraw.Draw(panel).rectangle((x - 2, y - 2, x + cell + 1, y + cell + 1), outline="#00e5ff", width=2)
+    return labelled_panels(panels, columns=math.ceil((1.5 * len(panels)) ** 0.5))
+
+
+def positives(image: Image.Image, patch_size: int, patches: list[tuple[int, int]],
+              chosen: list[list[tuple[int, int]]]) -> Image.Image:
+    """The image enlarged, each patch in a thick frame, its positives numbered in the same colour, best first.
+
+    Args:
+        patches: (row, column) of the patches that were matched.
+        chosen: the positives of each, (row, column), in order.
+    """
+    rows, columns = image.height // patch_size, image.width // patch_size
+    cell = min(max(1600 // columns, CELLS[0]), CELLS[1])
+    canvas = image.resize((columns * cell, rows * cell), Image.Resampling.BICUBIC)
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(0.65 * cell)
+    for i, (patch, picks) in enumerate(zip(patches, chosen, strict=True)):
+        colour = COLOURS[i % len(COLOURS)]
+        for number, (row, column) in enumerate(picks, start=1):
+            x, y = column * cell, row * cell
+            draw.rectangle((x + 2, y + 2, x + cell - 3, y + cell - 3), outline=colour, width=2)
+            draw.text((x + cell / 2, y + cell / 2), str(number), "white", font, anchor="mm",
+                      stroke_width=2, stroke_fill="black")
+        x, y = patch[1] * cell, patch[0] * cell
+        draw.rectangle((x - 1, y - 1, x + cell, y + cell), outline="black", width=6)
+        draw.rectangle((x, y, x + cell - 1, y + cell - 1), outline=colour, width=4)
+    return canvas

@@ -1,0 +1,210 @@
+"""Draw what a model sees, from any checkpoint that loads.
+
+    python visualize.py attention --pretrained_weights checkpoint.pth --image_path dog.jpg --output attention.png
+    python visualize.py positives --pretrained_weights checkpoint.pth --image_path dog.jpg --output positives.png
+    python visualize.py positives --random_weights --arch vit_small --image_path dog.jpg --patches 10,20 4,7
+
+attention: where the class token looks, one map per attention head; SelfPatch's class token lives in its head.
+positives: the neighbours that positive matching picks for some patches.
+"""
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+import drawing
+from checkpoints import CheckpointError, CheckpointInfo, build_head, load_with_info
+from selfpatch_head import SelfPatchHead, neighbour_similarity, positive_matching
+from vision_transformer import ARCHS, VisionTransformer
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def row_column(text: str) -> tuple[int, int]:
+    try:
+        row, column = map(int, text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not ROW,COLUMN, such as 10,20") from None
+    return row, column
+
+
+def add_model_and_image(parser: argparse.ArgumentParser, output: str) -> None:
+    parser.add_argument("--pretrained_weights", default="", help="checkpoint of any kind")
+    parser.add_argument("--random_weights", action="store_true", help="go on without a checkpoint, untrained")
+    parser.add_argument("--checkpoint_key", default="teacher", help="network of a training run: teacher or student")
+    parser.add_argument("--arch", choices=list(ARCHS), help="the checkpoint's own; vit_small without one")
+    parser.add_argument("--patch_size", type=int, help="the checkpoint's own; 16 without one")
+    parser.add_argument("--image_path", required=True, help="the image to look at")
+    parser.add_argument("--image_size", type=int, default=480, help="the image's short side is scaled to this")
+    parser.add_argument("--output", default=output, help="PNG to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace the output file if it is there")
+
+
+def check_output(output: str, overwrite: bool) -> Path:
+    path = Path(output)
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"--output {path}: the drawing is a PNG, so give a name that ends in .png")
+    if not path.parent.is_dir():
+        raise ValueError(f"--output {path}: {path.parent} is no folder, make it first")
+    if path.exists() and not overwrite:
+        raise ValueError(f"--output {path} is already there: give another name, or --overwrite")
+    return path
+
+
+def open_image(path: str) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+    except UnidentifiedImageError:
+        raise ValueError(f"--image_path {path} is not an image") from None
+    except OSError as error:
+        raise ValueError(f"--image_path {path} cannot be read: {error.strerror or error}") from None
+
+
+def fit_patches(image: Image.Image, short_side: int, patch_size: int) -> Image.Image:
+    """The image, scaled to short_side and cropped at the right and bottom to whole patches."""
+    if short_side < 3 * patch_size:
+        raise ValueError(f"--image_size {short_side} is under 3 patches of {patch_size}: the least is {3 * patch_size}")
+    scale = short_side / min(image.size)
+    image = image.resize([round(side * scale) for side in image.size], Image.Resampling.BICUBIC)
+    return image.crop((0, 0, *(side // patch_size * patch_size for side in image.size)))
+
+
+def to_tensor(image: Image.Image) -> torch.Tensor:
+    """A PIL image -> [1, 3, H, W], normalised with ImageNet's mean and standard deviation."""
+    pixels = torch.from_numpy(np.asarray(image, dtype=np.float32) / 255)
+    return ((pixels - torch.tensor(MEAN)) / torch.tensor(STD)).permute(2, 0, 1)[None]
+
+
+def load(args: argparse.Namespace) -> tuple[VisionTransformer, CheckpointInfo | None]:
+    torch.manual_seed(0)  # the same random network every time
+    return load_with_info(args.pretrained_weights, args.checkpoint_key, args.arch, args.patch_size,
+                          args.random_weights)
+
+
+def split_heads(x: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """[M, D] -> [heads, M, D / heads]."""
+    return x.unflatten(-1, (num_heads, -1)).transpose(0, 1)
+
+
+def attention_weights(q: torch.Tensor, k: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """How much the one query q [1, D] takes of each key k [M, D], head by head: [heads, M], each row's sum is 1."""
+    q, k = split_heads(q, num_heads), split_heads(k, num_heads)
+    return (q @ k.transpose(1, 2) * q.shape[-1] ** -0.5).softmax(-1)[:, 0]
+
+
+def self_attention(backbone: VisionTransformer, x: torch.Tensor, query: int) -> torch.Tensor:
+    """Last block's attention from token `query` of image x [1, 3, H, W] to the patches, [heads, N]."""
+    tokens = backbone.prepare_tokens(x)
+    for block in backbone.blocks[:-1]:
+        tokens = block(tokens)
+    block = backbone.blocks[-1]
+    q, k, _ = block.attn.qkv(block.norm1(tokens))[0].chunk(3, dim=-1)
+    weights = attention_weights(q[query:query + 1], k, backbone.num_heads)
+    return weights if backbone.cls_token is None else weights[:, 1:]
+
+
+def head_attention(backbone: VisionTransformer, head: SelfPatchHead, x: torch.Tensor) -> torch.Tensor:
+    """The SelfPatch head's second block's attention from its class token to the patches of x, [heads, N]."""
+    patches, c = backbone(x), head.cls_token[0]
+    first, second = head.cls_blocks
+    c = second.norm1(first(c, *first.keys_values(patches)))
+    keys = second.keys_values(patches)[0][0]
+    return attention_weights(second.attn.q(c), torch.cat([second.attn.k(c), keys]), backbone.num_heads)[:, 1:]
+
+
+@torch.no_grad()
+def draw_attention(args: argparse.Namespace) -> None:
+    output = check_output(args.output, args.overwrite)
+    image = open_image(args.image_path)
+    backbone, info = load(args)
+    image = fit_patches(image, args.image_size, backbone.patch_size)
+    x = to_tensor(image)
+    grid = backbone.grid_size(x)
+    if args.patch is not None:
+        query = check_patches([args.patch], grid, "--patch")[0] + (backbone.cls_token is not None)
+        maps, asking = self_attention(backbone, x, query), "patch"
+    elif backbone.cls_token is not None:
+        maps, asking = self_attention(backbone, x, 0), "class token"
+    else:
+        if info is None:
+            head = SelfPatchHead(backbone.embed_dim, backbone.num_heads).eval()
+        elif any(name.startswith("ca_head.") for name in info.beside):
+            head = build_head(info)
+        else:
+            raise CheckpointError(f"{info.path} has neither a class token nor a SelfPatch head (ca_head): give a "
+                                  "training checkpoint, or --patch ROW,COLUMN for a patch's own attention")
+        maps, asking = head_attention(backbone, head, x), "class token of the SelfPatch head"
+    drawing.attention_maps(image, maps.unflatten(1, grid).numpy(), args.patch, backbone.patch_size).save(output)
+    print(f"wrote {output}: attention of the {asking} over {grid[0]}×{grid[1]} patches, {len(maps)} heads")
+
+
+def check_patches(patches: list[tuple[int, int]], grid: tuple[int, int], option: str) -> list[int]:
+    """Indices of (row, column) patches, row by row."""
+    for row, column in patches:
+        if not (0 <= row < grid[0] and 0 <= column < grid[1]):
+            raise ValueError(f"{option} {row},{column} is outside the image, whose patches are 0,0 to "
+                             f"{grid[0] - 1},{grid[1] - 1}")
+    return [row * grid[1] + column for row, column in patches]
+
+
+@torch.no_grad()
+def draw_positives(args: argparse.Namespace) -> None:
+    output = check_output(args.output, args.overwrite)
+    image = open_image(args.image_path)
+    backbone, info = load(args)
+    k_num = args.k_num or (info.k_num if info else 4)
+    image = fit_patches(image, args.image_size, backbone.patch_size)
+    x = to_tensor(image)
+    grid = backbone.grid_size(x)
+    rows, columns = ([side * n // 6 for n in (1, 3, 5)] for side in grid)
+    patches = args.patches or [(row, column) for row in rows for column in columns]
+    queries = check_patches(patches, grid, "--patches")
+    features = backbone.get_intermediate_layers(x, 1)[0]  # what the loss compares: no final norm
+    chosen = positive_matching(features, grid, k_num)[0, queries]
+    similarity = neighbour_similarity(features, grid)[0, queries].sort(dim=-1, descending=True).values
+    positives = [[divmod(index, grid[1]) for index in row] for row in chosen.tolist()]
+    drawing.positives(image, backbone.patch_size, patches, positives).save(output)
+    for patch, picks, cosines in zip(patches, positives, similarity.tolist(), strict=True):
+        found = "  ".join(f"{r},{c} ({cosine:.2f})" for (r, c), cosine in zip(picks, cosines, strict=False))
+        print(f"patch {patch[0]},{patch[1]}: {found}")
+    print(f"wrote {output}: {k_num} positives each of {len(patches)} of {grid[0]}×{grid[1]} patches")
+
+
+def add_attention(subparsers) -> None:
+    parser = subparsers.add_parser("attention", help="the class token's attention, a map per head")
+    add_model_and_image(parser, "attention.png")
+    parser.add_argument("--patch", type=row_column, metavar="ROW,COLUMN",
+                        help="draw the attention of this patch in the backbone's last block, not the class token's")
+    parser.set_defaults(func=draw_attention)
+
+
+def add_positives(subparsers) -> None:
+    parser = subparsers.add_parser("positives", help="the neighbours that positive matching picks")
+    add_model_and_image(parser, "positives.png")
+    parser.add_argument("--patches", type=row_column, nargs="+", metavar="ROW,COLUMN",
+                        help="patches to match, counted from 0 at the upper left; nine spread ones if not given")
+    parser.add_argument("--k_num", type=int, choices=range(1, 9), help="positives a patch; the run's own, or 4")
+    parser.set_defaults(func=draw_positives)
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Draw what a model sees.")
+    subparsers = parser.add_subparsers(required=True, metavar="{attention,positives}")
+    add_attention(subparsers)
+    add_positives(subparsers)
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    args.func(args)
+
+
+if __name__ == "__main__":
+    try:
+        main(get_args_parser().parse_args())
+    except (ValueError, OSError) as error:
+        print(f"visualize.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
