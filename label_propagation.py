@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 TEMPERATURE = 0.1
-HELD_AT_ONCE = {"cpu": 2**20, "cuda": 2**24}  # similarities: what a CPU's cache likes; 64 MB on a GPU
+HELD_AT_ONCE = {"cpu": 2**21, "cuda": 2**24}  # similarities: what a CPU's cache likes; 64 MB on a GPU
 
 
 def to_one_hot(labels: torch.Tensor) -> torch.Tensor:
@@ -32,32 +32,37 @@ def restrict_neighborhood(height: int, width: int, size_mask_neighborhood: int, 
     return (near_rows[:, None, :, None] & near_columns[None, :, None, :]).flatten(2).flatten(0, 1)
 
 
-def mix_labels(similarity: torch.Tensor, labels: torch.Tensor, topk: int) -> torch.Tensor:
+def mix_labels(similarity: torch.Tensor, outside: torch.Tensor | None, labels: torch.Tensor, topk: int) -> torch.Tensor:
     """Labels of m target patches as the mean over their topk most similar context patches, weights exp(cos / 0.1).
 
     Args:
-        similarity: cosines [T, m, n] with n patches of each of T contexts, -inf outside the window. Patches as
-            similar as the k-th are all counted in.
+        similarity: cosines [T, m, n] with the patches at n places in each of T contexts.
+        outside: [m, n], 0 for places in the window, -inf for others; None for no window.
         labels: [T, n, C].
 
     Returns:
-        [m, C].
+        [m, C]. Patches as similar as the k-th are all counted in.
     """
-    patches, labels = similarity.shape[2], labels.flatten(0, 1)
-    k = min(topk, len(labels))
-    # topk before anything else, in each context and then among them; one more tells if others share the k-th value
-    values, indices = similarity.topk(min(k + 1, patches))
-    indices += patches * torch.arange(len(indices), device=indices.device)[:, None, None]
-    values, best = values.transpose(0, 1).flatten(1).topk(min(k + 1, len(labels)))
-    indices = indices.transpose(0, 1).flatten(1).gather(1, best)
-    weights = torch.exp(values[:, :k] / TEMPERATURE)
-    mixed = (weights[..., None] * labels[indices[:, :k]]).sum(1) / weights.sum(1, keepdim=True)
+    contexts, targets, places = similarity.shape
+    k = min(topk, contexts * places)
+    # The topk lie at the topk places that are best in any context: a search over n, not T·n. One more of both is
+    # looked up, since it tells whether others share the k-th value.
+    best = similarity.amax(0) if outside is None else similarity.amax(0).add_(outside)
+    best = best.topk(min(k + 1, places)).indices
+    candidates = similarity[:, torch.arange(targets, device=best.device)[:, None], best].permute(1, 0, 2)
+    if outside is not None:
+        candidates = candidates + outside.gather(1, best)[:, None]
+    values, chosen = candidates.flatten(1).topk(min(k + 1, contexts * best.shape[1]))
+    weights, chosen = torch.exp(values[:, :k] / TEMPERATURE), chosen[:, :k]
+    found = labels[chosen // best.shape[1], best.gather(1, chosen % best.shape[1])]
+    mixed = (weights[..., None] * found).sum(1) / weights.sum(1, keepdim=True)
     if values.shape[1] > k:
         tied = ((values[:, k] == values[:, k - 1]) & values[:, k].isfinite()).nonzero()[:, 0]
         if len(tied):
-            every = similarity[:, tied].transpose(0, 1).flatten(1)
+            every = similarity[:, tied] if outside is None else similarity[:, tied] + outside[tied]
+            every = every.transpose(0, 1).flatten(1)
             weights = torch.exp(every / TEMPERATURE) * (every >= values[tied, k - 1:k])
-            mixed[tied] = weights @ labels / weights.sum(1, keepdim=True)
+            mixed[tied] = weights @ labels.flatten(0, 1) / weights.sum(1, keepdim=True)
     return mixed
 
 
@@ -86,10 +91,11 @@ def label_propagation(target: torch.Tensor, contexts: torch.Tensor, labels: torc
         rows, near = slice(top, min(top + step, height)), slice(max(0, top - radius), top + step + radius)
         similarity = torch.bmm(target[rows].reshape(1, -1, dim).expand(len(contexts), -1, -1),
                                contexts[:, near].flatten(1, 2).transpose(1, 2))
+        outside = None
         if size_mask_neighborhood:
             window = restrict_neighborhood(height, width, radius, rows, near, target.device)
-            similarity.masked_fill_(~window, -torch.inf)
-        mixed.append(mix_labels(similarity, labels[:, near].flatten(1, 2), topk))
+            outside = similarity.new_zeros(window.shape).masked_fill_(~window, -torch.inf)
+        mixed.append(mix_labels(similarity, outside, labels[:, near].flatten(1, 2), topk))
     return torch.cat(mixed).view(height, width, -1)
 
 

@@ -75,8 +75,8 @@ def plain_propagation(features: torch.Tensor, labels: torch.Tensor, n_last: int,
         contexts = [0, *range(max(1, t - n_last), t)]
         sources = F.normalize(features[contexts], dim=2)
         target = F.normalize(features[t], dim=1).expand(len(contexts), -1, -1)
-        affinity = torch.exp(torch.bmm(sources, target.transpose(1, 2)) / 0.1) * window
-        affinity = affinity.flatten(0, 1)
+        affinity = torch.exp(torch.bmm(target, sources.transpose(1, 2)) / 0.1) * window
+        affinity = affinity.transpose(1, 2).reshape(-1, height * width)  # contexts down, targets across, as published
         kth = affinity.topk(topk, dim=0).values[-1]
         affinity[affinity < kth] = 0
         affinity = affinity / affinity.sum(0)
