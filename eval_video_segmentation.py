@@ -284,8 +284,8 @@ def report(names: list[str], scores: dict, unscored: dict[str, str], failed: dic
     return 1 if failed else 0
 
 
-def main(args: argparse.Namespace) -> int:
-    """Exit status: 0, 1 if a sequence failed; DataError for what no sequence can be segmented with."""
+def run(args: argparse.Namespace) -> int:
+    """Exit status: 0, or 1 if a sequence failed. What lets no sequence be segmented raises a ValueError."""
     rank, local_rank, world_size = (int(os.environ.get(name, default)) for name, default in
                                     (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
     check_options(args)
@@ -316,10 +316,14 @@ def main(args: argparse.Namespace) -> int:
     return report(names, scores, unscored, failed | failures) if rank == 0 else 0
 
 
-if __name__ == "__main__":
+def main(args: argparse.Namespace) -> int:
     try:
-        sys.exit(main(get_args_parser().parse_args()))
+        return run(args)
     except ValueError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"eval_video_segmentation.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(get_args_parser().parse_args()))
