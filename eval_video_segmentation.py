@@ -240,9 +240,11 @@ def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
 
 
 def check_options(args: argparse.Namespace) -> None:
-    for name, least in (("n_last_frames", 0), ("size_mask_neighborhood", 0), ("topk", 1), ("bs", 1)):
-        if getattr(args, name) < least:
-            raise DataError(f"--{name} {getattr(args, name)}: give {least} or more")
+    for name, least in (("n_last_frames", 0), ("size_mask_neighborhood", 0), ("topk", 1), ("bs", 1),
+                        ("patch_size", 1)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise DataError(f"--{name} {value}: give {least} or more")
     output, data = Path(args.output_dir).resolve(), Path(args.data_path).resolve()
     if any(folder in (output, *output.parents) for folder in (data / "JPEGImages", data / "Annotations")):
         raise DataError(f"--output_dir {args.output_dir}: lies among the data, which results would replace")
@@ -265,11 +267,11 @@ def find_sequences(args: argparse.Namespace) -> tuple[list[Sequence], dict[str, 
 
 
 def share(sequences: list[Sequence], rank: int, world_size: int) -> list[Sequence]:
-    """This process's sequences: the longest first, each to the process with the fewest frames so far."""
+    """This process's sequences; each, from the longest on, goes to the process with the fewest frames so far."""
     shares = [[] for _ in range(world_size)]
     for sequence in sorted(sequences, key=lambda s: -len(s.frames)):
         min(shares, key=lambda one: sum(len(s.frames) for s in one)).append(sequence)
-    return shares[rank]
+    return sorted(shares[rank], key=sequences.index)
 
 
 def report(names: list[str], scores: dict, unscored: dict[str, str], failed: dict[str, str]) -> int:
@@ -296,6 +298,10 @@ def run(args: argparse.Namespace) -> int:
     with contextlib.redirect_stdout(sys.stdout if rank == 0 else None):
         model = load_backbone(args.pretrained_weights, args.checkpoint_key, args.arch, args.patch_size,
                               args.random_weights).to(device)
+    try:
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"--output_dir {args.output_dir}: {error.strerror}") from None
     if rank == 0:
         for name, error in failed.items():
             print(f"{name}: {error}", file=sys.stderr)

@@ -296,6 +296,23 @@ def test_usage_errors_are_one_line_and_status_2(options, words, tmp_path, capsys
     assert not (tmp_path / "masks").exists()
 
 
+def test_backbones_with_a_class_token_go_the_same_way(tmp_path):
+    torch.manual_seed(0)
+    model = vit_tiny(32, class_token=True, final_norm=True)
+    torch.save(model.state_dict(), tmp_path / "dino.pth")
+    data = make_davis(tmp_path / "data", "clip")
+    assert run(data, tmp_path / "masks", "--pretrained_weights", tmp_path / "dino.pth") == 0
+    last = read_mask(tmp_path / "masks" / "clip" / "00003.png")[0]
+    extract = job.PatchFeatures(model.eval(), torch.device("cpu"), torch.float32, 4)
+    paths = sorted((data / "JPEGImages" / "480p" / "clip").iterdir())
+    with torch.inference_mode():
+        features = extract(np.stack([job.load_frame(path)[0] for path in paths]))
+        assert features.shape == (4, 15, 24, 192)
+        labels = job.read_seg(data / "Annotations" / "480p" / "clip" / "00000.png", 32)[0][0]
+        *_, soft = job.propagate(features, labels)
+    assert (job.to_mask(soft, 32, 60, 100).numpy() == last).mean() > 0.999
+
+
 def test_two_processes_share_the_sequences(tmp_path):
     data = make_davis(tmp_path / "data", "one", "two", "three")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", job.__file__,
