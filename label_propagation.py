@@ -126,10 +126,9 @@ def propagate(features: Iterable[torch.Tensor], labels: torch.Tensor, n_last_fra
 
 def norm_mask(mask: torch.Tensor) -> torch.Tensor:
     """Each channel of [C, H, W] stretched to 0 … 1, unless it has no positive value or is constant."""
-    low, high = mask.flatten(1).aminmax(dim=1)
-    low, span = low[:, None, None], (high - low)[:, None, None]
-    stretch = (high[:, None, None] > 0) & (span > 1e-6 * high[:, None, None].abs())  # a constant but for rounding
-    return torch.where(stretch, (mask - low) / span, mask)
+    low, high = (x[:, None, None] for x in mask.flatten(1).aminmax(dim=1))
+    stretch = (high > 0) & (high - low > 1e-6 * high)  # a channel that is constant but for rounding stays as it is
+    return mask.sub(low.where(stretch, 0)).div_((high - low).where(stretch, 1))
 
 
 @lru_cache(maxsize=64)
@@ -142,7 +141,7 @@ def nearest(source: int, size: int) -> np.ndarray:
 def to_mask(labels: torch.Tensor, patch_size: int, height: int, width: int) -> torch.Tensor:
     """Soft labels of patches [C, h, w] -> ids, uint8 [height, width]."""
     labels = F.interpolate(labels[None], scale_factor=patch_size, mode="bilinear", align_corners=False)[0]
-    ids = norm_mask(labels).argmax(0).to(torch.uint8)
+    ids = norm_mask(labels).max(0).indices.to(torch.uint8)  # on CPUs far faster than argmax
     rows, columns = (torch.from_numpy(nearest(source, size)).to(ids.device)
                      for source, size in zip(ids.shape, (height, width), strict=True))
-    return ids[rows][:, columns]
+    return ids.index_select(0, rows).index_select(1, columns)
