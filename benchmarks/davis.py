@@ -90,7 +90,7 @@ def plain_mask(labels: torch.Tensor, patch_size: int) -> np.ndarray:
         if channel.max() > 0:
             channel -= channel.min()
             channel /= channel.max()
-    ids = up.argmax(0).to(torch.uint8).cpu().numpy()
+    ids = up.max(0).indices.to(torch.uint8).cpu().numpy()
     return np.array(Image.fromarray(ids).resize((WIDTH, HEIGHT), Image.Resampling.NEAREST))
 
 
