@@ -1,11 +1,15 @@
-"""Draw what a model sees, from any checkpoint that loads.
+"""Draw what a model sees, from any checkpoint that loads, and what it made of videos.
 
     python visualize.py attention --pretrained_weights checkpoint.pth --image_path dog.jpg --output attention.png
     python visualize.py positives --pretrained_weights checkpoint.pth --image_path dog.jpg --output positives.png
     python visualize.py positives --random_weights --arch vit_small --image_path dog.jpg --patches 10,20 4,7
+    python visualize.py overlay --davis_path DAVIS --results masks/dino masks/selfpatch --labels DINO SelfPatch
+    python visualize.py scores --davis_path DAVIS --results masks/dino masks/selfpatch --labels DINO SelfPatch
 
 attention: where the class token looks, one map per attention head; SelfPatch's class token lives in its head.
 positives: the neighbours that positive matching picks for some patches.
+overlay: a DAVIS sequence beside the masks of one or several folders of results, as GIF, MP4 or PNGs.
+scores: J&F of such folders, sequence by sequence, as a bar chart.
 """
 import argparse
 import sys
@@ -14,9 +18,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
+from tqdm import tqdm
 
+import davis_metrics
 import drawing
+import overlays
 from checkpoints import CheckpointError, CheckpointInfo, build_head, load_with_info
+from davis_data import DataError, find_sequence, read_mask, read_set
 from selfpatch_head import SelfPatchHead, neighbour_similarity, positive_matching
 from vision_transformer import ARCHS, VisionTransformer
 
@@ -190,11 +198,93 @@ def add_positives(subparsers) -> None:
     parser.set_defaults(func=draw_positives)
 
 
+def result_labels(args: argparse.Namespace) -> list[str]:
+    labels = args.labels or [Path(folder).name for folder in args.results]
+    if len(labels) != len(args.results):
+        raise ValueError(f"--labels: {len(labels)} given for {len(args.results)} folders of --results")
+    for folder in args.results:
+        if not Path(folder).is_dir():
+            raise ValueError(f"--results {folder}: no such folder")
+    return labels
+
+
+def draw_overlay(args: argparse.Namespace) -> None:
+    labels = result_labels(args)
+    name = args.sequence or read_set(args.davis_path, args.set)[0]
+    output = Path(args.output or f"{name}.gif")
+    if output.suffix.lower() not in (".gif", ".mp4", ""):
+        raise ValueError(f"--output {output}: give a .gif, a .mp4, or a folder for PNGs")
+    if not output.parent.is_dir():
+        raise ValueError(f"--output {output}: {output.parent} is no folder, make it first")
+    if output.exists() and (not args.overwrite or output.is_dir()):
+        raise ValueError(f"--output {output} is already there: give another name"
+                         + ("" if output.is_dir() else ", or --overwrite"))
+    if args.fps <= 0 or args.width < 16:
+        raise ValueError(f"--fps {args.fps:g} --width {args.width}: give more than 0 and at least 16")
+    sequence = find_sequence(args.davis_path, name)
+    masks = [[Path(folder) / name / f"{frame.stem}.png" for frame in sequence.frames] for folder in args.results]
+    for path in (path for paths in masks for path in paths if not path.is_file()):
+        raise DataError(f"{path}: no result for this frame")
+
+    def pictures():
+        for frame, *paths in tqdm(zip(sequence.frames, *masks, strict=True), name, len(sequence.frames)):
+            panels = [np.asarray(open_image(str(frame)))]
+            for path in paths:
+                mask, palette = read_mask(path)
+                if mask.shape != panels[0].shape[:2]:
+                    raise DataError(f"{path}: is {mask.shape[1]}×{mask.shape[0]}, not of its frame's size")
+                panels.append(overlays.overlay(panels[0], mask, palette))
+            yield overlays.side_by_side(panels, ["video", *labels], args.width)
+
+    overlays.write_video(pictures(), output, args.fps)
+    print(f"wrote {output}: {len(sequence.frames)} frames of {name}")
+
+
+def draw_scores(args: argparse.Namespace) -> None:
+    labels, output = result_labels(args), check_output(args.output, args.overwrite)
+    scores = [davis_metrics.score_folder(args.davis_path, folder, args.set, args.processes) for folder in args.results]
+    groups = {"all objects": [davis_metrics.summarise(one)[0]["J&F-Mean"] for one in scores]}
+    for name in scores[0]:
+        groups[name] = [float(np.mean(one[name])) for one in scores]  # J and F of all its objects and frames
+    overlays.bar_chart(groups, labels, f"J&F of {args.set}").save(output)
+    print(f"wrote {output}: " + ", ".join(f"{label} {value:.3f}" for label, value in
+                                          zip(labels, groups["all objects"], strict=True)))
+
+
+def add_results(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--davis_path", required=True, help="folder with ImageSets, JPEGImages and Annotations")
+    parser.add_argument("--results", required=True, nargs="+", metavar="FOLDER",
+                        help="folders with <sequence>/<frame>.png; Annotations/480p itself is one too")
+    parser.add_argument("--labels", nargs="+", help="what to call them; the folders' names if not given")
+    parser.add_argument("--set", default="val", help="which list of ImageSets/2017")
+    parser.add_argument("--overwrite", action="store_true", help="replace the output file if it is there")
+
+
+def add_overlay(subparsers) -> None:
+    parser = subparsers.add_parser("overlay", help="masks over the frames of a DAVIS sequence")
+    add_results(parser)
+    parser.add_argument("--sequence", help="which one; the first of the list if not given")
+    parser.add_argument("--output", help=".gif, .mp4, or a new folder for PNGs; <sequence>.gif if not given")
+    parser.add_argument("--fps", type=float, default=12, help="frames a second")
+    parser.add_argument("--width", type=int, default=427, help="width of each panel in pixels")
+    parser.set_defaults(func=draw_overlay)
+
+
+def add_scores(subparsers) -> None:
+    parser = subparsers.add_parser("scores", help="J&F of every DAVIS sequence as a bar chart")
+    add_results(parser)
+    parser.add_argument("--output", default="scores.png", help="PNG to write")
+    parser.add_argument("--processes", type=int, default=1, help="to score with; sequences are shared out")
+    parser.set_defaults(func=draw_scores)
+
+
 def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Draw what a model sees.")
-    subparsers = parser.add_subparsers(required=True, metavar="{attention,positives}")
+    subparsers = parser.add_subparsers(required=True, metavar="{attention,positives,overlay,scores}")
     add_attention(subparsers)
     add_positives(subparsers)
+    add_overlay(subparsers)
+    add_scores(subparsers)
     return parser
 
 
