@@ -1,6 +1,6 @@
 """The two-minute tour: make a small data set of moving objects, pretrain a ViT-Tiny on it, and see what it does.
 
-    python demo.py                  # everything goes to runs/demo; about three minutes on 2 CPU cores
+    python demo.py                  # everything goes to runs/demo
 """
 import argparse
 import json
@@ -14,9 +14,12 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
+from davis_data import imwrite_indexed
+
 ROOT = Path(__file__).resolve().parent
 SIZE = (160, 120)  # of a training image, width and height
 SCENES, FRAMES = 64, 5  # clips, and training images from each
+CLIP_SEED, CLIP_FRAMES, CLIP_SIZE = 1001, 15, (426, 240)
 LIGHT = 0.45  # radians a frame by which the light's colour moves
 PROTOTYPES, PATCH_PROTOTYPES = 1024, 256
 
@@ -86,6 +89,18 @@ def make_data(folder: Path) -> None:
             frame.save(images / f"{scene:03}_{t}.jpg", quality=95)
 
 
+def make_clip(folder: Path) -> None:
+    """A clip that the training never sees, with its masks, as a DAVIS data set in folder/davis."""
+    davis = folder / "davis"
+    paths = [davis / kind / "480p" / "scene" for kind in ("JPEGImages", "Annotations")]
+    for path in (*paths, davis / "ImageSets" / "2017"):
+        path.mkdir(parents=True, exist_ok=True)
+    for t, (frame, mask) in enumerate(zip(*clip(CLIP_SEED, CLIP_FRAMES, *CLIP_SIZE), strict=True)):
+        frame.save(paths[0] / f"{t:05}.jpg", quality=95)
+        imwrite_indexed(paths[1] / f"{t:05}.png", np.asarray(mask))
+    (davis / "ImageSets" / "2017" / "val.txt").write_text("scene\n")
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The jobs
 
@@ -100,30 +115,44 @@ def run(*words: str | Path) -> None:
 
 def pretrain(folder: Path, epochs: int) -> None:
     run("main_selfpatch.py", "--arch", "vit_tiny", "--data_path", folder / "images",
-        "--output_dir", folder / "vit_tiny",
-        "--epochs", epochs, "--warmup_epochs", 1, "--batch_size_per_gpu", 16, "--lr", 0.008, "--momentum_teacher", 0.99,
-        "--global_crops_size", 96, "--local_crops_size", 48, "--local_crops_number", 4,
-        "--out_dim", PROTOTYPES, "--out_dim_selfpatch", PATCH_PROTOTYPES, "--num_workers", 1, "--log_every", 5,
-        "--saveckp_freq", 0)
+        "--output_dir", folder / "vit_tiny", "--epochs", epochs, "--warmup_epochs", 1, "--batch_size_per_gpu", 16,
+        "--lr", 0.002, "--momentum_teacher", 0.95, "--global_crops_size", 64, "--local_crops_size", 48,
+        "--local_crops_number", 2, "--out_dim", PROTOTYPES, "--out_dim_selfpatch", PATCH_PROTOTYPES,
+        "--num_workers", 1, "--log_every", 5, "--saveckp_freq", 0)
+
+
+def evaluate(folder: Path, name: str, *weights: str | Path) -> None:
+    run("eval_video_segmentation.py", "--data_path", folder / "davis", "--output_dir", folder / "masks" / name,
+        "--arch", "vit_tiny", *weights)
+
+
+def report_losses(log: Path) -> None:
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    print(f"\nthe losses, epoch by epoch (a head that learns nothing stays at ln K: {math.log(PROTOTYPES):.2f} for "
+          f"images, {math.log(PATCH_PROTOTYPES):.2f} for patches):")
+    for row in rows:
+        print(f"  epoch {row['epoch']}: image {row['train_clsloss']:.3f}, patch {row['train_patchloss']:.3f}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"), help="where everything goes")
-    parser.add_argument("--epochs", type=int, default=4, help="passes through the 320 images")
+    parser.add_argument("--epochs", type=int, default=4, help="passes through the training images")
     args = parser.parse_args()
-    start = time.time()
+    start, folder = time.time(), args.output_dir
 
-    make_data(args.output_dir)
-    pretrain(args.output_dir, args.epochs)
+    make_data(folder)
+    make_clip(folder)
+    evaluate(folder, "before", "--random_weights")
+    pretrain(folder, args.epochs)
+    evaluate(folder, "after", "--pretrained_weights", folder / "vit_tiny" / "checkpoint.pth")
+    for drawing, output in (("scores", folder / "scores.png"), ("overlay", folder / "overlay.gif")):
+        run("visualize.py", drawing, "--davis_path", folder / "davis", "--results", folder / "masks" / "before",
+            folder / "masks" / "after", "--labels", "before", "after", "--output", output, "--overwrite")
 
-    rows = [json.loads(line) for line in (args.output_dir / "vit_tiny" / "log.txt").read_text().splitlines()]
-    print(f"\nthe losses, epoch by epoch (a head that learns nothing stays at ln K: {math.log(PROTOTYPES):.2f} for "
-          f"images, {math.log(PATCH_PROTOTYPES):.2f} for patches):")
-    for row in rows:
-        print(f"  epoch {row['epoch']}: image {row['train_clsloss']:.3f}, patch {row['train_patchloss']:.3f}")
-    print(f"look at {args.output_dir / 'images'} for the data, {args.output_dir / 'vit_tiny'} for log.txt and "
-          f"checkpoint.pth ({time.time() - start:.0f} s in all)")
+    report_losses(folder / "vit_tiny" / "log.txt")
+    print(f"look at {folder}: images (the data), vit_tiny (log.txt, checkpoint.pth), overlay.gif (the clip, and its "
+          f"masks before and after), scores.png. {time.time() - start:.0f} s in all")
 
 
 if __name__ == "__main__":
