@@ -126,7 +126,7 @@ def propagate(features: Iterable[torch.Tensor], labels: torch.Tensor, n_last_fra
 
 def norm_mask(mask: torch.Tensor) -> torch.Tensor:
     """Each channel of [C, H, W] stretched to 0 … 1, unless it has no positive value or is constant."""
-    low, high = (x[:, None, None] for x in mask.flatten(1).aminmax(dim=1))
+    low, high = mask.amin((1, 2), keepdim=True), mask.amax((1, 2), keepdim=True)
     stretch = (high > 0) & (high - low > 1e-6 * high)  # a channel that is constant but for rounding stays as it is
     return mask.sub(low.where(stretch, 0)).div_((high - low).where(stretch, 1))
 

@@ -70,12 +70,12 @@ def plain_propagation(features: torch.Tensor, labels: torch.Tensor, n_last: int,
     """Raw features [T, h, w, D], first labels [C, h, w] -> soft labels [C, h, w] of the later frames."""
     height, width = features.shape[1:3]
     window = plain_window(height, width, radius).to(features.device)
-    features, done = features.flatten(1, 2), [labels.flatten(1)]
+    features, done = features.flatten(1, 2).transpose(1, 2).contiguous(), [labels.flatten(1)]  # [T, D, N]
     for t in range(1, len(features)):
         contexts = [0, *range(max(1, t - n_last), t)]
-        sources = F.normalize(features[contexts], dim=2)
-        target = F.normalize(features[t], dim=1).expand(len(contexts), -1, -1)
-        affinity = torch.exp(torch.bmm(target, sources.transpose(1, 2)) / 0.1) * window
+        sources = F.normalize(features[contexts], dim=1)
+        target = F.normalize(features[t], dim=0).T.expand(len(contexts), -1, -1)
+        affinity = torch.exp(torch.bmm(target, sources) / 0.1) * window
         affinity = affinity.transpose(1, 2).reshape(-1, height * width)  # contexts down, targets across, as published
         kth = affinity.topk(topk, dim=0).values[-1]
         affinity[affinity < kth] = 0
