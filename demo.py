@@ -151,8 +151,8 @@ def main() -> None:
             folder / "masks" / "after", "--labels", "before", "after", "--output", output, "--overwrite")
 
     report_losses(folder / "vit_tiny" / "log.txt")
-    print("J&F before and after stands above: an untrained network follows these blobs by their colours already, and two "
-          "minutes are too few to do better. What two minutes show is both losses falling below ln K")
+    print("J&F before and after stands above: an untrained network follows these blobs by their colours already, and "
+          "two minutes are too few to do better. What they show is both losses falling below ln K")
     print(f"look at {folder}: images (the data), vit_tiny (log.txt, checkpoint.pth), overlay.gif (the clip, and its "
           f"masks before and after), scores.png. {time.time() - start:.0f} s in all")
 

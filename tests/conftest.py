@@ -1,10 +1,14 @@
 """Shared material: a tiny ImageFolder of photograph-like noise."""
+import os
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageFilter
 
-torch.set_num_threads(1)  # tensors here are small: on a busy machine threads cost more than they give
+# tensors here are small: on a busy machine threads cost more than they give, in the jobs that tests start too
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(autouse=True)
