@@ -10,6 +10,7 @@ timm's files, detectors and segmenters of mmdet and mmseg (in mmseg's own names 
 import argparse
 import os
 import re
+import warnings
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,7 @@ from vision_transformer import ARCHS, VisionTransformer
 ARCH_OF_WIDTH = {192: "vit_tiny", 384: "vit_small", 768: "vit_base"}
 # beside a bare backbone: a classifier or projection head, timm's norm after pooling, a detector's pyramid
 NOT_BACKBONE = ("head.", "fc_norm.", "pre_logits.", "fpn1.", "fpn2.", "fpn3.", "fpn4.")
+TORCH_MAGIC = bytes.fromhex("6cfc9c46f9206aa85019")  # torch.save's first number before torch 1.6
 MMSEG_NAMES = (("blocks.", "layers."), ("patch_embed.proj.", "patch_embed.projection."),
                (".norm1.", ".ln1."), (".norm2.", ".ln2."),
                (".attn.qkv.", ".attn.attn.in_proj_"), (".attn.proj.", ".attn.attn.out_proj."),
@@ -89,29 +91,27 @@ def read_checkpoint(path: str | Path) -> dict:
     Raises:
         CheckpointError: no such file, or one that is empty, cut off, no checkpoint at all, or would run code.
     """
-    path = Path(path)
-    start = _first_bytes(path)
+    is_safetensors = _is_safetensors(path)
     try:
-        if start[4:9] == b"\0\0\0\0{":  # safetensors: the length of its header in 8 bytes, then the header, JSON
+        if is_safetensors:
             return safetensors.torch.load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what is wrong is said below, in one line
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged bytes raise nearly anything, inside the unpickler and below it
         if needs := re.search(r"GLOBAL (\S+)", str(error)):
             raise CheckpointError(
                 f"{path} is refused: to read it would import {needs[1]}, and files may hold only tensors, plain "
                 "containers and argparse.Namespace; have its maker save the state_dict alone") from None
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = re.split(r"\. |\n", str(error))[0] or type(error).__name__  # torch goes on with unsafe advice
         raise CheckpointError(f"{path} is damaged, cut off or no checkpoint ({reason}): get it again") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not a dictionary of tensors")
     return content
 
 
-def _first_bytes(path: Path) -> bytes:
-    """The first 64 bytes of a file that may be a checkpoint; files that cannot be are refused in plain words."""
-    if path.is_dir():
-        raise CheckpointError(f"{path} is a folder without a checkpoint.pth: give the file")
+def _is_safetensors(path: str | Path) -> bool:
+    """Whether the file is safetensors', not torch's; what its first bytes show to be neither is refused."""
     try:
         with open(path, "rb") as file:
             start = file.read(64)
@@ -119,15 +119,19 @@ def _first_bytes(path: Path) -> bytes:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
     if not start:
         raise CheckpointError(f"{path} is empty (0 bytes): download or copy it again")
+    if start[4:9] == b"\0\0\0\0{":  # the length of the header in 8 bytes, then the header, JSON
+        return True
     text = start.lstrip(b"\xef\xbb\xbf \t\r\n")
     if text.lower().startswith((b"<!doctype", b"<html", b"<head", b"<?xml", b"<!--")):
         raise CheckpointError(f"{path} is an HTML page, what a failed download leaves: download it again")
     if start.startswith(b"PK") and not zipfile.is_zipfile(path):
         raise CheckpointError(f"{path} is cut off, its end is missing: download or copy it again")
+    if start.startswith(b"\x80") and TORCH_MAGIC not in start:
+        raise CheckpointError(f"{path} is a plain pickle, not what torch.save writes: reading it could run code")
     if all(byte >= 32 or byte in b"\t\r\n" for byte in start):
         line = (text.decode(errors="replace").splitlines() or [""])[0]
         raise CheckpointError(f"{path} is a text file that begins {line!r}, not a checkpoint")
-    return start
+    return False
 
 
 def to_mmseg_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -159,10 +163,10 @@ def _network(content: dict, key: str, path: Path) -> tuple[dict, str | None]:
         names = [str(k) for k, v in content.items() if not isinstance(v, torch.Tensor)] or ["one network, with no key"]
         raise CheckpointError(f"{path} has no network {key!r}: it has {', '.join(names)}")
     if "classy_state_dict" in content:
-        try:
-            return content["classy_state_dict"]["base_model"]["model"]["trunk"], None
-        except (KeyError, TypeError):
-            raise CheckpointError(f"{path} is from VISSL, but has no base_model, model, trunk") from None
+        for step in ("classy_state_dict", "base_model", "model", "trunk"):
+            content = content.get(step)
+            if not isinstance(content, dict):
+                raise CheckpointError(f"{path} is from VISSL, but has no {step} in classy_state_dict")
     for wrapper in ("state_dict", "model"):
         if isinstance(content.get(wrapper), dict):
             return _network(content[wrapper], key, path)
@@ -241,8 +245,7 @@ def _shape(state: dict[str, torch.Tensor], path: Path) -> tuple[str, int, int]:
     """Arch, patch size and grid side that a backbone's tensors are made for."""
     if any(name.startswith(("layer1.", "_feature_blocks.layer1.")) for name in state):
         raise CheckpointError(f"{path} holds a ResNet: SelfPatch's backbone is a Vision Transformer")
-    missing = [name for name in ("patch_embed.proj.weight", "pos_embed") if name not in state]
-    if missing:
+    if missing := [name for name in ("patch_embed.proj.weight", "pos_embed") if name not in state]:
         raise CheckpointError(f"{path} holds no Vision Transformer: missing {', '.join(missing)}; "
                               f"{_listed('it has', list(state))}")
     patch, pos = state["patch_embed.proj.weight"].shape, state["pos_embed"].shape
@@ -290,8 +293,7 @@ def build_backbone(state: dict[str, torch.Tensor], info: CheckpointInfo, arch: s
         kwargs: more of VisionTransformer's arguments: drop_path_rate; num_heads, which no file tells (the published
             detectors have 8 in vit_small).
 
-    Raises:
-        CheckpointError: arch or patch_size contradicts the file.
+    Raises CheckpointError where arch or patch_size contradicts the file.
     """
     if arch is not None and ARCHS[arch] is not ARCHS[info.arch]:
         raise CheckpointError(f"--arch {arch} contradicts {info.path}, which holds {info.arch}: leave --arch out")
@@ -306,8 +308,7 @@ def build_backbone(state: dict[str, torch.Tensor], info: CheckpointInfo, arch: s
 def build_head(info: CheckpointInfo, k_num: int | None = None) -> SelfPatchHead:
     """The SelfPatchHead of a training run, loaded, in eval mode; k_num None takes the run's own, 4 if not known.
 
-    Raises:
-        CheckpointError: the file has none, or keys missing, left over or of another shape.
+    Raises CheckpointError where the file has none, or where its keys do not fit.
     """
     state = {name.removeprefix("ca_head."): tensor.float() for name, tensor in info.beside.items()
              if name.startswith("ca_head.")}

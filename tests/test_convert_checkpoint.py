@@ -1,0 +1,151 @@
+"""Converted checkpoints give the same features where they are read, and the job refuses what it cannot write."""
+import runpy
+import sys
+
+import pytest
+import timm
+import torch
+from golden_rules import set_weights
+
+from checkpoints import load_backbone, read_backbone, read_checkpoint
+from convert_checkpoint import convert, get_args_parser, how_to_load, main
+from vision_transformer import vit_small, vit_tiny
+
+
+@pytest.fixture(scope="module")
+def source():
+    return set_weights(vit_tiny(), 0).eval()
+
+
+@pytest.fixture
+def run_file(tmp_path, source):
+    path = tmp_path / "checkpoint.pth"
+    torch.save({"teacher": {f"backbone.{k}": v for k, v in source.state_dict().items()}
+                | {"ca_head.cls_token": torch.zeros(1, 1, 192)}, "epoch": 100}, path)
+    return path
+
+
+def run(*argv):
+    main(get_args_parser().parse_args([str(arg) for arg in argv]))
+
+
+def evaluate(line, **names):
+    """Run the line of code that the job prints."""
+    return eval(line, names).eval()
+
+
+@torch.no_grad()
+def assert_same(model, source, x):
+    torch.testing.assert_close(model(x), source(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["bare.pth", "bare.safetensors"])
+def test_backbone(tmp_path, source, run_file, name, capsys):
+    run(run_file, tmp_path / name, "--to", "backbone")
+    written = read_checkpoint(tmp_path / name)
+    assert written.keys() == source.state_dict().keys()
+    assert all(torch.equal(written[key], tensor) for key, tensor in source.state_dict().items())
+    out = capsys.readouterr().out
+    assert f"loaded {run_file}: SelfPatch run, key teacher" in out and f"wrote {tmp_path / name}: SelfPatch back" in out
+
+
+@pytest.mark.parametrize("make", [
+    lambda: (vit_small(), ".pth"), lambda: (vit_tiny(patch_size=8, img_size=96), ".safetensors"),
+    lambda: (vit_tiny(class_token=True, final_norm=True), ".pth")], ids=["small", "patch 8, 96 pixels", "DINO"])
+@torch.no_grad()
+def test_timm_gives_the_same_features(tmp_path, capsys, make):
+    source, suffix = make()
+    set_weights(source, 0).eval()
+    torch.save(source.state_dict(), tmp_path / "input.pth")
+    run(tmp_path / "input.pth", tmp_path / f"timm{suffix}", "--to", "timm")
+    line = capsys.readouterr().out.strip().splitlines()[-1].removeprefix("load it with: ")
+    model = evaluate(line, timm=timm)
+    side = int(source.pos_embed.shape[1] ** 0.5) * source.patch_size
+    x = torch.randn(1, 3, side, side)
+    tokens = model(x)
+    assert torch.equal(tokens, model.forward_features(x))
+    patches = tokens if source.cls_token is None else tokens[:, 1:]
+    torch.testing.assert_close(patches, source(x), rtol=1e-5, atol=1e-5)
+
+
+def test_timm_line_is_the_one_in_the_readme(tmp_path):
+    torch.save(vit_small().state_dict(), tmp_path / "small.pth")
+    info = read_backbone(tmp_path / "small.pth")[1]
+    assert how_to_load(info, "timm", False, "timm.pth") == (
+        "timm.create_model('vit_small_patch16_224', num_classes=0, global_pool='', class_token=False, "
+        "final_norm=False, checkpoint_path='timm.pth')")
+
+
+def test_mmseg_and_back(tmp_path, source, run_file):
+    run(run_file, tmp_path / "mmseg.pth", "--to", "mmseg")
+    written = read_checkpoint(tmp_path / "mmseg.pth")
+    assert written["meta"]["epoch"] == 100
+    state = written["state_dict"]
+    assert {"pos_embed", "patch_embed.projection.weight", "layers.0.ln1.weight", "layers.11.ln2.bias",
+            "layers.3.attn.attn.in_proj_weight", "layers.3.attn.attn.in_proj_bias",
+            "layers.3.attn.attn.out_proj.weight", "layers.3.ffn.layers.0.0.weight",
+            "layers.3.ffn.layers.1.bias"} < state.keys()
+    assert not any(word in name for name in state for word in ("blocks", "norm", "qkv", "mlp"))
+    assert torch.equal(state["layers.3.attn.attn.in_proj_bias"], source.blocks[3].attn.qkv.bias)
+    run(tmp_path / "mmseg.pth", tmp_path / "back.pth", "--to", "backbone")
+    back = read_checkpoint(tmp_path / "back.pth")
+    assert back.keys() == source.state_dict().keys()
+    assert all(torch.equal(back[key], tensor) for key, tensor in source.state_dict().items())
+
+
+def test_mmdet(tmp_path, source, run_file):
+    run(run_file, tmp_path / "mmdet.pth", "--to", "mmdet")
+    assert read_checkpoint(tmp_path / "mmdet.pth")["state_dict"].keys() == source.state_dict().keys()
+    assert_same(load_backbone(tmp_path / "mmdet.pth"), source, torch.randn(1, 3, 48, 48))
+
+
+def test_a_whole_segmenter_keeps_its_heads(tmp_path, source, run_file):
+    run(run_file, tmp_path / "mmseg.pth", "--to", "mmseg")
+    heads = {"neck.fpn.weight": torch.randn(3), "decode_head.conv_seg.weight": torch.randn(3).half()}
+    released = {f"backbone.{k}": v for k, v in read_checkpoint(tmp_path / "mmseg.pth")["state_dict"].items()} | heads
+    torch.save({"meta": {}, "state_dict": released}, tmp_path / "released.pth")
+    run(tmp_path / "released.pth", tmp_path / "ours.pth", "--to", "mmdet", "--keep_heads")
+    ours = read_checkpoint(tmp_path / "ours.pth")["state_dict"]
+    assert ours.keys() == {f"backbone.{k}" for k in source.state_dict()} | heads.keys()
+    assert all(torch.equal(ours[name], tensor) and ours[name].dtype == tensor.dtype for name, tensor in heads.items())
+    run(tmp_path / "ours.pth", tmp_path / "again.pth", "--to", "mmseg", "--keep_heads")
+    again = read_checkpoint(tmp_path / "again.pth")["state_dict"]
+    assert again.keys() == released.keys() and all(torch.equal(again[name], released[name]) for name in released)
+
+
+def test_convert_leaves_its_input_alone(run_file):
+    state, info = read_backbone(run_file)
+    names = list(state)
+    convert(state, info, "mmseg")
+    assert list(state) == names
+
+
+def refused(capsys, *argv):
+    """Run the job as a user does; its one line on stderr."""
+    sys.argv[:] = ["convert_checkpoint.py", *map(str, argv)]
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module("convert_checkpoint", run_name="__main__")
+    assert stop.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("convert_checkpoint.py: error: ")
+    return lines[0]
+
+
+def test_refusals(tmp_path, run_file, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [])
+    output = tmp_path / "out.pth"
+    (tmp_path / "page.pth").write_text("<!DOCTYPE html>")
+    assert "page.pth is an HTML page" in refused(capsys, tmp_path / "page.pth", output, "--to", "backbone")
+    assert "none.pth cannot be read" in refused(capsys, tmp_path / "none.pth", output, "--to", "backbone")
+    assert "no network 'student'" in refused(capsys, run_file, output, "--to", "timm", "--checkpoint_key", "student")
+    assert "out.safetensors: --to mmseg" in refused(capsys, run_file, tmp_path / "out.safetensors", "--to", "mmseg")
+    assert "is no folder" in refused(capsys, run_file, tmp_path / "no" / "out.pth", "--to", "mmseg")
+    assert "is the input" in refused(capsys, run_file, run_file, "--to", "backbone", "--overwrite")
+    assert "--keep_heads" in refused(capsys, run_file, output, "--to", "timm", "--keep_heads")
+    assert "not a detector" in refused(capsys, run_file, output, "--to", "mmdet", "--keep_heads")
+    assert not output.exists()
+    output.write_text("mine")
+    assert "is already there" in refused(capsys, run_file, output, "--to", "backbone")
+    assert output.read_text() == "mine"
+    run(run_file, output, "--to", "backbone", "--overwrite")
+    assert read_backbone(output)[1].arch == "vit_tiny"
