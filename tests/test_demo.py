@@ -20,6 +20,7 @@ def test_clip_moves_and_its_masks_fit():
                                                                          strict=True))
 
 
+@pytest.mark.slow
 def test_demo_trains_and_touches_nothing_else(tmp_path, monkeypatch, capfd):
     (tmp_path / "precious.txt").write_text("mine")
     monkeypatch.setattr(demo, "SCENES", 8)

@@ -19,6 +19,7 @@ from selfpatch_head import SelfPatchHead
 from vision_transformer import DINOHead, VisionTransformer
 
 ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.slow
 
 
 def run_step(batch, use_bn, rank=0, world_size=1):
