@@ -27,7 +27,8 @@ ARCH_OF_WIDTH = {192: "vit_tiny", 384: "vit_small", 768: "vit_base"}
 NOT_BACKBONE = ("head.", "fc_norm.", "pre_logits.", "fpn1.", "fpn2.", "fpn3.", "fpn4.")
 # argparse.Namespace for args, and numpy's numbers: the published loop leaves np.float64 rates in the optimizer
 NUMPY_SCALAR = np.float64(0).__reduce__()[0]
-SAFE_CLASSES = [argparse.Namespace, np.dtype, type(np.dtype(np.float64)), type(np.dtype(np.int64)),
+NUMPY_NUMBERS = (np.bool_, np.uint8, np.int8, np.int16, np.int32, np.int64, np.float16, np.float32, np.float64)
+SAFE_CLASSES = [argparse.Namespace, np.dtype, *(type(np.dtype(number)) for number in NUMPY_NUMBERS),
                 *((NUMPY_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core"))]
 TORCH_MAGIC = bytes.fromhex("6cfc9c46f9206aa85019")  # torch.save's first number before torch 1.6
 MMSEG_NAMES = (("blocks.", "layers."), ("patch_embed.proj.", "patch_embed.projection."),
@@ -58,7 +59,10 @@ class CheckpointInfo:
 
     @property
     def k_num(self) -> int:
-        return self.args.get("k_num") or 4
+        k_num = self.args.get("k_num") or 4
+        if not isinstance(k_num, int) or not 1 <= k_num <= 8:
+            raise CheckpointError(f"{self.path} says k_num {k_num!r}, which is no number from 1 to 8: give --k_num")
+        return k_num
 
     def __str__(self) -> str:
         parts = [f"{self.path}: {self.kind}", f"key {self.key}" if self.key else "no key",
@@ -80,6 +84,7 @@ def write_checkpoint(state: dict, path: str | Path) -> None:
     try:
         with open(temporary, "wb") as file:
             if path.suffix == ".safetensors":
+                state = {name: tensor.clone().contiguous() for name, tensor in state.items()}  # it takes none shared
                 file.write(safetensors.torch.save(state, {"format": "pt"}))
             else:
                 torch.save(state, file)
@@ -103,11 +108,16 @@ def read_checkpoint(path: str | Path) -> dict:
         with torch.serialization.safe_globals(SAFE_CLASSES), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what is wrong is said below, in one line
             content = torch.load(path, map_location="cpu", weights_only=True)
+    except MemoryError:
+        raise
     except Exception as error:  # damaged bytes raise nearly anything, inside the unpickler and below it
         if needs := re.search(r"GLOBAL (\S+)", str(error)):
             raise CheckpointError(
                 f"{path} is refused: to read it would import {needs[1]}, and files may hold only tensors, plain "
                 "containers, numbers and argparse.Namespace; have its maker save the state_dict alone") from None
+        if needs := re.search(r"WeightsUnpickler error: (.+)", str(error)):
+            raise CheckpointError(f"{path} is refused: torch's safe reader says {needs[1]!r}; have its maker save the "
+                                  "state_dict alone") from None
         reason = re.split(r"\. |\n", str(error))[0] or type(error).__name__  # torch goes on with unsafe advice
         raise CheckpointError(f"{path} is damaged, cut off or no checkpoint ({reason}): get it again") from None
     if not isinstance(content, dict):
@@ -184,12 +194,17 @@ def _split(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], d
     backbone, beside = {}, {}
     for name, tensor in tensors.items():
         own = name.removeprefix(prefix)
+        if prefix and name.startswith(("blocks.", "layers.", "patch_embed.", "pos_embed", "cls_token")):
+            raise CheckpointError(f"a second backbone stands beside {prefix}*, with {name}")
         if not name.startswith(prefix) or own.startswith(NOT_BACKBONE):
             beside[name] = tensor
         else:
             backbone[own] = tensor.float().contiguous() if tensor.is_floating_point() else tensor
     if any(name.startswith("layers.") for name in backbone):
-        backbone = from_mmseg_names(backbone)
+        renamed = from_mmseg_names(backbone)
+        if len(renamed) < len(backbone):
+            raise CheckpointError("some of the backbone stands there twice, under mmseg's names and under ours")
+        backbone = renamed
     return backbone, beside
 
 
@@ -214,6 +229,14 @@ def _kind(path: Path, content: dict, key: str | None, names: list[str]) -> str:
     return f"{kind} (safetensors)" if path.suffix == ".safetensors" else kind
 
 
+def checkpoint_file(path: str | Path) -> Path:
+    """The file that path means: itself, or the checkpoint.pth of a run's folder."""
+    if not str(path):
+        raise CheckpointError("the path of the checkpoint is empty")
+    folder = Path(path)
+    return folder / "checkpoint.pth" if (folder / "checkpoint.pth").is_file() else folder
+
+
 def read_backbone(path: str | Path, key: str = "teacher") -> tuple[dict[str, torch.Tensor], CheckpointInfo]:
     """The backbone in a checkpoint of any kind, as float32 tensors under our names, and what it is.
 
@@ -224,15 +247,20 @@ def read_backbone(path: str | Path, key: str = "teacher") -> tuple[dict[str, tor
     Raises:
         CheckpointError: not a checkpoint, no such key, not a ViT, or keys missing, left over or of another shape.
     """
-    path = Path(path)
-    if (path / "checkpoint.pth").is_file():
-        path = path / "checkpoint.pth"
+    path = checkpoint_file(path)
     content = read_checkpoint(path)
     network, key = _network(content, key, path)
+    network = {str(name): tensor for name, tensor in network.items() if isinstance(tensor, torch.Tensor)}
+    if odd := [name for name, t in network.items() if t.layout != torch.strided or t.device.type != "cpu"]:
+        raise CheckpointError(f"{path} has tensors that are sparse or hold no values: {', '.join(odd[:12])}")
     # DDP and torch.compile put their own names before ours
-    tensors = {re.sub(r"^(module\.)+", "", str(name).replace("_orig_mod.", "")): tensor
-               for name, tensor in network.items() if isinstance(tensor, torch.Tensor)}
-    state, beside = _split(tensors)
+    tensors = {re.sub(r"^(module\.)+", "", name.replace("_orig_mod.", "")): t for name, t in network.items()}
+    if len(tensors) < len(network):
+        raise CheckpointError(f"{path} has the same keys with and without module. or _orig_mod. before them")
+    try:
+        state, beside = _split(tensors)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path} does not fit: {error}") from None
     arch, patch_size, grid = _shape(state, path)
     args, meta, epoch = (content.get(name) for name in ("args", "meta", "epoch"))
     if epoch is None and isinstance(meta, dict):
@@ -254,7 +282,7 @@ def _shape(state: dict[str, torch.Tensor], path: Path) -> tuple[str, int, int]:
         raise CheckpointError(f"{path} holds no Vision Transformer: missing {', '.join(missing)}; "
                               f"{_listed('it has', list(state))}")
     patch, pos = state["patch_embed.proj.weight"].shape, state["pos_embed"].shape
-    if len(patch) != 4 or patch[2] != patch[3] or patch[0] not in ARCH_OF_WIDTH:
+    if len(patch) != 4 or patch[2] != patch[3] or not patch[2] or patch[0] not in ARCH_OF_WIDTH:
         raise CheckpointError(f"{path} does not fit: patch_embed.proj.weight is {list(patch)}, and ours are "
                               f"[D, 3, p, p] with D one of {', '.join(map(str, ARCH_OF_WIDTH))}")
     patches = pos[1] - ("cls_token" in state) if len(pos) == 3 else 0
@@ -338,6 +366,9 @@ def load_with_info(path: str | Path, key: str = "teacher", arch: str | None = No
         state, info = read_backbone(path, key)
         model = build_backbone(state, info, arch, patch_size, **kwargs)
         print(f"loaded {info}")
+        if info.kind.startswith("mmdet") and "num_heads" not in kwargs:
+            print(f"note: {model.num_heads} attention heads, as in pretraining; no file tells them, and the published "
+                  "detectors have 8: load_backbone(path, num_heads=8)")
         return model, info
     if not random_weights:
         raise CheckpointError("--pretrained_weights is empty, so the features will be those of a random network: "

@@ -14,7 +14,14 @@ from pathlib import Path
 
 import torch
 
-from checkpoints import CheckpointError, CheckpointInfo, read_backbone, to_mmseg_names, write_checkpoint
+from checkpoints import (
+    CheckpointError,
+    CheckpointInfo,
+    checkpoint_file,
+    read_backbone,
+    to_mmseg_names,
+    write_checkpoint,
+)
 
 FORMATS = {
     "backbone": "the backbone's tensors alone",
@@ -46,7 +53,8 @@ def check_args(args: argparse.Namespace) -> None:
         raise CheckpointError(f"{output}: --to {args.to} is written as {' or '.join(suffixes)}")
     if not output.parent.is_dir():
         raise CheckpointError(f"{output.parent} is no folder: make it first")
-    if output.exists() and Path(args.input).exists() and output.samefile(args.input):
+    source = checkpoint_file(args.input)
+    if output.exists() and source.exists() and output.samefile(source):
         raise CheckpointError(f"{output} is the input: give the output another name")
     if output.exists() and not args.overwrite:
         raise CheckpointError(f"{output} is already there: give another name, or --overwrite")

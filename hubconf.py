@@ -13,6 +13,8 @@ dependencies = ["torch", "timm", "safetensors"]
 
 def _entry(arch: str, pretrained: str, checkpoint_key: str, patch_size: int | None,
            kwargs: dict) -> _vision_transformer.VisionTransformer:
+    if isinstance(pretrained, bool):
+        raise ValueError(f"pretrained={pretrained}: give the path of a checkpoint, or leave it out for random weights")
     return _checkpoints.load_backbone(pretrained, checkpoint_key, arch, patch_size, random_weights=not pretrained,
                                       **kwargs)
 

@@ -126,6 +126,30 @@ def test_kinds_of_our_backbone(tmp_path, ours, make, kind):
     assert_same_features(load_backbone(tmp_path / "file.pth"), ours.backbone)
 
 
+def test_vissl_trunk_with_class_token(tmp_path, dino):
+    torch.save({"classy_state_dict": {"base_model": {"model": {"trunk": bare(dino["backbone"])}}}}, tmp_path / "f.pth")
+    assert read_backbone(tmp_path / "f.pth")[1].class_token
+    assert_same_features(load_backbone(tmp_path / "f.pth"), dino["backbone"])
+
+
+def test_released_detectors_say_how_many_heads(tmp_path, capsys):
+    source = set_weights(vit_tiny(num_heads=4), 0).eval()
+    state = {f"backbone.{k}": v for k, v in source.state_dict().items()}
+    torch.save({"state_dict": state | {"rpn_head.rpn_conv.weight": torch.zeros(1)}}, tmp_path / "detector.pth")
+    load_backbone(tmp_path / "detector.pth")
+    assert "note: 3 attention heads" in capsys.readouterr().out
+    assert_same_features(load_backbone(tmp_path / "detector.pth", num_heads=4), source)
+    assert "note" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("number", [np.float32(1), np.int32(2), np.bool_(True), np.float64(3)])
+def test_numpy_numbers_in_args(tmp_path, ours, number):
+    state = training_checkpoint(ours)
+    state["args"].lr = number
+    torch.save(state, tmp_path / "run.pth")
+    assert read_backbone(tmp_path / "run.pth")[1].args["lr"] == number
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_other_number_types_become_float32(tmp_path, ours, dtype):
     torch.save(bare(ours.backbone, dtype), tmp_path / "file.pth")

@@ -8,7 +8,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from checkpoints import CheckpointError, load_backbone, read_checkpoint
+from checkpoints import CheckpointError, load_backbone, read_backbone, read_checkpoint
 from vision_transformer import vit_tiny
 
 
@@ -154,3 +154,28 @@ def test_vissl_without_a_trunk(tmp_path):
     torch.save({"classy_state_dict": {"base_model": {"model": torch.zeros(1)}}}, tmp_path / "vissl.pth")
     with pytest.raises(CheckpointError, match="no model in classy_state_dict"):
         load_backbone(tmp_path / "vissl.pth")
+
+
+@pytest.mark.parametrize("spoil, says", [
+    (lambda s: {f"module.{k}": v for k, v in s.items()} | s, "with and without module."),
+    (lambda s: s | {"layers.0.ln1.weight": s["blocks.0.norm1.weight"]}, "under mmseg's names and under ours"),
+    (lambda s: {f"backbone.{k}": v for k, v in s.items()} | {"blocks.99.norm1.bias": torch.zeros(1)},
+     "second backbone.*blocks.99"),
+    (lambda s: s | {"pos_embed": s["pos_embed"].to_sparse()}, "sparse or hold no values: pos_embed"),
+    (lambda s: s | {"patch_embed.proj.weight": torch.zeros(192, 3, 0, 0)}, "patch_embed.proj.weight is")])
+def test_ambiguous_or_odd_tensors(tmp_path, spoil, says):
+    torch.save(spoil(vit_tiny().state_dict()), tmp_path / "file.pth")
+    with pytest.raises(CheckpointError, match=says):
+        read_backbone(tmp_path / "file.pth")
+
+
+def test_empty_path():
+    with pytest.raises(CheckpointError, match="empty"):
+        read_backbone("")
+
+
+@pytest.mark.parametrize("k_num", [9, "four"])
+def test_k_num_of_the_file_is_checked(tmp_path, k_num):
+    torch.save({"teacher": vit_tiny().state_dict(), "args": {"k_num": k_num}}, tmp_path / "file.pth")
+    with pytest.raises(CheckpointError, match="k_num"):
+        _ = read_backbone(tmp_path / "file.pth")[1].k_num

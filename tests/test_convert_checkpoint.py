@@ -1,5 +1,6 @@
 """Converted checkpoints give the same features where they are read, and the job refuses what it cannot write."""
 import runpy
+import shutil
 import sys
 
 import pytest
@@ -141,6 +142,10 @@ def test_refusals(tmp_path, run_file, capsys, monkeypatch):
     assert "out.safetensors: --to mmseg" in refused(capsys, run_file, tmp_path / "out.safetensors", "--to", "mmseg")
     assert "is no folder" in refused(capsys, run_file, tmp_path / "no" / "out.pth", "--to", "mmseg")
     assert "is the input" in refused(capsys, run_file, run_file, "--to", "backbone", "--overwrite")
+    run_folder = run_file.parent / "run"
+    run_folder.mkdir()
+    shutil.copy(run_file, run_folder / "checkpoint.pth")
+    assert "is the input" in refused(capsys, run_folder, run_folder / "checkpoint.pth", "--to", "timm", "--overwrite")
     assert "--keep_heads" in refused(capsys, run_file, output, "--to", "timm", "--keep_heads")
     assert "not a detector" in refused(capsys, run_file, output, "--to", "mmdet", "--keep_heads")
     assert not output.exists()

@@ -13,10 +13,11 @@ from torch import nn
 
 import utils
 from batchnorm import sync_batchnorms
+from checkpoints import load_backbone
 from losses import DINOLoss
 from main_selfpatch import MultiCropWrapper, train_step
 from selfpatch_head import SelfPatchHead
-from vision_transformer import DINOHead, VisionTransformer
+from vision_transformer import DINOHead, VisionTransformer, vit_tiny
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.slow
@@ -96,6 +97,9 @@ def check_run(output, processes, text):
     assert json.loads((output / "log.txt").read_text())["epoch"] == 0
     student = torch.load(output / "checkpoint.pth", weights_only=True)["student"]
     assert all(name.startswith("module.") for name in student) == (processes > 1)
+    published = MultiCropWrapper(vit_tiny(), SelfPatchHead(192, 3), DINOHead(192, 32), DINOHead(192, 16))
+    (nn.DataParallel(published) if processes > 1 else published).load_state_dict(student)  # keys and shapes alone
+    torch.testing.assert_close(load_backbone(output, "student").pos_embed, published.backbone.pos_embed)
 
 
 @pytest.mark.parametrize("launcher", [
