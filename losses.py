@@ -6,6 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from utils import get_world_size
+
 
 class Losses(NamedTuple):
     """What one step gives, scalars in float32 (nats). The entropies are those of the teacher's mean assignment over
@@ -93,7 +95,7 @@ class DINOLoss(nn.Module):
         return loss, entropy(mass)
 
     def _moved(self, center: torch.Tensor, batch_mean: torch.Tensor) -> torch.Tensor:
-        if dist.is_available() and dist.is_initialized():
+        if get_world_size() > 1:
             dist.all_reduce(batch_mean)
-            batch_mean = batch_mean / dist.get_world_size()
+            batch_mean = batch_mean / get_world_size()
         return center * self.center_momentum + batch_mean * (1 - self.center_momentum)

@@ -23,12 +23,11 @@ from tqdm import tqdm
 import davis_metrics
 import drawing
 import overlays
+from augmentations import IMAGENET_MEAN, IMAGENET_STD
 from checkpoints import CheckpointError, CheckpointInfo, build_head, load_with_info
 from davis_data import DataError, find_sequence, read_mask, read_set
 from selfpatch_head import SelfPatchHead, neighbour_similarity, positive_matching
 from vision_transformer import ARCHS, VisionTransformer
-
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def row_column(text: str) -> tuple[int, int]:
@@ -83,7 +82,7 @@ def fit_patches(image: Image.Image, short_side: int, patch_size: int) -> Image.I
 def to_tensor(image: Image.Image) -> torch.Tensor:
     """A PIL image -> [1, 3, H, W], normalised with ImageNet's mean and standard deviation."""
     pixels = torch.from_numpy(np.asarray(image, dtype=np.float32) / 255)
-    return ((pixels - torch.tensor(MEAN)) / torch.tensor(STD)).permute(2, 0, 1)[None]
+    return ((pixels - torch.tensor(IMAGENET_MEAN)) / torch.tensor(IMAGENET_STD)).permute(2, 0, 1)[None]
 
 
 def load(args: argparse.Namespace) -> tuple[VisionTransformer, CheckpointInfo | None]:

@@ -234,7 +234,6 @@ def test_ranks_share_the_images_out_and_epochs_shuffle_them(image_folder):
         dataset = main_selfpatch.build_dataset(args)
         dataset.transform = torch.nn.Identity()
         dataset.loader = str
-        dataset.target_transform = None
         loader = main_selfpatch.build_loader(args, dataset)
         loader.sampler.set_epoch(epoch)
         return [path for batch, _ in loader for path in batch]
