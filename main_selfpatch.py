@@ -7,9 +7,8 @@
 Run the same command again and it goes on from output_dir/checkpoint.pth.
 """
 import argparse
-import datetime
+import importlib.util
 import json
-import math
 import sys
 from pathlib import Path
 
@@ -21,7 +20,8 @@ from torchvision.datasets import ImageFolder
 import utils
 from augmentations import DataAugmentationDINO, UnreadableImage, load_rgb
 from batchnorm import sync_batchnorms
-from losses import DINOLoss, Losses
+from engine import health_warnings, images_per_step, train_one_epoch
+from losses import DINOLoss
 from options import check_args, get_args_parser
 from selfpatch_head import MultiCropWrapper, SelfPatchHead
 from vision_transformer import ARCHS, DINOHead
@@ -35,12 +35,13 @@ def build_dataset(args: argparse.Namespace) -> ImageFolder:
     except FileNotFoundError:
         utils.fail(f"--data_path {args.data_path} has no folders in it: images go into one folder for each class, "
                    f"such as {args.data_path.rstrip('/')}/all/0001.jpg")
-    global_batch = args.batch_size_per_gpu * args.world_size
+    global_batch = images_per_step(args)
     if not len(dataset):
         utils.fail(f"--data_path {args.data_path} has class folders, but no images in them")
     if len(dataset) < global_batch:
         utils.fail(f"--data_path {args.data_path} has {len(dataset)} images, fewer than the {global_batch} of one step "
-                   f"({args.batch_size_per_gpu} × {args.world_size} processes): lower --batch_size_per_gpu")
+                   f"({args.batch_size_per_gpu} × {args.accum_steps} small batches × {args.world_size} processes): "
+                   "lower --batch_size_per_gpu")
     return dataset
 
 
@@ -72,12 +73,22 @@ def build_optimizer(args: argparse.Namespace, student: nn.Module) -> torch.optim
 
 def build_schedules(args: argparse.Namespace, steps: int) -> dict:
     """Learning rate, weight decay and teacher momentum, one value an iteration, for epochs of so many steps."""
-    peak = args.lr * args.batch_size_per_gpu * args.world_size / 256
+    peak = args.lr * images_per_step(args) / 256
     schedules = {"lr": utils.cosine_scheduler(peak, args.min_lr, args.epochs, steps, args.warmup_epochs),
                  "wd": utils.cosine_scheduler(args.weight_decay, args.weight_decay_end, args.epochs, steps),
                  "momentum": utils.cosine_scheduler(args.momentum_teacher, 1, args.epochs, steps)}
     # plain floats: the optimiser's state takes them in, and numpy's would keep weights_only from reading it
     return {name: values.tolist() for name, values in schedules.items()}
+
+
+def compile_step(args: argparse.Namespace, *parts: nn.Module) -> bool:
+    """Compile student, teacher and loss where --compile says so; names in their state dicts stay."""
+    on = args.compile == "on" or (args.compile == "auto" and args.device.type == "cuda"
+                                  and importlib.util.find_spec("triton") is not None)
+    if on:
+        for part in parts:
+            part.compile(dynamic=False)  # the two resolutions never change: shapes are constants
+    return on
 
 
 def autocast_dtype(args: argparse.Namespace) -> torch.dtype:
@@ -89,106 +100,6 @@ def autocast_dtype(args: argparse.Namespace) -> torch.dtype:
     if not args.use_fp16 or args.device.type != "cuda":
         return torch.float32
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-
-
-def train_step(student: nn.Module, teacher: nn.Module, dino_loss: DINOLoss, optimizer: torch.optim.Optimizer,
-               crops: list[torch.Tensor], epoch: int, momentum: float, clip_grad: float, freeze_last_layer: int,
-               dtype: torch.dtype = torch.float32, scaler: torch.amp.GradScaler | None = None) -> Losses:
-    """One step on crops, V tensors [B, 3, H, W], the two global ones first; nothing in it waits for the device.
-
-    Args:
-        student, teacher: MultiCropWrappers, the student perhaps inside DDP.
-        momentum: of the teacher in this step.
-        clip_grad: largest gradient norm of each tensor, 0 for none.
-        dtype: of autocast; with float16 a scaler is needed.
-    """
-    patches = dino_loss.uses_patches
-    with torch.autocast(crops[0].device.type, dtype, enabled=dtype != torch.float32):
-        with torch.no_grad():
-            # DINO's teacher sees the global crops only; SelfPatch's all of them, for the patches and the centres
-            targets = teacher(crops if patches else crops[:2], loc=True, patches=patches)
-        losses = dino_loss(student(crops, patches=patches), targets, epoch)
-
-    optimizer.zero_grad(set_to_none=True)
-    scaler = scaler or torch.amp.GradScaler(enabled=False)
-    scaler.scale(losses.total).backward()
-    scaler.unscale_(optimizer)
-    if clip_grad:
-        utils.clip_gradients(student, clip_grad)
-    utils.cancel_gradients_last_layer(epoch, student, freeze_last_layer)
-    scaler.step(optimizer)
-    scaler.update()
-    utils.update_teacher(student, teacher, momentum)
-    return Losses(*(value.detach() for value in losses))
-
-
-def train_one_epoch(student: nn.Module, teacher: nn.Module, dino_loss: DINOLoss, loader: DataLoader,
-                    optimizer: torch.optim.Optimizer, schedules: dict, epoch: int, scaler: torch.amp.GradScaler,
-                    dtype: torch.dtype, args: argparse.Namespace) -> dict[str, float]:
-    """Train through the loader once; the epoch's means over all ranks."""
-    logger = utils.MetricLogger(window=args.log_every)
-    for step, (crops, _) in enumerate(loader):
-        it = epoch * len(loader) + step
-        for group in optimizer.param_groups:
-            group["lr"] = schedules["lr"][it]
-        optimizer.param_groups[0]["weight_decay"] = schedules["wd"][it]  # the second group has none
-
-        crops = [crop.to(args.device, non_blocking=loader.pin_memory) for crop in crops]
-        losses = train_step(student, teacher, dino_loss, optimizer, crops, epoch, schedules["momentum"][it],
-                            args.clip_grad, args.freeze_last_layer, dtype, scaler)
-        logger.update(**losses._asdict())
-
-        if (step + 1) % args.log_every == 0 or step + 1 == len(loader):
-            logger.read()  # the only wait for the device
-            stop_if_not_finite(logger, epoch, step, len(loader))
-            if utils.is_main_process():
-                print(progress_line(logger, epoch, step, len(loader), schedules["lr"][it], args), flush=True)
-    logger.synchronize_between_processes(args.device)
-    return {"loss": logger["total"].global_avg, "clsloss": logger["image"].global_avg,
-            "patchloss": logger["patch"].global_avg, "lr": schedules["lr"][it], "wd": schedules["wd"][it],
-            "cls_entropy": logger["image_entropy"].global_avg, "patch_entropy": logger["patch_entropy"].global_avg}
-
-
-def stop_if_not_finite(logger: utils.MetricLogger, epoch: int, step: int, steps: int) -> None:
-    """End the run with status 1 if a loss of the last steps was NaN or infinite; nothing of them has been saved."""
-    recent = logger["total"].recent  # all that has come since the last look, which was log_every steps ago at most
-    for back, value in enumerate(recent):
-        if not math.isfinite(value):
-            bad = step - len(recent) + 1 + back
-            sys.exit(f"the loss was {value} at step {bad} of epoch {epoch} (iteration {epoch * steps + bad}): "
-                     "the run goes on from its last checkpoint; try --precision fp32, a smaller --clip_grad or --lr")
-
-
-def progress_line(logger: utils.MetricLogger, epoch: int, step: int, steps: int, lr: float,
-                  args: argparse.Namespace) -> str:
-    left = (args.epochs - epoch) * steps - step - 1
-    patch = ""
-    if args.patch_loss_weight:
-        patch = f"patch {logger['patch'].avg:.4f} (ln K {math.log(args.out_dim_selfpatch):.4f})  "
-    return (f"epoch {epoch}/{args.epochs}  step {step + 1}/{steps}  loss {logger['total'].avg:.4f}  "
-            f"image {logger['image'].avg:.4f} (ln K {math.log(args.out_dim):.4f})  {patch}lr {lr:.2e}  "
-            f"{args.batch_size_per_gpu * args.world_size / logger.seconds_per_step:.1f} images/s  "
-            f"ETA {datetime.timedelta(seconds=round(left * logger.seconds_per_step))}  "
-            f"memory {utils.peak_memory_gb(args.device):.1f} GiB")
-
-
-def health_warnings(stats: dict[str, float], epoch: int, args: argparse.Namespace) -> list[str]:
-    """What a person should know about the epoch's means, in words."""
-    found = []
-    terms = [("image", "clsloss", "cls_entropy", args.out_dim)]
-    if args.patch_loss_weight:
-        terms.append(("patch", "patchloss", "patch_entropy", args.out_dim_selfpatch))
-    for name, loss, entropy, prototypes in terms:
-        uniform = math.log(prototypes)
-        if epoch >= args.warmup_epochs and abs(stats[loss] - uniform) < 0.005 * uniform:
-            found.append(f"the {name} loss {stats[loss]:.4f} sits on ln K = {uniform:.4f} after the warm-up: the head "
-                         "has gone uniform or has not begun to learn; try a lower teacher temperature, a larger "
-                         "--freeze_last_layer or fewer prototypes")
-        if args.batch_size_per_gpu >= 8 and stats[entropy] < 0.01 * uniform:  # few images may well be alike
-            found.append(f"the teacher gives almost every {name} the same prototype (entropy of its mean assignment "
-                         f"{stats[entropy]:.4f} of at most {uniform:.4f}): it has collapsed; try a higher "
-                         "--momentum_teacher or a lower --lr")
-    return found
 
 
 def build_loader(args: argparse.Namespace, dataset: ImageFolder) -> DataLoader:
@@ -224,6 +135,7 @@ def pretrain(args: argparse.Namespace) -> None:
 
     student, teacher = build_models(args)
     student_alone = student
+    student.backbone.checkpoint_activations = args.checkpoint_activations
     if args.world_size > 1:
         student = nn.parallel.DistributedDataParallel(
             student, device_ids=[args.device] if args.device.type == "cuda" else None, gradient_as_bucket_view=True)
@@ -231,14 +143,15 @@ def pretrain(args: argparse.Namespace) -> None:
     dino_loss = DINOLoss(args.out_dim, args.out_dim_selfpatch, 2 + args.local_crops_number, args.warmup_teacher_temp,
                          args.teacher_temp, args.warmup_teacher_temp_epochs, args.epochs,
                          patch_loss_weight=args.patch_loss_weight).to(args.device)
+    compiled = compile_step(args, student_alone, teacher, dino_loss)
     optimizer = build_optimizer(args, student_alone)
     scaler = torch.amp.GradScaler(args.device.type, enabled=dtype == torch.float16)
-    schedules = build_schedules(args, len(loader))
+    schedules = build_schedules(args, len(loader) // args.accum_steps)
 
     output = Path(args.output_dir)
     start_epoch = resume(output / "checkpoint.pth", args, student=student_alone, teacher=teacher, optimizer=optimizer,
                          dino_loss=dino_loss, fp16_scaler=scaler)
-    announce(args, loader.dataset, student_alone, dtype, start_epoch)
+    announce(args, loader.dataset, student_alone, dtype, compiled, start_epoch)
     log = RunLog(output, start_epoch, args.tensorboard) if utils.is_main_process() else None
     for epoch in range(start_epoch, args.epochs):
         # seeds that depend on the epoch alone: a resumed run draws what the uninterrupted one would have drawn
@@ -275,13 +188,14 @@ def train_dino(args: argparse.Namespace) -> None:
             torch.distributed.destroy_process_group()
 
 
-def announce(args: argparse.Namespace, dataset: ImageFolder, student: nn.Module, dtype: torch.dtype,
+def announce(args: argparse.Namespace, dataset: ImageFolder, student: nn.Module, dtype: torch.dtype, compiled: bool,
              start_epoch: int) -> None:
     if utils.is_main_process():
         size = sum(p.numel() for p in student.backbone.parameters()) / 1e6
         print(f"{args.arch}/{args.patch_size} ({size:.1f} M parameters), {len(dataset)} images in "
-              f"{len(dataset.classes)} folders, {args.world_size} × {args.batch_size_per_gpu} images a step on "
-              f"{args.device.type} in {str(dtype).removeprefix('torch.')}; "
+              f"{len(dataset.classes)} folders, {images_per_step(args)} images a step over {args.world_size} × "
+              f"{args.device.type} in {str(dtype).removeprefix('torch.')}"
+              f"{', compiled (the first steps take minutes)' if compiled else ''}; "
               + (f"going on after epoch {start_epoch - 1}" if start_epoch else "starting anew"), flush=True)
 
 

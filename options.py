@@ -52,6 +52,9 @@ def add_optimisation_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--epochs", default=300, type=int, help="length of the run, and of its schedules")
     group.add_argument("--batch_size_per_gpu", default=64, type=int,
                        help="images a process; the learning rate follows the sum over all processes")
+    group.add_argument("--accum_steps", default=1, type=int,
+                       help="batches of --batch_size_per_gpu that make one step: 8 on one GPU is the recipe of 8 GPUs "
+                            "(but for BatchNorm in the heads, which sees one small batch)")
     group.add_argument("--optimizer", default="adamw", choices=["adamw", "sgd", "lars"],
                        help="adamw for ViTs; lars for very large batches")
     group.add_argument("--lr", default=0.0005, type=float, help="peak learning rate for 256 images a step")
@@ -69,6 +72,11 @@ def add_optimisation_options(parser: argparse.ArgumentParser) -> None:
                             "loss becomes NaN; on other devices it is float32 either way")
     group.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"],
                        help="ask for one precision on any device; auto is as --use_fp16 says")
+    group.add_argument("--compile", default="auto", choices=["auto", "on", "off"],
+                       help="compile the networks and the loss; auto: on CUDA. The first steps then take minutes")
+    group.add_argument("--checkpoint_activations", action="store_true",
+                       help="hold one tensor a block of the student's backbone and compute the rest anew: less memory "
+                            "for about a quarter more time")
 
 
 def add_crop_options(parser: argparse.ArgumentParser) -> None:
@@ -108,7 +116,8 @@ def check_args(args: argparse.Namespace) -> None:
         if not holds:
             fail(message)
 
-    for name in ("epochs", "batch_size_per_gpu", "patch_size", "out_dim", "out_dim_selfpatch", "log_every"):
+    for name in ("epochs", "batch_size_per_gpu", "patch_size", "out_dim", "out_dim_selfpatch", "log_every",
+                 "accum_steps"):
         need(getattr(args, name) > 0, f"--{name} is {getattr(args, name)}: it must be at least 1")
     for name in ("local_crops_number", "num_workers", "warmup_epochs", "warmup_teacher_temp_epochs", "clip_grad",
                  "patch_loss_weight", "saveckp_freq"):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from timm.layers import Mlp, trunc_normal_
 from torch import nn
 
-from vision_transformer import init_weights
+from vision_transformer import Logits, init_weights
 
 
 def neighbour_similarity(x: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
@@ -158,7 +158,7 @@ class MultiCropWrapper(nn.Module):
         self.backbone, self.ca_head, self.c_head, self.p_head = backbone, ca_head, c_head, p_head
 
     def forward(self, crops: list[torch.Tensor], loc: bool = False,
-                patches: bool = True) -> tuple[torch.Tensor, list[torch.Tensor]]:
+                patches: bool = True) -> tuple[Logits, list[Logits]]:
         """Crops, V tensors [B, 3, H, W], equal sizes next to each other -> image and patch logits.
 
         Args:
@@ -167,7 +167,7 @@ class MultiCropWrapper(nn.Module):
 
         Returns:
             image logits [V·B, out_dim], view by view; patch logits, one [V_r·B, N_r, out_dim_selfpatch] for each run
-            of V_r crops of one size.
+            of V_r crops of one size. Logits.dense() forms them.
         """
         runs = [[crops[0]]]
         for crop in crops[1:]:
@@ -179,10 +179,10 @@ class MultiCropWrapper(nn.Module):
         for run in runs:
             x = torch.cat(run)
             tokens.append(self.ca_head(self.backbone(x), loc, self.backbone.grid_size(x), patches))
-        image_logits = self.c_head(torch.cat([t[:, 0] for t in tokens]))
+        image = self.c_head(torch.cat([t[:, 0] for t in tokens]), dense=False)
         if not patches:
-            return image_logits, []
+            return image, []
         shapes = [(len(t), t.shape[1] - 1) for t in tokens]
-        patch_logits = self.p_head(torch.cat([t[:, 1:].flatten(0, 1) for t in tokens]))
-        patch_logits = patch_logits.split([b * n for b, n in shapes])
-        return image_logits, [p.unflatten(0, shape) for p, shape in zip(patch_logits, shapes, strict=True)]
+        z, weight = self.p_head(torch.cat([t[:, 1:].flatten(0, 1) for t in tokens]), dense=False)
+        parts = z.split([b * n for b, n in shapes])
+        return image, [Logits(part.unflatten(0, shape), weight) for part, shape in zip(parts, shapes, strict=True)]

@@ -6,12 +6,14 @@
 """
 from collections.abc import Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from timm.layers import PatchEmbed, trunc_normal_
 from timm.models.vision_transformer import Block
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 
 def init_weights(module: nn.Module) -> None:
@@ -55,6 +57,7 @@ class VisionTransformer(nn.Module):
         if class_token:
             trunc_normal_(self.cls_token, std=0.02)
         self.apply(init_weights)
+        self.checkpoint_activations = False  # keep each block's input only and compute it anew in the backward pass
 
     def grid_size(self, x: torch.Tensor) -> tuple[int, int]:
         """Rows and columns of patches in images x [B, 3, H, W]."""
@@ -88,11 +91,16 @@ class VisionTransformer(nn.Module):
     def _patches(self, tokens: torch.Tensor) -> torch.Tensor:
         return tokens if self.cls_token is None else tokens[:, 1:]
 
+    def _run(self, block: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+        if self.checkpoint_activations and torch.is_grad_enabled():
+            return checkpoint(block, tokens, use_reentrant=False)
+        return block(tokens)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Images [B, 3, H, W] -> patch features [B, N, D], N = ⌊H/p⌋·⌊W/p⌋, row by row."""
         tokens = self.prepare_tokens(x)
         for block in self.blocks:
-            tokens = block(tokens)
+            tokens = self._run(block, tokens)
         return self._patches(self.norm(tokens))
 
     def get_intermediate_layers(self, x: torch.Tensor, n: int | Sequence[int] = 1) -> list[torch.Tensor]:
@@ -101,7 +109,7 @@ class VisionTransformer(nn.Module):
         wanted = range(max(depth - n, 0), depth) if isinstance(n, int) else n
         tokens, features = self.prepare_tokens(x), {}
         for i, block in enumerate(self.blocks[:max(wanted) + 1]):
-            tokens = block(tokens)
+            tokens = self._run(block, tokens)
             if i in wanted:
                 features[i] = self._patches(tokens)
         return [features[i] for i in wanted]
@@ -135,8 +143,26 @@ class WeightNormLinear(nn.Module):
         self.weight_g = nn.Parameter(torch.ones(out_dim, 1))
         self.weight_v = nn.Parameter(nn.Linear(in_dim, out_dim, bias=False).weight.detach())
 
+    @property
+    def weight(self) -> torch.Tensor:
+        """[out, in], the rows that the forward multiplies by."""
+        return torch._weight_norm(self.weight_v, self.weight_g, 0)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, torch._weight_norm(self.weight_v, self.weight_g, 0))
+        return F.linear(x, self.weight)
+
+
+class Logits(NamedTuple):
+    """Logits as the product that they are, not yet formed: 87,000 patches times 4,096 prototypes are much to hold.
+
+    z [..., bottleneck] are unit vectors, weight [out, bottleneck] the prototypes.
+    """
+    z: torch.Tensor
+    weight: torch.Tensor
+
+    def dense(self) -> torch.Tensor:
+        """The logits themselves, [..., out]."""
+        return F.linear(self.z, self.weight)
 
 
 class DINOHead(nn.Module):
@@ -164,8 +190,12 @@ class DINOHead(nn.Module):
         self.last_layer = WeightNormLinear(bottleneck_dim, out_dim)
         self.last_layer.weight_g.requires_grad_(not norm_last_layer)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Tokens [..., in_dim] -> logits [..., out_dim]; BatchNorm counts every token of x alike."""
+    def forward(self, x: torch.Tensor, dense: bool = True) -> torch.Tensor | Logits:
+        """Tokens [..., in_dim] -> logits [..., out_dim], or their factors where they are not to be dense.
+
+        BatchNorm counts every token of x alike.
+        """
         z = self.mlp(x.flatten(0, -2))
         z = F.normalize(z.float(), dim=-1)  # its eps of 1e-12 would be 0 in half precision
-        return self.last_layer(z).unflatten(0, x.shape[:-1])
+        z = z.unflatten(0, x.shape[:-1])
+        return self.last_layer(z) if dense else Logits(z, self.last_layer.weight)

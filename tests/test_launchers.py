@@ -14,8 +14,9 @@ from torch import nn
 import utils
 from batchnorm import sync_batchnorms
 from checkpoints import load_backbone
+from engine import train_step
 from losses import DINOLoss
-from main_selfpatch import MultiCropWrapper, train_step
+from main_selfpatch import MultiCropWrapper
 from selfpatch_head import SelfPatchHead
 from vision_transformer import DINOHead, VisionTransformer, vit_tiny
 
@@ -40,7 +41,7 @@ def run_step(batch, use_bn, rank=0, world_size=1):
     dino_loss = DINOLoss(12, 10, 4, 0.04, 0.04, 0, 1)
     optimizer = torch.optim.SGD(utils.get_params_groups(student), lr=0.1)
     share = [crop.chunk(world_size)[rank] for crop in batch]
-    losses = train_step(model, teacher, dino_loss, optimizer, share, epoch=0, momentum=0.9, clip_grad=0,
+    losses = train_step(model, teacher, dino_loss, optimizer, [share], epoch=0, momentum=0.9, clip_grad=0,
                         freeze_last_layer=0)
     return {"losses": torch.stack(losses[:3]), "centres": dino_loss.state_dict(), "weights": student.state_dict(),
             "buffers": dict(student.named_buffers()),

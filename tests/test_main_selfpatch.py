@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 import torch
 
+import engine
 import main_selfpatch
 import utils
 from augmentations import DataAugmentationDINO
+from engine import health_warnings
 from losses import DINOLoss, Losses
-from main_selfpatch import get_args_parser, health_warnings, train_dino
+from main_selfpatch import get_args_parser, train_dino
 from vision_transformer import ARCHS, DINOHead, VisionTransformer
 
 SMALL = ["--arch", "vit_tiny", "--global_crops_size", "48", "--local_crops_size", "48", "--local_crops_number", "1",
@@ -73,7 +75,8 @@ def test_published_defaults():
         "local_crops_number": 8, "local_crops_scale": (0.05, 0.25), "output_dir": ".", "saveckp_freq": 10, "seed": 0,
         "num_workers": 10, "dist_url": "env://", "local_rank": 0, "port": 29500,
         "patch_loss_weight": 0.1, "drop_path_rate": 0.1, "global_crops_size": 224, "local_crops_size": 96,
-        "log_every": 10, "device": "auto", "precision": "auto", "tensorboard": False}
+        "log_every": 10, "device": "auto", "precision": "auto", "tensorboard": False,
+        "accum_steps": 1, "compile": "auto", "checkpoint_activations": False}
 
 
 def test_published_command_and_launchers_options():
@@ -164,7 +167,7 @@ def test_patch_loss_weight_0_is_dino(image_folder, tmp_path, monkeypatch):
         student, teacher = build(args)
         for model in (student, teacher):
             model.p_head.register_forward_pre_hook(lambda *_: pytest.fail("ran the patch head"))
-        teacher.register_forward_hook(lambda _, inputs, output: seen.append((len(inputs[0]), output[0])))
+        teacher.register_forward_hook(lambda _, inputs, output: seen.append((len(inputs[0]), output[0].dense())))
         return student, teacher
 
     monkeypatch.setattr(main_selfpatch, "build_models", watched)
@@ -212,17 +215,17 @@ def test_epoch_sets_rates_decay_and_momentum_at_every_step(monkeypatch):
     optimizer = main_selfpatch.build_optimizer(args, DINOHead(8, 4, hidden_dim=8, bottleneck_dim=4))
     assert [group["betas"] for group in optimizer.param_groups] == [(0.9, 0.999)] * 2
 
-    def step(student, teacher, dino_loss, optimizer, crops, epoch, momentum, clip_grad, freeze_last_layer, *_):
+    def step(student, teacher, dino_loss, optimizer, batches, epoch, momentum, clip_grad, freeze_last_layer, *_):
         seen.append(([g["lr"] for g in optimizer.param_groups], [g["weight_decay"] for g in optimizer.param_groups],
-                     momentum, epoch, clip_grad, freeze_last_layer, len(crops)))
+                     momentum, epoch, clip_grad, freeze_last_layer, [len(crops) for crops in batches]))
         return Losses(*torch.ones(5))
 
-    monkeypatch.setattr(main_selfpatch, "train_step", step)
+    monkeypatch.setattr(engine, "train_step", step)
     schedules = {"lr": [0.1, 0.2, 0.3, 0.4, 0.5, 0.6], "wd": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0],
                  "momentum": [0.91, 0.92, 0.93, 0.94, 0.95, 0.96]}
     loader = torch.utils.data.DataLoader([([torch.zeros(3, 4, 4)] * 3, 0)] * 3, batch_size=1)
     stats = main_selfpatch.train_one_epoch(None, None, None, loader, optimizer, schedules, 1, None, None, args)
-    assert seen == [([lr, lr], [wd, 0.0], m, 1, 3.0, 1, 3) for lr, wd, m in ((0.4, 4.0, 0.94), (0.5, 5.0, 0.95),
+    assert seen == [([lr, lr], [wd, 0.0], m, 1, 3.0, 1, [3]) for lr, wd, m in ((0.4, 4.0, 0.94), (0.5, 5.0, 0.95),
                                                                             (0.6, 6.0, 0.96))]
     assert (stats["lr"], stats["wd"], stats["loss"]) == (0.6, 6.0, 1.0)
 
@@ -257,17 +260,17 @@ def test_nan_is_found_however_seldom_the_log_is_read():
         logger.update(total=torch.tensor(float("nan") if step == 3 else 1.0))
     logger.read()
     with pytest.raises(SystemExit, match="step 103 of epoch 2"):
-        main_selfpatch.stop_if_not_finite(logger, epoch=2, step=149, steps=200)
+        engine.stop_if_not_finite(logger, epoch=2, step=149, steps=200)
 
 
 def test_loss_that_is_not_finite_stops_and_names_the_step(image_folder, tmp_path, monkeypatch):
-    step, count = main_selfpatch.train_step, iter(range(100))
+    step, count = engine.train_step, iter(range(100))
 
     def poisoned(*args, **kwargs):
         losses = step(*args, **kwargs)
         return losses._replace(total=losses.total * float("nan")) if next(count) == 4 else losses
 
-    monkeypatch.setattr(main_selfpatch, "train_step", poisoned)
+    monkeypatch.setattr(engine, "train_step", poisoned)
     with pytest.raises(SystemExit) as stop:
         train_dino(options("--epochs", 3, "--data_path", image_folder, "--output_dir", tmp_path))
     assert "step 1 of epoch 1 (iteration 4)" in stop.value.code  # a message is exit status 1

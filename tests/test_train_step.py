@@ -6,8 +6,9 @@ import torch
 from golden_rules import assert_close, load, rand, set_weights
 
 import utils
+from engine import train_step
 from losses import DINOLoss
-from main_selfpatch import MultiCropWrapper, build_optimizer, train_step
+from main_selfpatch import MultiCropWrapper, build_optimizer
 from selfpatch_head import SelfPatchHead
 from vision_transformer import DINOHead, vit_tiny
 
@@ -18,9 +19,10 @@ def golden_wrapper(salt, tag):
 
 
 def logits_recorder(wrapper):
-    """The wrapper's last outputs, in a list of one."""
+    """The wrapper's last outputs, dense, in a list of one."""
     seen = [None]
-    wrapper.register_forward_hook(lambda _, inputs, output: seen.__setitem__(0, output))
+    wrapper.register_forward_hook(lambda _, inputs, output: seen.__setitem__(
+        0, (output[0].dense(), [patches.dense() for patches in output[1]])))
     return seen
 
 
@@ -68,7 +70,7 @@ def test_golden_train_step(file):
     for step in (0, 1):
         crops = [rand(100 * step + i, 2, 3, size, size, salt=salt) for i, size in enumerate((224, 224, 96, 96))]
         before = {name: p.detach().clone() for name, p in student.named_parameters()}
-        losses = train_step(student, teacher, dino_loss, optimizer, crops, epoch=step, momentum=0.99,
+        losses = train_step(student, teacher, dino_loss, optimizer, [crops], epoch=step, momentum=0.99,
                             clip_grad=clip, freeze_last_layer=1)
         key = f"step{step}"
         assert [losses.total.item(), losses.image.item(), losses.patch.item()] == pytest.approx(
