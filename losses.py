@@ -75,20 +75,21 @@ class Distillation(torch.autograd.Function):
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else z.dtype
         with torch.autocast(kind, enabled=False):
             w, teacher_w, center = weight.to(dtype), teacher.weight.to(dtype), center / temp
-            grad_z, grad_w = torch.empty_like(z), torch.zeros_like(weight)
+            grad_z, grad_w = torch.empty_like(z), 0.0
             loss, mass = z.new_zeros(()), z.new_zeros(prototypes)
-            step = -(-samples // -(-views * samples * prototypes // HELD_AT_ONCE.get(kind, HELD_AT_ONCE["cuda"])))
-            for start in range(0, samples, step):
-                rows = slice(start, start + step)
+            held = HELD_AT_ONCE.get(kind, HELD_AT_ONCE["cuda"])
+            parts = -(-views * samples * prototypes // held)
+            for rows in torch.arange(samples).split(-(-samples // parts)):
+                rows = slice(int(rows[0]), int(rows[-1]) + 1)
                 x = (z[:, rows] / student_temp).to(dtype)
                 y = (teacher.z[:, rows] / temp).to(dtype)
                 one_loss, grad, one_mass = compare(F.linear(x, w), F.linear(y, teacher_w), center)
                 loss += one_loss
                 mass += one_mass
                 grad_z[:, rows] = grad @ w
-                grad_w += grad.flatten(0, 1).T @ x.flatten(0, 1)
-            # the factors come last, in float32: a mean over 87,000 patches is below what float16 can tell from 0
-            ctx.save_for_backward(grad_z.mul_(1 / (samples * student_temp)), grad_w.mul_(1 / samples))
+                grad_w = grad.flatten(0, 1).T @ x.flatten(0, 1) + grad_w
+            ctx.save_for_backward(grad_z, grad_w)
+            ctx.factors = 1 / (samples * student_temp), 1 / samples
             mass = mass / (len(teacher.z) * samples)
             ctx.mark_non_differentiable(mass)
             return loss / samples, mass
@@ -96,8 +97,9 @@ class Distillation(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_loss: torch.Tensor, _):
-        grad_z, grad_w = ctx.saved_tensors
-        return grad_z * grad_loss, grad_w * grad_loss, None, None, None, None, None
+        # the factors come last, in float32: a mean over 87,000 patches is below what float16 can tell from 0
+        grad_z, grad_w = (grad * (grad_loss * factor) for grad, factor in zip(ctx.saved_tensors, ctx.factors))
+        return grad_z, grad_w, None, None, None, None, None
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -191,10 +191,11 @@ def train_dino(args: argparse.Namespace) -> None:
 def announce(args: argparse.Namespace, dataset: ImageFolder, student: nn.Module, dtype: torch.dtype, compiled: bool,
              start_epoch: int) -> None:
     if utils.is_main_process():
+        small_batches = f" × {args.accum_steps}" if args.accum_steps > 1 else ""
         size = sum(p.numel() for p in student.backbone.parameters()) / 1e6
         print(f"{args.arch}/{args.patch_size} ({size:.1f} M parameters), {len(dataset)} images in "
-              f"{len(dataset.classes)} folders, {images_per_step(args)} images a step over {args.world_size} × "
-              f"{args.device.type} in {str(dtype).removeprefix('torch.')}"
+              f"{len(dataset.classes)} folders, {args.world_size} × {args.batch_size_per_gpu}{small_batches} images a "
+              f"step on {args.device.type} in {str(dtype).removeprefix('torch.')}"
               f"{', compiled (the first steps take minutes)' if compiled else ''}; "
               + (f"going on after epoch {start_epoch - 1}" if start_epoch else "starting anew"), flush=True)
 

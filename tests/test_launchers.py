@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from golden_rules import set_weights
+from networks import small_wrapper
 from torch import nn
 
 import utils
@@ -18,40 +19,38 @@ from engine import train_step
 from losses import DINOLoss
 from main_selfpatch import MultiCropWrapper
 from selfpatch_head import SelfPatchHead
-from vision_transformer import DINOHead, VisionTransformer, vit_tiny
+from vision_transformer import DINOHead, vit_tiny
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.slow
 
 
-def run_step(batch, use_bn, rank=0, world_size=1):
-    """One SGD step on this rank's share of the batch: losses, centres, gradients and BatchNorm's statistics."""
+def run_step(batch, use_bn, accum_steps=1, rank=0, world_size=1):
+    """One SGD step on this rank's share of the batch, in accum_steps parts: losses, centres, gradients and BatchNorm's statistics."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
 
     def wrapper():
-        model = MultiCropWrapper(VisionTransformer(32, 8, embed_dim=24, depth=2, num_heads=3), SelfPatchHead(24, 3),
-                                 DINOHead(24, 12, use_bn, hidden_dim=16, bottleneck_dim=8),
-                                 DINOHead(24, 10, use_bn, hidden_dim=16, bottleneck_dim=8))
-        model = set_weights(model, salt=0)  # larger than the initial ones, which BatchNorm would divide rounding by
+        # larger weights than the initial ones, which BatchNorm would divide rounding by
+        model = set_weights(small_wrapper(use_bn=use_bn), salt=0)
         return sync_batchnorms(model, torch.device("cpu")) if world_size > 1 else model
 
     student, teacher = wrapper(), wrapper().requires_grad_(False)
     model = nn.parallel.DistributedDataParallel(student, gradient_as_bucket_view=True) if world_size > 1 else student
     dino_loss = DINOLoss(12, 10, 4, 0.04, 0.04, 0, 1)
     optimizer = torch.optim.SGD(utils.get_params_groups(student), lr=0.1)
-    share = [crop.chunk(world_size)[rank] for crop in batch]
-    losses = train_step(model, teacher, dino_loss, optimizer, [share], epoch=0, momentum=0.9, clip_grad=0,
-                        freeze_last_layer=0)
+    share = [crop.chunk(world_size)[rank].chunk(accum_steps) for crop in batch]
+    losses = train_step(model, teacher, dino_loss, optimizer, zip(*share, strict=True), epoch=0, momentum=0.9,
+                        clip_grad=0, freeze_last_layer=0, accum_steps=accum_steps)
     return {"losses": torch.stack(losses[:3]), "centres": dino_loss.state_dict(), "weights": student.state_dict(),
             "buffers": dict(student.named_buffers()),
             "grads": {name: p.grad for name, p in student.named_parameters() if p.grad is not None}}
 
 
-def worker(rank, world_size, port, batch, use_bn, folder):
+def worker(rank, world_size, port, batch, use_bn, accum_steps, folder):
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     torch.distributed.init_process_group("gloo")
-    torch.save(run_step(batch, use_bn, rank, world_size), f"{folder}/{rank}.pth")
+    torch.save(run_step(batch, use_bn, accum_steps, rank, world_size), f"{folder}/{rank}.pth")
     torch.distributed.destroy_process_group()
 
 
@@ -62,10 +61,10 @@ def free_port():
         return str(s.getsockname()[1])
 
 
-@pytest.mark.parametrize("use_bn", [False, True])
-def test_two_processes_equal_one_with_twice_the_images(tmp_path, use_bn):
+@pytest.mark.parametrize("use_bn, accum_steps", [(False, 1), (True, 1), (False, 2)])
+def test_two_processes_equal_one_with_all_the_images(tmp_path, use_bn, accum_steps):
     batch = [torch.randn(4, 3, size, size) for size in (32, 32, 24, 24)]
-    mp.spawn(worker, (2, free_port(), batch, use_bn, str(tmp_path)), nprocs=2)
+    mp.spawn(worker, (2, free_port(), batch, use_bn, accum_steps, str(tmp_path)), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pth") for rank in (0, 1))
     one = run_step(batch, use_bn)
     torch.testing.assert_close((first["losses"] + second["losses"]) / 2, one["losses"], rtol=1e-5, atol=1e-6)

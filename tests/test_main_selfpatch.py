@@ -197,6 +197,29 @@ def test_other_options_train(image_folder, tmp_path, words):
     assert any(k.startswith("backbone") for k in moved) and any(k.startswith("p_head") for k in moved)
 
 
+def test_compiled_run_is_the_plain_run(image_folder, tmp_path, monkeypatch):
+    """The same names in the checkpoint and, to rounding, the same weights; test_train_step.py has the real compiler."""
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda *args, **kwargs: compile_(*args, **kwargs, backend="aot_eager"))
+    words = ["--epochs", 1, "--data_path", image_folder, "--optimizer", "sgd", "--drop_path_rate", 0]
+    for way in ("on", "off"):
+        train_dino(options(*words, "--compile", way, "--output_dir", tmp_path / way))
+    ours, expected = (load(tmp_path / way / "checkpoint.pth") for way in ("on", "off"))
+    for part in ("student", "teacher", "dino_loss"):
+        assert ours[part].keys() == expected[part].keys()
+        for name, value in expected[part].items():
+            torch.testing.assert_close(ours[part][name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_small_batches_make_one_step(image_folder, tmp_path, capsys):
+    """Steps, rates and the announcement go by the images of a whole step."""
+    train_dino(options("--epochs", 1, "--data_path", image_folder, "--output_dir", tmp_path, "--batch_size_per_gpu", 3,
+                       "--accum_steps", 2, "--checkpoint_activations", "--log_every", 1))
+    out = capsys.readouterr().out
+    assert "1 × 3 × 2 images a step" in out and "step 2/2" in out
+    assert load(tmp_path / "checkpoint.pth")["optimizer"]["state"][0]["step"] == 2
+
+
 def test_schedules_over_a_run():
     args = options("--epochs", 10, "--warmup_epochs", 2, "--lr", 0.004, "--batch_size_per_gpu", 16)
     args.world_size = 8
@@ -301,6 +324,7 @@ def test_warnings_in_words():
     (["--local_crops_size", "40"], "no multiple of --patch_size 16"),
     (["--local_crops_size", "32"], "under 3 patches a side"),
     (["--batch_size_per_gpu", "13"], "12 images, fewer than the 13"),
+    (["--accum_steps", "4"], "12 images, fewer than the 16 of one step (4 × 4 small batches"),
     (["--warmup_epochs", "3"], "longer than the run of --epochs 2"),
     (["--warmup_teacher_temp_epochs", "3"], "longer than the run of --epochs 2"),
     (["--output_dir", "{file}/run"], "cannot write to --output_dir"),

@@ -2,9 +2,10 @@
 import pytest
 import torch
 from golden_rules import assert_close, load, rand, set_weights
+from networks import small_wrapper
 
 from selfpatch_head import MultiCropWrapper, SelfPatchHead, positive_matching
-from vision_transformer import DINOHead, VisionTransformer, vit_tiny
+from vision_transformer import DINOHead, vit_tiny
 
 
 @pytest.mark.parametrize("key, n, k, loc", [
@@ -81,12 +82,6 @@ def test_k_num_out_of_range(k):
 def test_grid_too_small_or_wrong(n, grid):
     with pytest.raises(ValueError, match="grid"):
         SelfPatchHead(24, 3)(torch.randn(1, n, 24), loc=True, grid=grid)
-
-
-def small_wrapper(patch_size=8, use_bn=False):
-    return MultiCropWrapper(VisionTransformer(32, patch_size, embed_dim=24, depth=2, num_heads=3),
-                            SelfPatchHead(24, 3), DINOHead(24, 12, use_bn, hidden_dim=16, bottleneck_dim=8),
-                            DINOHead(24, 10, use_bn, hidden_dim=16, bottleneck_dim=8))
 
 
 def dense(output):
