@@ -5,6 +5,7 @@ al. 2021): patches take the labels of the topk most similar patches in a window 
 """
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,7 +13,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 TEMPERATURE = 0.1
-HELD_AT_ONCE = {"cpu": 2**21, "cuda": 2**24}  # similarities: what a CPU's cache likes; 64 MB on a GPU
+HELD_AT_ONCE = {"cpu": 2**19, "cuda": 2**24}  # similarities: what a CPU's cache likes; 64 MB on a GPU
+STRIP = {"cpu": 10}  # columns taken together; a GPU takes all, since it would rather have one large product
 
 
 def to_one_hot(labels: torch.Tensor) -> torch.Tensor:
@@ -66,12 +68,58 @@ def mix_labels(similarity: torch.Tensor, outside: torch.Tensor | None, labels: t
     return mixed
 
 
-def label_propagation(target: torch.Tensor, contexts: torch.Tensor, labels: torch.Tensor,
-                      size_mask_neighborhood: int = 12, topk: int = 5) -> torch.Tensor:
-    """Soft labels of a frame from those of its context frames.
+class Strip(NamedTuple):
+    """Some columns of a frame's patches, and those of its contexts that their window reaches."""
+    columns: slice
+    near: slice
+
+
+def strips(width: int, radius: int, device: torch.device) -> list[Strip]:
+    """Columns in strips of equal width where that lets the window discard some of them, radius 0 being no window."""
+    count = max(1, round(width / STRIP.get(device.type, width))) if radius else 1
+    edges = [width * i // count for i in range(count + 1)]
+    reach = radius or width
+    return [Strip(slice(left, right), slice(max(0, left - reach), min(width, right + reach)))
+            for left, right in zip(edges, edges[1:], strict=False)]
+
+
+@lru_cache(maxsize=256)
+def outside_window(height: int, width: int, radius: int, rows: tuple[int, int], near_rows: tuple[int, int],
+                   columns: tuple[int, int], near: tuple[int, int], device: torch.device) -> torch.Tensor:
+    """0 for context patches in the window, -inf for others, [targets, contexts], of the given rows and columns."""
+    window = restrict_neighborhood(height, width, radius, slice(*rows), slice(*near_rows), device)
+    window = window.view(rows[1] - rows[0], width, -1, width)[:, slice(*columns), :, slice(*near)]
+    window = window.flatten(2).flatten(0, 1)
+    return torch.zeros(window.shape, device=device).masked_fill_(~window, -torch.inf)
+
+
+def mix_strip(target: torch.Tensor, contexts: torch.Tensor, labels: torch.Tensor, strip: Strip, radius: int,
+              topk: int) -> torch.Tensor:
+    """Labels [h, columns, C] of a strip of target [h, w, D], from contexts [T, h, near, D] and labels [T, h, w, C].
 
     Rows are taken a few at a time, with the rows of the contexts that their window reaches, so that the similarities
     of all patches with all are never held, nor those that the window would discard computed.
+    """
+    height, width, dim = target.shape
+    columns, near = ((one.start, one.stop) for one in strip)
+    reach = radius or height
+    limit = HELD_AT_ONCE.get(target.device.type, HELD_AT_ONCE["cuda"])
+    limit //= len(contexts) * (columns[1] - columns[0]) * (near[1] - near[0])
+    step = next((n for n in range(height, 1, -1) if n * min(height, n + 2 * reach) <= limit), 1)
+    target, labels, mixed = target[:, strip.columns], labels[:, :, strip.near], []
+    for top in range(0, height, step):
+        rows, near_rows = (top, min(top + step, height)), (max(0, top - reach), min(top + step + reach, height))
+        similarity = torch.bmm(target[slice(*rows)].reshape(1, -1, dim).expand(len(contexts), -1, -1),
+                               contexts[:, slice(*near_rows)].flatten(1, 2).transpose(1, 2))
+        outside = outside_window(height, width, radius, rows, near_rows, columns, near,
+                                 target.device) if radius else None
+        mixed.append(mix_labels(similarity, outside, labels[:, slice(*near_rows)].flatten(1, 2), topk))
+    return torch.cat(mixed).unflatten(0, (height, -1))
+
+
+def label_propagation(target: torch.Tensor, contexts: torch.Tensor, labels: torch.Tensor,
+                      size_mask_neighborhood: int = 12, topk: int = 5) -> torch.Tensor:
+    """Soft labels of a frame from those of its context frames.
 
     Args:
         target: features [h, w, D], of unit length.
@@ -82,21 +130,9 @@ def label_propagation(target: torch.Tensor, contexts: torch.Tensor, labels: torc
     Returns:
         [h, w, C].
     """
-    height, width, dim = target.shape
-    radius = size_mask_neighborhood or height
-    limit = HELD_AT_ONCE.get(target.device.type, HELD_AT_ONCE["cuda"]) // (len(contexts) * width * width)
-    step = next((n for n in range(height, 1, -1) if n * min(height, n + 2 * radius) <= limit), 1)
-    mixed = []
-    for top in range(0, height, step):
-        rows, near = slice(top, min(top + step, height)), slice(max(0, top - radius), top + step + radius)
-        similarity = torch.bmm(target[rows].reshape(1, -1, dim).expand(len(contexts), -1, -1),
-                               contexts[:, near].flatten(1, 2).transpose(1, 2))
-        outside = None
-        if size_mask_neighborhood:
-            window = restrict_neighborhood(height, width, radius, rows, near, target.device)
-            outside = similarity.new_zeros(window.shape).masked_fill_(~window, -torch.inf)
-        mixed.append(mix_labels(similarity, outside, labels[:, near].flatten(1, 2), topk))
-    return torch.cat(mixed).view(height, width, -1)
+    parts = strips(target.shape[1], size_mask_neighborhood, target.device)
+    return torch.cat([mix_strip(target, contexts[:, :, strip.near], labels, strip, size_mask_neighborhood, topk)
+                      for strip in parts], dim=1)
 
 
 def propagate(features: Iterable[torch.Tensor], labels: torch.Tensor, n_last_frames: int = 7,
@@ -111,16 +147,24 @@ def propagate(features: Iterable[torch.Tensor], labels: torch.Tensor, n_last_fra
     first = next(features)
     turn = first.shape[1] > first.shape[0]  # rows run along the longer side: a window reaches a smaller share of it
     first, labels = (x.transpose(0, 1) if turn else x for x in (first, labels))
-    contexts = first.new_empty(n_last_frames + 1, *first.shape)  # frame 0, and a ring of the last ones
+    parts = strips(first.shape[1], size_mask_neighborhood, first.device)
+    # frame 0, and a ring of the last ones; strips overlap, and are kept apart so that each is one block of memory
+    contexts = [first.new_empty(n_last_frames + 1, *first[:, strip.near].shape) for strip in parts]
     context_labels = labels.new_empty(n_last_frames + 1, *labels.shape)
-    contexts[0], context_labels[0] = first, labels
+
+    def keep(slot: int, frame: torch.Tensor, labels: torch.Tensor) -> None:
+        for held, strip in zip(contexts, parts, strict=True):
+            held[slot] = frame[:, strip.near]
+        context_labels[slot] = labels
+
+    keep(0, first, labels)
     for t, target in enumerate(features, 1):
         target = target.transpose(0, 1) if turn else target
         used = min(t, n_last_frames + 1)
-        labels = label_propagation(target, contexts[:used], context_labels[:used], size_mask_neighborhood, topk)
+        labels = torch.cat([mix_strip(target, held[:used], context_labels[:used], strip, size_mask_neighborhood, topk)
+                            for held, strip in zip(contexts, parts, strict=True)], dim=1)
         if n_last_frames:
-            slot = 1 + (t - 1) % n_last_frames
-            contexts[slot], context_labels[slot] = target, labels
+            keep(1 + (t - 1) % n_last_frames, target, labels)
         yield labels.permute(2, 1, 0) if turn else labels.permute(2, 0, 1)
 
 
