@@ -15,33 +15,16 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, DistributedSampler
 from torchvision.datasets import ImageFolder
 
 import utils
-from augmentations import DataAugmentationDINO, UnreadableImage, load_rgb
+from augmentations import DataAugmentationDINO, UnreadableImage  # noqa: F401 (people look for them here)
 from batchnorm import sync_batchnorms
+from data import CropLoader, build_dataset
 from losses import DINOLoss, Losses
 from options import check_args, get_args_parser
 from selfpatch_head import MultiCropWrapper, SelfPatchHead
 from vision_transformer import ARCHS, DINOHead
-
-
-def build_dataset(args: argparse.Namespace) -> ImageFolder:
-    transform = DataAugmentationDINO(args.global_crops_scale, args.local_crops_scale, args.local_crops_number,
-                                     args.global_crops_size, args.local_crops_size)
-    try:
-        dataset = ImageFolder(args.data_path, transform, loader=load_rgb, allow_empty=True)
-    except FileNotFoundError:
-        utils.fail(f"--data_path {args.data_path} has no folders in it: images go into one folder for each class, "
-                   f"such as {args.data_path.rstrip('/')}/all/0001.jpg")
-    global_batch = args.batch_size_per_gpu * args.world_size
-    if not len(dataset):
-        utils.fail(f"--data_path {args.data_path} has class folders, but no images in them")
-    if len(dataset) < global_batch:
-        utils.fail(f"--data_path {args.data_path} has {len(dataset)} images, fewer than the {global_batch} of one step "
-                   f"({args.batch_size_per_gpu} × {args.world_size} processes): lower --batch_size_per_gpu")
-    return dataset
 
 
 def build_models(args: argparse.Namespace) -> tuple[MultiCropWrapper, MultiCropWrapper]:
@@ -122,18 +105,17 @@ def train_step(student: nn.Module, teacher: nn.Module, dino_loss: DINOLoss, opti
     return Losses(*(value.detach() for value in losses))
 
 
-def train_one_epoch(student: nn.Module, teacher: nn.Module, dino_loss: DINOLoss, loader: DataLoader,
+def train_one_epoch(student: nn.Module, teacher: nn.Module, dino_loss: DINOLoss, loader: CropLoader,
                     optimizer: torch.optim.Optimizer, schedules: dict, epoch: int, scaler: torch.amp.GradScaler,
                     dtype: torch.dtype, args: argparse.Namespace) -> dict[str, float]:
     """Train through the loader once; the epoch's means over all ranks."""
     logger = utils.MetricLogger(window=args.log_every)
-    for step, (crops, _) in enumerate(loader):
+    for step, crops in enumerate(loader):
         it = epoch * len(loader) + step
         for group in optimizer.param_groups:
             group["lr"] = schedules["lr"][it]
         optimizer.param_groups[0]["weight_decay"] = schedules["wd"][it]  # the second group has none
 
-        crops = [crop.to(args.device, non_blocking=loader.pin_memory) for crop in crops]
         losses = train_step(student, teacher, dino_loss, optimizer, crops, epoch, schedules["momentum"][it],
                             args.clip_grad, args.freeze_last_layer, dtype, scaler)
         logger.update(**losses._asdict())
@@ -191,13 +173,6 @@ def health_warnings(stats: dict[str, float], epoch: int, args: argparse.Namespac
     return found
 
 
-def build_loader(args: argparse.Namespace, dataset: ImageFolder) -> DataLoader:
-    """Batches of this rank's own share of the images, shuffled anew at each sampler.set_epoch."""
-    sampler = DistributedSampler(dataset, args.world_size, args.rank, shuffle=True, seed=args.seed)
-    return DataLoader(dataset, args.batch_size_per_gpu, sampler=sampler, num_workers=args.num_workers,
-                      pin_memory=args.device.type == "cuda", drop_last=True)
-
-
 def resume(path: Path, args: argparse.Namespace, **objects) -> int:
     """Load what path has into the objects; the epoch to begin with."""
     try:
@@ -218,7 +193,7 @@ def pretrain(args: argparse.Namespace) -> None:
     check_args(args)
     utils.init_distributed_mode(args)
     dtype = autocast_dtype(args)
-    loader = build_loader(args, build_dataset(args))
+    loader = CropLoader(args, build_dataset(args))
     utils.fix_random_seeds(args.seed)
     torch.backends.cudnn.benchmark = True
 
