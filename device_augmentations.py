@@ -29,12 +29,12 @@ def load_uint8(path: str) -> torch.Tensor:
     """
     try:
         image = decode_image(read_file(path))
+        if image.dtype == torch.uint8 and image.ndim == 3 and len(image) == 3:
+            return image
     except RuntimeError:
-        image = torch.empty(0)
-    if image.dtype != torch.uint8 or image.ndim != 3 or len(image) not in (1, 3):
-        # damaged, a kind that torchvision does not know, CMYK, alpha, 16 bit, or animated
-        image = pil_to_tensor(load_rgb(path))
-    return image.expand(3, -1, -1)
+        pass  # PIL reads it, or says what is wrong with it
+    # grey, CMYK, palettes, alpha, 16 bit and animation are PIL's as well: they are rare, and it knows their odd cases
+    return pil_to_tensor(load_rgb(path))
 
 
 def draw_boxes(count: int, height: int, width: int, scale: tuple[float, float]) -> list[tuple[int, int, int, int]]:
@@ -225,10 +225,11 @@ class DeviceAugmentation(nn.Module):
         self.register_buffer("shift", -mean / std)
         self.register_buffer("blur", torch.tensor([1.0, 0.1] + [0.5] * local_crops_number))
         self.register_buffer("solarize", torch.tensor([0.0, 0.2] + [0.0] * local_crops_number))
+        self.compiled = compiled
         self.finish = torch.compile(self.finish, dynamic=False, fullgraph=True) if compiled else self.finish
 
     def finish(self, images: torch.Tensor, draws: Draws) -> torch.Tensor:
-        return apply(images, draws, everywhere=images.is_cuda) * self.scale + self.shift
+        return apply(images, draws, everywhere=self.compiled or images.is_cuda) * self.scale + self.shift
 
     @torch.no_grad()
     def forward(self, kinds: list[torch.Tensor]) -> list[torch.Tensor]:

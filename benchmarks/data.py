@@ -4,11 +4,11 @@
     python benchmarks/data.py --data_path /path/to/imagenet/train --json data.json
     python benchmarks/data.py --device cuda --workers 16 --data_path /path/to/imagenet/train
 
-`pil` is the whole of --augment pil. `decode and crop` is what --augment device leaves to the workers, `photometric` what
-it does on the device, where on the CPU one thread does it; `device, whole` is the sum of the two, on one core. Times of
-the CPU are its own seconds, which other programs lengthen little; a GPU's are by the clock. Each round runs every way
-once, in turn, so that what else the machine does hits all of them; the first round warms up and is not counted.
-With --workers, images a second by the clock of the loader that training uses.
+`pil` is the whole of --augment pil. `decode and crop` is what --augment device leaves to the workers, `photometric`
+what it does on the device (on the CPU in one thread), `device, whole` the sum of the two where one core does both.
+Times of the CPU are its own seconds, which other programs lengthen little; a GPU's are by the clock. Each round runs
+every way once, in turn, so that what else the machine does hits all of them; the first round warms up and is not
+counted. With --workers also images a second, by the clock, of the loader that training uses.
 """
 import argparse
 import json
@@ -100,7 +100,7 @@ def measure(paths: list[str], device: torch.device, rounds: int, batch_size: int
 # ---------------------------------------------------------------- the loader that training uses
 
 def loader_rates(folder: Path, args: argparse.Namespace, device: torch.device) -> dict[str, list[float]]:
-    """Images a second by the clock of --augment pil and device, one value a round, after each one's first batches."""
+    """Images a second, by the clock, of --augment pil and device, one value a round; a third of the batches warm up."""
     loaders = {}
     for augment in ("pil", "device"):
         options = get_args_parser().parse_args(["--data_path", str(folder), "--augment", augment, "--num_workers",
@@ -113,7 +113,6 @@ def loader_rates(folder: Path, args: argparse.Namespace, device: torch.device) -
             batches = max(min(len(loader), 6 * args.workers), 3)
             start = None
             for number, _ in enumerate(loader):
-                # the batches that were ready when the clock began are as many as those that are when it stops
                 if number == batches // 3:
                     start = read_clock(device)
                 if number == batches - 1:
