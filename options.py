@@ -81,8 +81,9 @@ def add_crop_options(parser: argparse.ArgumentParser) -> None:
                        help="share of the image that a local crop covers")
     group.add_argument("--local_crops_size", default=96, type=int, help="side, a multiple of the patch size")
     group.add_argument("--augment", default="auto", choices=["auto", "pil", "device"],
-                       help="where colours and blur are done: pil, in the workers; device, for whole batches on the "
-                            "device, many times the images a second of a worker. auto: device, on MPS pil")
+                       help="where flips, colours and blur are done: pil, in the workers; device, on whole batches on "
+                            "the device, which lets a worker load some ten times as many images. auto: device, on MPS "
+                            "pil")
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
