@@ -10,10 +10,11 @@ from itertools import islice
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 
 import utils
+from data import CropLoader
 from losses import DINOLoss, Losses
+from options import images_per_step
 
 
 def train_step(student: nn.Module, teacher: nn.Module, dino_loss: DINOLoss, optimizer: torch.optim.Optimizer,
@@ -61,13 +62,13 @@ def forward(student: nn.Module, teacher: nn.Module, dino_loss: DINOLoss, crops: 
         return dino_loss(student(crops, patches=patches), targets, epoch, last)
 
 
-def train_one_epoch(student: nn.Module, teacher: nn.Module, dino_loss: DINOLoss, loader: DataLoader,
+def train_one_epoch(student: nn.Module, teacher: nn.Module, dino_loss: DINOLoss, loader: CropLoader,
                     optimizer: torch.optim.Optimizer, schedules: dict, epoch: int, scaler: torch.amp.GradScaler,
                     dtype: torch.dtype, args: argparse.Namespace) -> dict[str, float]:
     """Train through the loader once; the epoch's means over all ranks."""
     logger = utils.MetricLogger(window=args.log_every)
     steps = len(loader) // args.accum_steps
-    batches = ([crop.to(args.device, non_blocking=loader.pin_memory) for crop in crops] for crops, _ in loader)
+    batches = iter(loader)
     for step in range(steps):
         it = epoch * steps + step
         for group in optimizer.param_groups:
@@ -98,11 +99,6 @@ def stop_if_not_finite(logger: utils.MetricLogger, epoch: int, step: int, steps:
             bad = step - len(recent) + 1 + back
             sys.exit(f"the loss was {value} at step {bad} of epoch {epoch} (iteration {epoch * steps + bad}): "
                      "the run goes on from its last checkpoint; try --precision fp32, a smaller --clip_grad or --lr")
-
-
-def images_per_step(args: argparse.Namespace) -> int:
-    """Images that one step of the optimiser sees, over all small batches and ranks."""
-    return args.batch_size_per_gpu * args.accum_steps * args.world_size
 
 
 def progress_line(logger: utils.MetricLogger, epoch: int, step: int, steps: int, lr: float,

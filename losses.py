@@ -11,8 +11,8 @@ from torch import nn
 from utils import get_world_size
 from vision_transformer import Logits
 
-# Logits held at once. On the CPU they stay in its caches; a GPU wants large products.
-HELD_AT_ONCE = {"cpu": 2**20, "cuda": 2**26}
+# Logits held at once: 16 MiB on the CPU in float32, 128 MiB on a GPU in half precision, which wants large products
+HELD_AT_ONCE = {"cpu": 2**22, "cuda": 2**26}
 
 
 class Losses(NamedTuple):
@@ -75,19 +75,20 @@ class Distillation(torch.autograd.Function):
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else z.dtype
         with torch.autocast(kind, enabled=False):
             w, teacher_w, center = weight.to(dtype), teacher.weight.to(dtype), center / temp
-            grad_z, grad_w = torch.empty_like(z), 0.0
+            grad_z, grad_w = torch.empty_like(z), None
             loss, mass = z.new_zeros(()), z.new_zeros(prototypes)
             held = HELD_AT_ONCE.get(kind, HELD_AT_ONCE["cuda"])
             parts = -(-views * samples * prototypes // held)
-            for rows in torch.arange(samples).split(-(-samples // parts)):
-                rows = slice(int(rows[0]), int(rows[-1]) + 1)
+            step = -(-samples // parts)
+            for rows in (slice(first, first + step) for first in range(0, samples, step)):
                 x = (z[:, rows] / student_temp).to(dtype)
                 y = (teacher.z[:, rows] / temp).to(dtype)
                 one_loss, grad, one_mass = compare(F.linear(x, w), F.linear(y, teacher_w), center)
                 loss += one_loss
                 mass += one_mass
                 grad_z[:, rows] = grad @ w
-                grad_w = grad.flatten(0, 1).T @ x.flatten(0, 1) + grad_w
+                one_grad_w = (grad.flatten(0, 1).T @ x.flatten(0, 1)).to(weight.dtype)
+                grad_w = one_grad_w if grad_w is None else grad_w.add_(one_grad_w)
             ctx.save_for_backward(grad_z, grad_w)
             ctx.factors = 1 / (samples * student_temp), 1 / samples
             mass = mass / (len(teacher.z) * samples)
@@ -98,8 +99,8 @@ class Distillation(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_loss: torch.Tensor, _):
         # the factors come last, in float32: a mean over 87,000 patches is below what float16 can tell from 0
-        grad_z, grad_w = (grad * (grad_loss * factor) for grad, factor in zip(ctx.saved_tensors, ctx.factors))
-        return grad_z, grad_w, None, None, None, None, None
+        (grad_z, grad_w), (factor_z, factor_w) = ctx.saved_tensors, ctx.factors
+        return grad_z * (grad_loss * factor_z), grad_w * (grad_loss * factor_w), None, None, None, None, None
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -14,35 +14,17 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, DistributedSampler
 from torchvision.datasets import ImageFolder
 
 import utils
-from augmentations import DataAugmentationDINO, UnreadableImage, load_rgb
+from augmentations import DataAugmentationDINO, UnreadableImage  # noqa: F401 (people look for them here)
 from batchnorm import sync_batchnorms
-from engine import health_warnings, images_per_step, train_one_epoch
+from data import CropLoader, build_dataset
+from engine import health_warnings, train_one_epoch
 from losses import DINOLoss
-from options import check_args, get_args_parser
+from options import check_args, get_args_parser, images_per_step
 from selfpatch_head import MultiCropWrapper, SelfPatchHead
 from vision_transformer import ARCHS, DINOHead
-
-
-def build_dataset(args: argparse.Namespace) -> ImageFolder:
-    transform = DataAugmentationDINO(args.global_crops_scale, args.local_crops_scale, args.local_crops_number,
-                                     args.global_crops_size, args.local_crops_size)
-    try:
-        dataset = ImageFolder(args.data_path, transform, loader=load_rgb, allow_empty=True)
-    except FileNotFoundError:
-        utils.fail(f"--data_path {args.data_path} has no folders in it: images go into one folder for each class, "
-                   f"such as {args.data_path.rstrip('/')}/all/0001.jpg")
-    global_batch = images_per_step(args)
-    if not len(dataset):
-        utils.fail(f"--data_path {args.data_path} has class folders, but no images in them")
-    if len(dataset) < global_batch:
-        utils.fail(f"--data_path {args.data_path} has {len(dataset)} images, fewer than the {global_batch} of one step "
-                   f"({args.batch_size_per_gpu} × {args.accum_steps} small batches × {args.world_size} processes): "
-                   "lower --batch_size_per_gpu")
-    return dataset
 
 
 def build_models(args: argparse.Namespace) -> tuple[MultiCropWrapper, MultiCropWrapper]:
@@ -81,14 +63,11 @@ def build_schedules(args: argparse.Namespace, steps: int) -> dict:
     return {name: values.tolist() for name, values in schedules.items()}
 
 
-def compile_step(args: argparse.Namespace, *parts: nn.Module) -> bool:
-    """Compile student, teacher and loss where --compile says so; names in their state dicts stay."""
-    on = args.compile == "on" or (args.compile == "auto" and args.device.type == "cuda"
-                                  and importlib.util.find_spec("triton") is not None)
-    if on:
-        for part in parts:
-            part.compile(dynamic=False)  # the two resolutions never change: shapes are constants
-    return on
+def compiles(args: argparse.Namespace) -> bool:
+    """Whether --compile says so; auto: on CUDA, where Triton is there to write the kernels."""
+    if args.compile == "auto":
+        return args.device.type == "cuda" and importlib.util.find_spec("triton") is not None
+    return args.compile == "on"
 
 
 def autocast_dtype(args: argparse.Namespace) -> torch.dtype:
@@ -102,11 +81,6 @@ def autocast_dtype(args: argparse.Namespace) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
-def build_loader(args: argparse.Namespace, dataset: ImageFolder) -> DataLoader:
-    """Batches of this rank's own share of the images, shuffled anew at each sampler.set_epoch."""
-    sampler = DistributedSampler(dataset, args.world_size, args.rank, shuffle=True, seed=args.seed)
-    return DataLoader(dataset, args.batch_size_per_gpu, sampler=sampler, num_workers=args.num_workers,
-                      pin_memory=args.device.type == "cuda", drop_last=True)
 
 
 def resume(path: Path, args: argparse.Namespace, **objects) -> int:
@@ -129,7 +103,7 @@ def pretrain(args: argparse.Namespace) -> None:
     check_args(args)
     utils.init_distributed_mode(args)
     dtype = autocast_dtype(args)
-    loader = build_loader(args, build_dataset(args))
+    loader = CropLoader(args, build_dataset(args), compiles(args))
     utils.fix_random_seeds(args.seed)
     torch.backends.cudnn.benchmark = True
 
@@ -143,7 +117,9 @@ def pretrain(args: argparse.Namespace) -> None:
     dino_loss = DINOLoss(args.out_dim, args.out_dim_selfpatch, 2 + args.local_crops_number, args.warmup_teacher_temp,
                          args.teacher_temp, args.warmup_teacher_temp_epochs, args.epochs,
                          patch_loss_weight=args.patch_loss_weight).to(args.device)
-    compiled = compile_step(args, student_alone, teacher, dino_loss)
+    if compiles(args):
+        for part in (student_alone, teacher, dino_loss):  # in place: names in their state dicts stay
+            part.compile(dynamic=False)  # the two resolutions never change
     optimizer = build_optimizer(args, student_alone)
     scaler = torch.amp.GradScaler(args.device.type, enabled=dtype == torch.float16)
     schedules = build_schedules(args, len(loader) // args.accum_steps)
@@ -151,7 +127,7 @@ def pretrain(args: argparse.Namespace) -> None:
     output = Path(args.output_dir)
     start_epoch = resume(output / "checkpoint.pth", args, student=student_alone, teacher=teacher, optimizer=optimizer,
                          dino_loss=dino_loss, fp16_scaler=scaler)
-    announce(args, loader.dataset, student_alone, dtype, compiled, start_epoch)
+    announce(args, loader.dataset, student_alone, dtype, start_epoch)
     log = RunLog(output, start_epoch, args.tensorboard) if utils.is_main_process() else None
     for epoch in range(start_epoch, args.epochs):
         # seeds that depend on the epoch alone: a resumed run draws what the uninterrupted one would have drawn
@@ -188,7 +164,7 @@ def train_dino(args: argparse.Namespace) -> None:
             torch.distributed.destroy_process_group()
 
 
-def announce(args: argparse.Namespace, dataset: ImageFolder, student: nn.Module, dtype: torch.dtype, compiled: bool,
+def announce(args: argparse.Namespace, dataset: ImageFolder, student: nn.Module, dtype: torch.dtype,
              start_epoch: int) -> None:
     if utils.is_main_process():
         small_batches = f" × {args.accum_steps}" if args.accum_steps > 1 else ""
@@ -196,7 +172,7 @@ def announce(args: argparse.Namespace, dataset: ImageFolder, student: nn.Module,
         print(f"{args.arch}/{args.patch_size} ({size:.1f} M parameters), {len(dataset)} images in "
               f"{len(dataset.classes)} folders, {args.world_size} × {args.batch_size_per_gpu}{small_batches} images a "
               f"step on {args.device.type} in {str(dtype).removeprefix('torch.')}"
-              f"{', compiled (the first steps take minutes)' if compiled else ''}; "
+              f"{', compiled (the first steps take minutes)' if compiles(args) else ''}; "
               + (f"going on after epoch {start_epoch - 1}" if start_epoch else "starting anew"), flush=True)
 
 

@@ -88,6 +88,10 @@ def add_crop_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--local_crops_scale", default=(0.05, 0.25), type=float, nargs=2, metavar=("LEAST", "MOST"),
                        help="share of the image that a local crop covers")
     group.add_argument("--local_crops_size", default=96, type=int, help="side, a multiple of the patch size")
+    group.add_argument("--augment", default="auto", choices=["auto", "pil", "device"],
+                       help="where flips, colours and blur are done: pil, in the workers; device, on whole batches on "
+                            "the device, which lets a worker load some ten times as many images. auto: device, on MPS "
+                            "pil")
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
@@ -108,6 +112,11 @@ def add_process_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--dist_url", default="env://", help="how the processes find each other")
     group.add_argument("--port", default=29500, type=int, help="of rank 0, where the launcher has set no MASTER_PORT")
     group.add_argument("--local_rank", "--local-rank", default=0, type=int, help="set by torch.distributed.launch")
+
+
+def images_per_step(args: argparse.Namespace) -> int:
+    """Images that one step of the optimiser sees, over all small batches and ranks."""
+    return args.batch_size_per_gpu * args.accum_steps * args.world_size
 
 
 def check_args(args: argparse.Namespace) -> None:

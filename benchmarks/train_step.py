@@ -135,7 +135,9 @@ class Way:
         crops = 2 + options.local_crops_number
         kind = PlainLoss if "loss" in self.plain else DINOLoss
         self.loss = kind(options.out_dim, options.out_dim_selfpatch, crops, 0.04, 0.04, 0, 1).to(self.device)
-        self.compiled = job.compile_step(options, self.student, self.teacher, self.loss)
+        self.compiled = job.compiles(options)
+        for part in (self.student, self.teacher, self.loss) if self.compiled else ():
+            part.compile(dynamic=False)
         plain_update = "update" in self.plain
         self.optimizer = (torch.optim.AdamW(utils.get_params_groups(self.student)) if plain_update
                           else job.build_optimizer(options, self.student))

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.slow
 
 
 def run_step(batch, use_bn, accum_steps=1, rank=0, world_size=1):
-    """One SGD step on this rank's share of the batch, in accum_steps parts: losses, centres, gradients and BatchNorm's statistics."""
+    """One SGD step on this rank's share of the batch: losses, centres, gradients and BatchNorm's statistics."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
 

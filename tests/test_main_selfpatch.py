@@ -12,11 +12,13 @@ import engine
 import main_selfpatch
 import utils
 from augmentations import DataAugmentationDINO
+from data import CropLoader, augments_on_device
 from engine import health_warnings
 from losses import DINOLoss, Losses
 from main_selfpatch import get_args_parser, train_dino
 from vision_transformer import ARCHS, DINOHead, VisionTransformer
 
+pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")
 SMALL = ["--arch", "vit_tiny", "--global_crops_size", "48", "--local_crops_size", "48", "--local_crops_number", "1",
          "--out_dim", "64", "--out_dim_selfpatch", "32", "--batch_size_per_gpu", "4", "--num_workers", "0",
          "--warmup_epochs", "1", "--device", "cpu", "--saveckp_freq", "1"]
@@ -76,7 +78,7 @@ def test_published_defaults():
         "num_workers": 10, "dist_url": "env://", "local_rank": 0, "port": 29500,
         "patch_loss_weight": 0.1, "drop_path_rate": 0.1, "global_crops_size": 224, "local_crops_size": 96,
         "log_every": 10, "device": "auto", "precision": "auto", "tensorboard": False,
-        "accum_steps": 1, "compile": "auto", "checkpoint_activations": False}
+        "accum_steps": 1, "compile": "auto", "checkpoint_activations": False, "augment": "auto"}
 
 
 def test_published_command_and_launchers_options():
@@ -113,20 +115,20 @@ def test_run_writes_checkpoints_and_log(two_epochs):
     assert list((two_epochs / "tensorboard").glob("events*"))
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_one_epoch_resumed_equals_two(image_folder, two_epochs, tmp_path, workers, capsys):
+@pytest.mark.parametrize("workers, augment", [(0, "auto"), (1, "device"), (1, "pil")])
+def test_one_epoch_resumed_equals_two(image_folder, two_epochs, tmp_path, workers, augment, capsys):
     """Stochastic depth, crops and order of images come out as in the run that was never interrupted."""
-    whole = two_epochs
+    whole, words = two_epochs, ["--data_path", image_folder, "--num_workers", workers, "--augment", augment]
     if workers:
         whole = tmp_path / "whole"
-        train_dino(options("--epochs", 2, "--data_path", image_folder, "--output_dir", whole, "--num_workers", workers))
+        train_dino(options("--epochs", 2, "--output_dir", whole, *words))
     resumed = tmp_path / "resumed"
     resumed.mkdir()
     shutil.copy(whole / "checkpoint0000.pth", resumed / "checkpoint.pth")
     first_line = (whole / "log.txt").read_text().splitlines()[0]
     (resumed / "log.txt").write_text(first_line + '\n{"train_lo')  # killed while it wrote the second
     torch.manual_seed(1234)  # whatever has been drawn since must not matter
-    train_dino(options("--epochs", 2, "--data_path", image_folder, "--output_dir", resumed, "--num_workers", workers))
+    train_dino(options("--epochs", 2, "--output_dir", resumed, *words))
     assert "going on after epoch 0" in capsys.readouterr().out
     ours, other = load(resumed / "checkpoint.pth"), load(whole / "checkpoint.pth")
     del ours["args"], other["args"]  # they name the folders
@@ -246,7 +248,7 @@ def test_epoch_sets_rates_decay_and_momentum_at_every_step(monkeypatch):
     monkeypatch.setattr(engine, "train_step", step)
     schedules = {"lr": [0.1, 0.2, 0.3, 0.4, 0.5, 0.6], "wd": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0],
                  "momentum": [0.91, 0.92, 0.93, 0.94, 0.95, 0.96]}
-    loader = torch.utils.data.DataLoader([([torch.zeros(3, 4, 4)] * 3, 0)] * 3, batch_size=1)
+    loader = [[torch.zeros(1, 3, 4, 4)] * 3] * 3
     stats = main_selfpatch.train_one_epoch(None, None, None, loader, optimizer, schedules, 1, None, None, args)
     assert seen == [([lr, lr], [wd, 0.0], m, 1, 3.0, 1, [3]) for lr, wd, m in ((0.4, 4.0, 0.94), (0.5, 5.0, 0.95),
                                                                             (0.6, 6.0, 0.96))]
@@ -260,14 +262,38 @@ def test_ranks_share_the_images_out_and_epochs_shuffle_them(image_folder):
         dataset = main_selfpatch.build_dataset(args)
         dataset.transform = torch.nn.Identity()
         dataset.loader = str
-        loader = main_selfpatch.build_loader(args, dataset)
+        loader = CropLoader(args, dataset)
         loader.sampler.set_epoch(epoch)
-        return [path for batch, _ in loader for path in batch]
+        return [path for batch, _ in loader.batches for path in batch]
 
     first, second = paths(0, 0), paths(1, 0)
     assert len(first) == len(second) == 4  # of 6 each: the last 2 are no whole batch
     assert not set(first) & set(second)
     assert paths(0, 0) == first != paths(0, 1)
+
+
+@pytest.mark.parametrize("device, augment, expected", [
+    ("cuda", "auto", True), ("cpu", "auto", True), ("mps", "auto", False), ("cuda", "pil", False),
+    ("cpu", "pil", False), ("mps", "device", True)])
+def test_where_crops_are_augmented(device, augment, expected):
+    args = options("--augment", augment)
+    args.device = torch.device(device)
+    assert augments_on_device(args) is expected
+
+
+@pytest.mark.parametrize("augment", ["pil", "device"])
+def test_loader_gives_normalised_crops(image_folder, augment):
+    """Views in order, of their sizes, in the range that normalisation leaves."""
+    args = options("--data_path", image_folder, "--augment", augment, "--local_crops_number", 3,
+                   "--local_crops_size", 64)
+    args.world_size, args.rank, args.device = 1, 0, torch.device("cpu")
+    loader = CropLoader(args, main_selfpatch.build_dataset(args))
+    batches = list(loader)
+    assert len(batches) == len(loader) == 3
+    for crops in batches:
+        assert [tuple(crop.shape) for crop in crops] == [(4, 3, 48, 48)] * 2 + [(4, 3, 64, 64)] * 3
+        assert all(crop.dtype == torch.float32 and -2.2 < crop.min() < crop.max() < 2.7 for crop in crops)
+    assert not torch.equal(batches[0][0], batches[0][1])
 
 
 def test_each_rank_and_epoch_draws_its_own_crops(image_folder, tmp_path, monkeypatch):
@@ -353,12 +379,14 @@ def test_bad_input_is_one_line_and_status_2(image_folder, two_epochs, tmp_path, 
     assert err.count("\n") == 1 and says in err
 
 
-def test_unreadable_image_is_named(image_folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize("augment", ["pil", "device"])
+def test_unreadable_image_is_named(image_folder, tmp_path, monkeypatch, augment):
     shutil.copytree(image_folder, tmp_path / "data")
     damaged = tmp_path / "data" / "class0" / "00.jpg"
     damaged.write_bytes(damaged.read_bytes()[:200])
     monkeypatch.setattr("sys.argv", ["main_selfpatch.py", *SMALL, "--epochs", "1", "--num_workers", "1", "--data_path",
-                                     str(tmp_path / "data"), "--output_dir", str(tmp_path / "out")])
+                                     str(tmp_path / "data"), "--output_dir", str(tmp_path / "out"),
+                                     "--augment", augment])
     with pytest.raises(SystemExit) as stop:
         main_selfpatch.main()
     assert stop.value.code.startswith(f"main_selfpatch.py: error: cannot read the image {damaged}")

@@ -1,0 +1,182 @@
+"""Images a second of a core, for each way from a file to crops: 2 global ones of 224² and 8 local ones of 96².
+
+    python benchmarks/data.py                                           # on JPEGs of 500×375 made here, one thread
+    python benchmarks/data.py --data_path /path/to/imagenet/train --json data.json
+    python benchmarks/data.py --device cuda --workers 16 --data_path /path/to/imagenet/train
+
+`pil` is the whole of --augment pil. `decode and crop` is what --augment device leaves to the workers, `photometric`
+what it does on the device (on the CPU in one thread), `device, whole` the sum of the two where one core does both.
+Times of the CPU are its own seconds, which other programs lengthen little; a GPU's are by the clock. Each round runs
+every way once, in turn, so that what else the machine does hits all of them; the first round warms up and is not
+counted. With --workers also images a second, by the clock, of the loader that training uses.
+"""
+import argparse
+import json
+import os
+import random
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision.datasets.folder import is_image_file
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import data
+from augmentations import DataAugmentationDINO, load_rgb
+from device_augmentations import DeviceAugmentation, RandomCrops, load_uint8
+from options import get_args_parser
+from utils import fail, pick_device
+
+
+def make_images(folder: Path, count: int = 64, size: tuple[int, int] = (500, 375)) -> None:
+    """JPEGs with what photographs have: large slopes of brightness, texture of every scale, hard edges."""
+    rng, (width, height) = np.random.default_rng(0), size
+    (folder / "made").mkdir()
+    for i in range(count):
+        picture = np.zeros((height, width, 3))
+        for scale in (2, 5, 20, 80, 400):
+            noise = rng.integers(0, 256, (scale * 3 // 4 + 1, scale, 3), dtype=np.uint8)
+            picture += np.asarray(Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC)) / 5
+        x, y = rng.integers(0, width // 2), rng.integers(0, height // 2)
+        picture[y:y + height // 3, x:x + width // 3] = rng.integers(0, 256, 3)
+        Image.fromarray(picture.astype(np.uint8)).save(folder / "made" / f"{i:03}.jpg", quality=92)
+
+
+def find_images(folder: Path, count: int) -> list[str]:
+    """So many images of the folder and what is below it, drawn with a fixed seed."""
+    paths = sorted(os.path.join(where, name) for where, _, names in os.walk(folder) for name in names
+                   if is_image_file(name))
+    if not paths:
+        fail(f"--data_path {folder} has no images in it: give a folder of images")
+    return random.Random(0).sample(paths, min(count, len(paths)))
+
+
+# ---------------------------------------------------------------- ways from a file to crops, on one core
+
+def time_of(function, device: torch.device) -> float:
+    """Seconds of the CPU that function takes, or, with a GPU, seconds until that has done its work."""
+    if device.type != "cuda":
+        start = time.process_time()
+        function()
+        return time.process_time() - start
+    torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    function()
+    torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def measure(paths: list[str], device: torch.device, rounds: int, batch_size: int) -> dict[str, list[float]]:
+    """Milliseconds an image of each way, one value a round."""
+    sizes = ((0.25, 1.0), (0.05, 0.25), 8)
+    pil, crop = DataAugmentationDINO(*sizes), RandomCrops(*sizes)
+    photometric = DeviceAugmentation(8, compiled=device.type == "cuda").to(device)
+    samples = [crop(load_uint8(path)) for path in paths[:batch_size]]
+    batch = [torch.stack(kind).to(device) for kind in zip(*samples, strict=True)]
+
+    # name: (what to run, how many images that is, where)
+    cpu, passes = torch.device("cpu"), 1 if device.type == "cpu" else 20
+    ways = {"pil": (lambda: [pil(load_rgb(path)) for path in paths], len(paths), cpu),
+            "decode and crop": (lambda: [crop(load_uint8(path)) for path in paths], len(paths), cpu),
+            "photometric": (lambda: [photometric(batch) for _ in range(passes)], passes * len(samples), device)}
+    times = {name: [] for name in ways}
+    for turn in tqdm(range(rounds + 1), "rounds", leave=False):
+        for name, (function, images, where) in ways.items():
+            seconds = time_of(function, where)
+            if turn:
+                times[name].append(1000 * seconds / images)
+    if device.type == "cpu":
+        times["device, whole"] = [sum(pair) for pair in
+                                  zip(times["decode and crop"], times["photometric"], strict=True)]
+    return times
+
+
+# ---------------------------------------------------------------- the loader that training uses
+
+def loader_rates(folder: Path, args: argparse.Namespace, device: torch.device) -> dict[str, list[float]]:
+    """Images a second, by the clock, of --augment pil and device, one value a round; a third of the batches warm up."""
+    loaders = {}
+    for augment in ("pil", "device"):
+        options = get_args_parser().parse_args(["--data_path", str(folder), "--augment", augment, "--num_workers",
+                                                str(args.workers), "--batch_size_per_gpu", str(args.batch_size)])
+        options.device, options.rank, options.world_size = device, 0, 1
+        loaders[f"{augment}, {args.workers} workers"] = data.CropLoader(options, data.build_dataset(options))
+    rates = {name: [] for name in loaders}
+    for _ in tqdm(range(args.rounds), "loaders", leave=False):
+        for name, loader in loaders.items():
+            batches = max(min(len(loader), 6 * args.workers), 3)
+            start = None
+            for number, _ in enumerate(loader):
+                if number == batches // 3:
+                    start = read_clock(device)
+                if number == batches - 1:
+                    break
+            if start is None or number == batches // 3:
+                fail(f"--data_path {folder} has {len(loader.dataset)} images, under 3 batches: lower --batch_size")
+            rates[name].append((number - batches // 3) * args.batch_size / (read_clock(device) - start))
+    return rates
+
+
+def read_clock(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+# ---------------------------------------------------------------- the table
+
+def mean_and_spread(values: list[float]) -> dict[str, float]:
+    return {"mean": statistics.mean(values), "spread": statistics.stdev(values) if len(values) > 1 else 0.0}
+
+
+def print_table(results: dict) -> None:
+    print("                       ms an image           images/s")
+    for name, row in results["ms_per_image"].items():
+        print(f"{name:<18}  {row['mean']:8.2f} ± {row['spread']:<6.2f}  {1000 / row['mean']:12.1f}")
+    for name, row in results.get("loader_images_per_second", {}).items():
+        print(f"{name:<39}  {row['mean']:12.1f} ± {row['spread']:.1f}")
+    print(f"decode and crop: {results['crop_speedup']:.1f} times pil's images/s of a core")
+
+
+def main(args: argparse.Namespace) -> None:
+    device = pick_device(args.device)
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(args.data_path or made)
+        if not args.data_path:
+            make_images(folder)
+        paths = find_images(folder, args.images)
+        where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        print(f"{len(paths)} images of {args.data_path or 'this script'}, photometric part on {where}, {args.rounds} "
+              f"rounds, torch {torch.__version__}, load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
+        times = measure(paths, device, args.rounds, args.batch_size)
+        results = {"device": where, "torch": torch.__version__, "images": len(paths), "rounds": args.rounds,
+                   "ms_per_image": {name: mean_and_spread(values) for name, values in times.items()},
+                   # of the same round, so that the two had the same company
+                   "crop_speedup": statistics.median(a / b for a, b in zip(times["pil"], times["decode and crop"],
+                                                                           strict=True))}
+        if args.workers:
+            results["loader_images_per_second"] = {name: mean_and_spread(values) for name, values
+                                                   in loader_rates(folder, args, device).items()}
+    print_table(results)
+    if args.json:
+        Path(args.json).write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Images a second of a core, for each way from a file to crops")
+    parser.add_argument("--data_path", help="folder of class folders of images; without it some are made")
+    parser.add_argument("--images", type=int, default=64, help="how many of them to take")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--batch_size", type=int, default=16, help="of the photometric part and of the loaders")
+    parser.add_argument("--workers", type=int, default=0, help="also time the loader with so many workers")
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
+    parser.add_argument("--json", metavar="FILE", help="write the figures there as well")
+    main(parser.parse_args())
