@@ -25,6 +25,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import davis_data
+import utils
 from checkpoints import load_backbone
 from davis_data import SCALE_SIZE, VOID, DataError, Sequence, imwrite_indexed, load_frame, resized_shape
 from davis_metrics import format_scores, score_sequence
@@ -220,19 +221,6 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def pick_device(name: str, local_rank: int) -> torch.device:
-    """The device of --device for this process; with several, cuda means one GPU each."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device("cuda", local_rank % max(torch.cuda.device_count(), 1)) if name == "cuda" else None
-    try:
-        device = device or torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise DataError(f"--device {name}: cannot be used here ({str(error).splitlines()[0]})") from None
-    return device
-
-
 def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
     if precision == "auto":
         precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
@@ -293,7 +281,9 @@ def run(args: argparse.Namespace) -> int:
     check_options(args)
     names = davis_data.read_set(args.data_path)
     sequences, failed = find_sequences(args)
-    device = pick_device(args.device, local_rank)
+    # an Apple GPU only where it is asked for, as it is untested; more processes than GPUs share them
+    name = "cpu" if args.device == "auto" and not torch.cuda.is_available() else args.device
+    device = utils.pick_device(name, local_rank % max(torch.cuda.device_count(), 1))
     torch.manual_seed(args.seed)
     with contextlib.redirect_stdout(sys.stdout if rank == 0 else None):
         model = load_backbone(args.pretrained_weights, args.checkpoint_key, args.arch, args.patch_size,

@@ -87,22 +87,25 @@ def first_slurm_host() -> str:
 
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
-    """The device called auto, cuda, cpu or mps; on CUDA the local rank's own GPU."""
+    """The device called auto, cuda, cuda:1, cpu or mps; cuda is the local rank's own GPU."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         if name == "mps" and "WORLD_SIZE" in os.environ:
             name = "cpu"  # several processes cannot share tensors on MPS
-    if name == "cuda":
-        gpus = torch.cuda.device_count()
+    kind, _, number = name.partition(":")
+    if kind == "cuda" and (number.isdecimal() or not number):
+        gpus, local_rank = torch.cuda.device_count(), int(number or local_rank)
         # Slurm can show each task its own GPU only (--gpus-per-task): that one is number 0, whatever the local rank
         index = 0 if gpus == 1 and "SLURM_LOCALID" in os.environ and "LOCAL_RANK" not in os.environ else local_rank
         if index >= gpus:
-            fail(f"--device cuda: process {local_rank} of this machine needs GPU {index}, but torch sees {gpus}: "
+            fail(f"--device {name}: this process needs GPU {index}, but torch sees {gpus}: "
                  "start as many processes as there are GPUs, or use --device cpu", every_rank=True)
         torch.cuda.set_device(index)
         return torch.device("cuda", index)
     if name == "mps" and not torch.backends.mps.is_available():
         fail("--device mps: torch sees no Apple GPU here, use --device cpu")
+    if name not in ("mps", "cpu"):
+        fail(f"--device {name}: there is no such device: use auto, cuda, cuda:1, cpu or mps")
     return torch.device(name)
 
 

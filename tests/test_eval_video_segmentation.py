@@ -292,7 +292,11 @@ def test_results_are_replaced_only_where_they_are_masks(tmp_path, capsys):
     ((*UNTRAINED, "--data_path", "nowhere"), "nowhere")])
 def test_usage_errors_are_one_line_and_status_2(options, words, tmp_path, capsys):
     data = make_davis(tmp_path / "data", "clip")
-    assert run(data, tmp_path / "masks", *options) == 2
+    try:
+        status = run(data, tmp_path / "masks", *options)
+    except SystemExit as stop:
+        status = stop.code
+    assert status == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and words in lines[0]
     assert not (tmp_path / "masks").exists()

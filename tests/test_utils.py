@@ -152,6 +152,12 @@ def test_one_visible_gpu(clean_env, env, index):
     assert utils.pick_device("cuda", local_rank=int(next(iter(env.values())))) == torch.device("cuda", index)
 
 
+def test_gpu_by_number(clean_env):
+    clean_env.setattr(torch.cuda, "device_count", lambda: 3)
+    clean_env.setattr(torch.cuda, "set_device", lambda index: None)
+    assert utils.pick_device("cuda:2") == torch.device("cuda", 2)
+
+
 def test_missing_gpu_is_a_clear_error(clean_env, capsys):
     clean_env.setenv("LOCAL_RANK", "1")  # only such a rank can meet it, so it must speak
     clean_env.setattr(torch.cuda, "device_count", lambda: 1)
