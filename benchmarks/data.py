@@ -20,32 +20,18 @@ import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 from torchvision.datasets.folder import is_image_file
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from pictures import make_images
+
 import data
 from augmentations import DataAugmentationDINO, load_rgb
 from device_augmentations import DeviceAugmentation, RandomCrops, load_uint8
 from options import get_args_parser
 from utils import fail, pick_device
-
-
-def make_images(folder: Path, count: int = 64, size: tuple[int, int] = (500, 375)) -> None:
-    """JPEGs with what photographs have: large slopes of brightness, texture of every scale, hard edges."""
-    rng, (width, height) = np.random.default_rng(0), size
-    (folder / "made").mkdir()
-    for i in range(count):
-        picture = np.zeros((height, width, 3))
-        for scale in (2, 5, 20, 80, 400):
-            noise = rng.integers(0, 256, (scale * 3 // 4 + 1, scale, 3), dtype=np.uint8)
-            picture += np.asarray(Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC)) / 5
-        x, y = rng.integers(0, width // 2), rng.integers(0, height // 2)
-        picture[y:y + height // 3, x:x + width // 3] = rng.integers(0, 256, 3)
-        Image.fromarray(picture.astype(np.uint8)).save(folder / "made" / f"{i:03}.jpg", quality=92)
 
 
 def find_images(folder: Path, count: int) -> list[str]:
@@ -106,7 +92,8 @@ def loader_rates(folder: Path, args: argparse.Namespace, device: torch.device) -
         options = get_args_parser().parse_args(["--data_path", str(folder), "--augment", augment, "--num_workers",
                                                 str(args.workers), "--batch_size_per_gpu", str(args.batch_size)])
         options.device, options.rank, options.world_size = device, 0, 1
-        loaders[f"{augment}, {args.workers} workers"] = data.CropLoader(options, data.build_dataset(options))
+        loaders[f"{augment}, {args.workers} workers"] = data.CropLoader(options, data.build_dataset(options),
+                                                                        compiled=device.type == "cuda")
     rates = {name: [] for name in loaders}
     for _ in tqdm(range(args.rounds), "loaders", leave=False):
         for name, loader in loaders.items():

@@ -1,0 +1,133 @@
+"""All figures that need a GPU, in one command: the step, its parts, the data path, training from JPEGs, DAVIS.
+
+    python benchmarks/gpu.py --output gpu_figures                     # about half an hour, most of it compilation
+    python benchmarks/gpu.py --output gpu_figures --only step jpegs   # some of it
+    python benchmarks/gpu.py --output gpu_figures --data_path /path/to/imagenet/train
+
+Each part is a command that can be run by itself; it is printed, and what it says goes to <output>/<part>.txt. The table
+at the end sets the figures beside what is asked of them. Without --data_path the JPEGs are made here.
+"""
+import argparse
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from pictures import make_images
+
+from utils import fail
+
+ROOT = Path(__file__).resolve().parents[1]
+PARTS = ("step", "attention", "head", "loss", "update", "no_compile", "checkpointed", "data", "jpegs", "davis",
+         "davis_patch8")
+
+
+def commands(args: argparse.Namespace, images: Path) -> dict[str, list[str]]:
+    """The command of each part, without the python before it."""
+    size = ["--arch", args.arch, "--batch_size", args.batch_size]
+    step = ["benchmarks/train_step.py", "--device", "cuda", *size, "--warmup", "5", "--steps", "20"]
+    davis = ["benchmarks/davis.py", "--device", "cuda", "--precision", "bf16", "--frames", "50", "--no_plain"]
+    jobs = {"step": [*step, "--plain"],
+            **{part: [*step, "--plain", part] for part in ("attention", "head", "loss", "update")},
+            "no_compile": [*step, "--compile", "off"], "checkpointed": [*step, "--checkpoint_activations"]}
+    jobs = {name: [*words, "--json", str(args.output / f"{name}.json")] for name, words in jobs.items()}
+    return jobs | {
+        "data": ["benchmarks/data.py", "--device", "cuda", "--workers", args.workers, "--batch_size", args.batch_size,
+                 "--images", "256", "--data_path", str(images), "--json", str(args.output / "data.json")],
+        "jpegs": ["main_selfpatch.py", "--device", "cuda", "--arch", args.arch, "--data_path", str(images),
+                  "--output_dir", str(args.output / "run"), "--batch_size_per_gpu", args.batch_size, "--num_workers",
+                  args.workers, "--epochs", "2", "--warmup_epochs", "0", "--log_every", "10"],
+        "davis": davis, "davis_patch8": [*davis, "--patch_size", "8"]}
+
+
+def many_images(folder: Path, count: int) -> None:
+    """A folder of count JPEGs, most of them links to the few that are made: the work is in decoding them."""
+    folder.mkdir()
+    make_images(folder, 512)
+    made = sorted((folder / "made").iterdir())
+    for i in range(len(made), count):
+        os.link(made[i % len(made)], folder / "made" / f"{i:05}.jpg")
+
+
+def run(name: str, words: list[str], output: Path) -> bool:
+    """Run one part with its output shown and kept; whether it went well."""
+    print(f"\n== {name}: python {' '.join(words)}", flush=True)
+    with open(output / f"{name}.txt", "w") as kept:
+        process = subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=subprocess.PIPE,
+                                   stderr=subprocess.STDOUT, text=True)
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            kept.write(line)
+    return process.wait() == 0
+
+
+def read(output: Path, name: str) -> dict:
+    path = output / f"{name}.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def jpeg_rate(output: Path) -> float:
+    """Images/s of training from JPEGs: median over the second epoch, whose networks are compiled."""
+    path = output / "jpegs.txt"
+    rates = re.findall(r"^epoch 1/.* ([\d.]+) images/s", path.read_text(), re.MULTILINE) if path.is_file() else []
+    return statistics.median(map(float, rates[1:])) if len(rates) > 1 else float("nan")
+
+
+def table(output: Path) -> None:
+    """The figures of all parts that have been run, now or before."""
+    step = read(output, "step")
+    ours, plain = step.get("ours"), step.get("plain")
+    if ours and plain:
+        print(f"\n{'':<44}{'here':>10}{'asked':>10}")
+        rows = [("images/s", f"{ours['images_per_second']:.0f}", ""),
+                ("model-FLOPs utilisation", f"{ours['utilisation']:.1%}", "45 %"),
+                ("times the published order of work", f"{plain['seconds'] / ours['seconds']:.2f}", "3"),
+                ("share of its peak memory", f"{ours['peak_gib'] / plain['peak_gib']:.0%}", "60 %"),
+                ("from JPEGs, share of the synthetic rate", f"{jpeg_rate(output) / ours['images_per_second']:.0%}",
+                 "90 %")]
+        for row in rows:
+            print(f"{row[0]:<44}{row[1]:>10}{row[2]:>10}")
+    for name in ("attention", "head", "loss", "update", "no_compile", "checkpointed"):
+        result = read(output, name)
+        if result:
+            one = result.get("plain", result["ours"])
+            print(f"{name + (' as published' if 'plain' in result else ''):<44}{one['images_per_second']:>10.0f} "
+                  f"images/s {one['peak_gib']:8.1f} GiB")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--output", required=True, type=Path, help="folder for what the parts say")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--arch", default="vit_small")
+    parser.add_argument("--batch_size", default="128")
+    parser.add_argument("--workers", default="16")
+    parser.add_argument("--data_path", type=Path, help="folder of class folders of images")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        fail("torch sees no CUDA GPU here: benchmarks/train_step.py, data.py and davis.py measure CPUs")
+    args.output = args.output.resolve()
+    args.output.mkdir(parents=True, exist_ok=True)
+    if (args.output / "run").exists():
+        fail(f"{args.output / 'run'} is there already, and training would go on from it: give another --output")
+    with tempfile.TemporaryDirectory() as folder:
+        images = args.data_path and args.data_path.resolve()
+        if not images and {"data", "jpegs"} & set(args.only):
+            images = Path(folder) / "images"
+            many_images(images, 40 * int(args.batch_size))
+        jobs = commands(args, images)
+        failed = [name for name in args.only if not run(name, jobs[name], args.output)]
+    table(args.output)
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}; what they said is in {args.output}")
+
+
+if __name__ == "__main__":
+    main()
