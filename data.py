@@ -37,31 +37,25 @@ def build_dataset(args: argparse.Namespace) -> ImageFolder:
     if len(dataset) < global_batch:
         utils.fail(f"--data_path {args.data_path} has {len(dataset)} images, fewer than the {global_batch} of one step "
                    f"({args.batch_size_per_gpu} × {args.accum_steps} small batches × {args.world_size} processes): "
-                   "lower --batch_size_per_gpu")
+                   "lower --batch_size_per_gpu or --accum_steps")
     return dataset
 
 
-def prefetch(batches: Iterable[list[torch.Tensor]], device: torch.device) -> Iterator[list[torch.Tensor]]:
-    """The batches on the device. To a GPU the next one is copied, from pinned memory, while this one is worked on."""
-    if device.type != "cuda":
-        for crops in batches:
+def prefetch(batches: Iterable[list[torch.Tensor]], device: torch.device,
+             side: torch.cuda.Stream | None = None) -> Iterator[list[torch.Tensor]]:
+    """The batches on the device.
+
+    Copies to a GPU run on the side stream, from pinned memory: as nothing in a step waits for the GPU, the next batch
+    is asked for, and copied, while the GPU is still at work on this one.
+    """
+    for crops in batches:
+        if side is None:
             yield [crop.to(device) for crop in crops]
-        return
-    side = torch.cuda.Stream(device)
-
-    def start(crops: list[torch.Tensor] | None) -> tuple[list[torch.Tensor], torch.cuda.Event] | None:
-        if crops is None:
-            return None
+            continue
         with torch.cuda.stream(side):
-            return [crop.to(device, non_blocking=True) for crop in crops], side.record_event()
-
-    batches = iter(batches)
-    following = start(next(batches, None))
-    while following:
-        crops, copied = following
-        following = start(next(batches, None))
+            crops = [crop.to(device, non_blocking=True) for crop in crops]
         stream = torch.cuda.current_stream(device)
-        stream.wait_event(copied)
+        stream.wait_stream(side)
         for crop in crops:
             crop.record_stream(stream)  # so that the side stream does not take the memory again too early
         yield crops
@@ -79,6 +73,7 @@ class CropLoader:
         # workers begin anew each epoch: those that persist would go on from a state that a resumed run has not
         self.batches = DataLoader(dataset, args.batch_size_per_gpu, sampler=self.sampler, num_workers=args.num_workers,
                                   pin_memory=args.device.type == "cuda", drop_last=True)
+        self.side = torch.cuda.Stream(args.device) if args.device.type == "cuda" else None
         self.augment = None
         if augments_on_device(args):
             self.augment = DeviceAugmentation(args.local_crops_number, compiled).to(args.device)
@@ -87,5 +82,5 @@ class CropLoader:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[list[torch.Tensor]]:
-        for crops in prefetch((crops for crops, _ in self.batches), self.device):
+        for crops in prefetch((crops for crops, _ in self.batches), self.device, self.side):
             yield self.augment(crops) if self.augment else crops

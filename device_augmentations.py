@@ -11,11 +11,15 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchvision.io import decode_image, read_file
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import pil_to_tensor, resized_crop
 
 from augmentations import IMAGENET_MEAN, IMAGENET_STD, load_rgb
+
+try:
+    from torchvision.io import decode_image, read_file
+except ImportError:  # torchvision 0.29 announces their end; PIL then decodes everything
+    decode_image = None
 
 # ----------------------------------------------------------------------------------------------------------------------
 # In the workers: a file becomes uint8 crops
@@ -28,7 +32,7 @@ def load_uint8(path: str) -> torch.Tensor:
         UnreadableImage: neither torchvision nor PIL can decode the file.
     """
     try:
-        image = decode_image(read_file(path))
+        image = decode_image(read_file(path)) if decode_image else torch.empty(0)
         if image.dtype == torch.uint8 and image.ndim == 3 and len(image) == 3:
             return image
     except RuntimeError:
@@ -171,15 +175,15 @@ class Draws(NamedTuple):
     solarize: torch.Tensor  # [N] bool
 
 
-def draw(blur: torch.Tensor, solarize: torch.Tensor) -> Draws:
-    """Draw for N crops, on the odds' device and from its own generator; blur and solarize [N] are their odds."""
+def draw(blur: torch.Tensor, solarization: torch.Tensor) -> Draws:
+    """Draw for N crops, on the odds' device and from its own generator; blur and solarization [N] are their odds."""
     u = torch.rand(14, len(blur), device=blur.device)
-    flip, jitter, colour, rank, grey, blurred, radius, solarized = u.split((1, 1, 4, 4, 1, 1, 1, 1))
+    flip, jitter, colour, rank, greyed, blurred, radius, solarized = u.split((1, 1, 4, 4, 1, 1, 1, 1))
     brightness, contrast, saturation, hue = 2 * colour - 1
     return Draws(flip=flip[0] < 0.5, order=torch.where(jitter < 0.8, rank.argsort(0), -1),
                  factors=torch.stack((1 + 0.4 * brightness, 1 + 0.4 * contrast, 1 + 0.2 * saturation, 0.1 * hue)),
-                 grey=grey[0] < 0.2, sigma=torch.where(blurred[0] < blur, 0.1 + 1.9 * radius[0], 0.0),
-                 solarize=solarized[0] < solarize)
+                 grey=greyed[0] < 0.2, sigma=torch.where(blurred[0] < blur, 0.1 + 1.9 * radius[0], 0.0),
+                 solarize=solarized[0] < solarization)
 
 
 ADJUSTMENTS = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
@@ -236,10 +240,10 @@ class DeviceAugmentation(nn.Module):
         views, done = [], 0
         for crops in kinds:
             batch, count = crops.shape[:2]
-            blur, solarize = (odds[done:done + count, None].expand(-1, batch).flatten()
+            blur, solarization = (odds[done:done + count, None].expand(-1, batch).flatten()
                               for odds in (self.blur, self.solarize))
             # view by view, so that the crops of one size lie one after another
-            images = self.finish(crops.transpose(0, 1).flatten(0, 1), draw(blur, solarize))
+            images = self.finish(crops.transpose(0, 1).flatten(0, 1), draw(blur, solarization))
             views += images.unflatten(0, (count, batch)).unbind()
             done += count
         return views

@@ -21,14 +21,22 @@ def train_step(student: nn.Module, teacher: nn.Module, dino_loss: DINOLoss, opti
                batches: Iterable[list[torch.Tensor]], epoch: int, momentum: float, clip_grad: float,
                freeze_last_layer: int, dtype: torch.dtype = torch.float32,
                scaler: torch.amp.GradScaler | None = None, accum_steps: int = 1) -> Losses:
-    """One step on accum_steps small batches, as on one so many times as large; nothing in it waits for the device.
+    """One step on accum_steps small batches, as on one so many times as large.
+
+    Nothing in it waits for the device, but for float16's scaler where the optimiser is not fused.
 
     Args:
         student, teacher: MultiCropWrappers, the student perhaps inside DDP.
         batches: accum_steps lists of crops, V tensors [B, 3, H, W], the two global ones first.
+        epoch: from 0; it sets the teacher's temperature.
         momentum: of the teacher in this step.
         clip_grad: largest gradient norm of each tensor, 0 for none.
-        dtype: of autocast; with float16 a scaler is needed.
+        freeze_last_layer: epochs in which the heads' last layers stay.
+        dtype, scaler: of autocast; float16 needs a scaler.
+        accum_steps: how many batches to take.
+
+    Returns:
+        means over the small batches; the tensors stay on the device.
     """
     scaler = scaler or torch.amp.GradScaler(enabled=False)
     optimizer.zero_grad(set_to_none=True)
@@ -36,7 +44,7 @@ def train_step(student: nn.Module, teacher: nn.Module, dino_loss: DINOLoss, opti
     for i, crops in enumerate(batches, 1):
         last = i == accum_steps
         with nullcontext() if last or not isinstance(student, DistributedDataParallel) else student.no_sync():
-            losses = forward(student, teacher, dino_loss, crops, epoch, dtype, last)
+            losses = small_batch_losses(student, teacher, dino_loss, crops, epoch, dtype, last)
             scaler.scale(losses.total / accum_steps).backward()
         part = torch.stack(losses).detach() / accum_steps
         total = part if total is None else total + part
@@ -51,8 +59,8 @@ def train_step(student: nn.Module, teacher: nn.Module, dino_loss: DINOLoss, opti
     return Losses(*total)
 
 
-def forward(student: nn.Module, teacher: nn.Module, dino_loss: DINOLoss, crops: list[torch.Tensor], epoch: int,
-            dtype: torch.dtype, last: bool) -> Losses:
+def small_batch_losses(student: nn.Module, teacher: nn.Module, dino_loss: DINOLoss, crops: list[torch.Tensor],
+                       epoch: int, dtype: torch.dtype, last: bool) -> Losses:
     """The losses of one small batch; with the last one of a step the centres move."""
     patches = dino_loss.uses_patches
     with torch.autocast(crops[0].device.type, dtype, enabled=dtype != torch.float32):

@@ -94,17 +94,18 @@ def outside_window(height: int, width: int, radius: int, rows: tuple[int, int], 
 
 
 def mix_strip(target: torch.Tensor, contexts: torch.Tensor, labels: torch.Tensor, strip: Strip, radius: int,
-              topk: int) -> torch.Tensor:
+              topk: int, most_contexts: int) -> torch.Tensor:
     """Labels [h, columns, C] of a strip of target [h, w, D], from contexts [T, h, near, D] and labels [T, h, w, C].
 
     Rows are taken a few at a time, with the rows of the contexts that their window reaches, so that the similarities
-    of all patches with all are never held, nor those that the window would discard computed.
+    of all patches with all are never held, nor those that the window would discard computed. How many follows from
+    most_contexts, not T: so the frames of a video share their windows' masks.
     """
     height, width, dim = target.shape
     columns, near = ((one.start, one.stop) for one in strip)
     reach = radius or height
     limit = HELD_AT_ONCE.get(target.device.type, HELD_AT_ONCE["cuda"])
-    limit //= len(contexts) * (columns[1] - columns[0]) * (near[1] - near[0])
+    limit //= most_contexts * (columns[1] - columns[0]) * (near[1] - near[0])
     step = next((n for n in range(height, 1, -1) if n * min(height, n + 2 * reach) <= limit), 1)
     target, labels, mixed = target[:, strip.columns], labels[:, :, strip.near], []
     for top in range(0, height, step):
@@ -131,8 +132,8 @@ def label_propagation(target: torch.Tensor, contexts: torch.Tensor, labels: torc
         [h, w, C].
     """
     parts = strips(target.shape[1], size_mask_neighborhood, target.device)
-    return torch.cat([mix_strip(target, contexts[:, :, strip.near], labels, strip, size_mask_neighborhood, topk)
-                      for strip in parts], dim=1)
+    return torch.cat([mix_strip(target, contexts[:, :, strip.near], labels, strip, size_mask_neighborhood, topk,
+                                len(contexts)) for strip in parts], dim=1)
 
 
 def propagate(features: Iterable[torch.Tensor], labels: torch.Tensor, n_last_frames: int = 7,
@@ -161,8 +162,8 @@ def propagate(features: Iterable[torch.Tensor], labels: torch.Tensor, n_last_fra
     for t, target in enumerate(features, 1):
         target = target.transpose(0, 1) if turn else target
         used = min(t, n_last_frames + 1)
-        labels = torch.cat([mix_strip(target, held[:used], context_labels[:used], strip, size_mask_neighborhood, topk)
-                            for held, strip in zip(contexts, parts, strict=True)], dim=1)
+        labels = torch.cat([mix_strip(target, held[:used], context_labels[:used], strip, size_mask_neighborhood, topk,
+                                      len(held)) for held, strip in zip(contexts, parts, strict=True)], dim=1)
         if n_last_frames:
             keep(1 + (t - 1) % n_last_frames, target, labels)
         yield labels.permute(2, 1, 0) if turn else labels.permute(2, 0, 1)

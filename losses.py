@@ -81,16 +81,15 @@ class Distillation(torch.autograd.Function):
             parts = -(-views * samples * prototypes // held)
             step = -(-samples // parts)
             for rows in (slice(first, first + step) for first in range(0, samples, step)):
-                x = (z[:, rows] / student_temp).to(dtype)
-                y = (teacher.z[:, rows] / temp).to(dtype)
+                x, y = ((t[:, rows] / tau).to(dtype) for t, tau in ((z, student_temp), (teacher.z, temp)))
                 one_loss, grad, one_mass = compare(F.linear(x, w), F.linear(y, teacher_w), center)
                 loss += one_loss
                 mass += one_mass
                 grad_z[:, rows] = grad @ w
-                one_grad_w = (grad.flatten(0, 1).T @ x.flatten(0, 1)).to(weight.dtype)
+                one_grad_w = (grad.flatten(0, 1).T @ z[:, rows].flatten(0, 1).to(dtype)).to(weight.dtype)
                 grad_w = one_grad_w if grad_w is None else grad_w.add_(one_grad_w)
             ctx.save_for_backward(grad_z, grad_w)
-            ctx.factors = 1 / (samples * student_temp), 1 / samples
+            ctx.factor = 1 / (samples * student_temp)
             mass = mass / (len(teacher.z) * samples)
             ctx.mark_non_differentiable(mass)
             return loss / samples, mass
@@ -98,9 +97,9 @@ class Distillation(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_loss: torch.Tensor, _):
-        # the factors come last, in float32: a mean over 87,000 patches is below what float16 can tell from 0
-        (grad_z, grad_w), (factor_z, factor_w) = ctx.saved_tensors, ctx.factors
-        return grad_z * (grad_loss * factor_z), grad_w * (grad_loss * factor_w), None, None, None, None, None
+        # the factor comes last, in float32: a mean over 87,000 patches is below what float16 can tell from 0
+        grad_z, grad_w = (grad * (grad_loss * ctx.factor) for grad in ctx.saved_tensors)
+        return grad_z, grad_w, None, None, None, None, None
 
 
 # ----------------------------------------------------------------------------------------------------------------------

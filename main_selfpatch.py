@@ -9,6 +9,8 @@ Run the same command again and it goes on from output_dir/checkpoint.pth.
 import argparse
 import importlib.util
 import json
+import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -64,10 +66,29 @@ def build_schedules(args: argparse.Namespace, steps: int) -> dict:
 
 
 def compiles(args: argparse.Namespace) -> bool:
-    """Whether --compile says so; auto: on CUDA, where Triton is there to write the kernels."""
-    if args.compile == "auto":
-        return args.device.type == "cuda" and importlib.util.find_spec("triton") is not None
-    return args.compile == "on"
+    """Whether --compile says so; auto: on CUDA, where there is what the compiler needs."""
+    if args.compile == "off" or (args.compile == "auto" and args.device.type != "cuda"):
+        return False
+    missing = ""
+    if not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
+        missing = "there is no C++ compiler here: install g++, or set CXX"
+    elif args.device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        missing = "torch's Triton is not installed"
+    elif args.device.type == "cuda" and torch.cuda.get_device_capability(args.device) < (7, 0):
+        missing = "it needs a GPU of compute capability 7.0 or more"
+    if missing and args.compile == "on":
+        utils.fail(f"--compile on: {missing}")
+    if missing and utils.is_main_process():
+        print(f"not compiled, which is slower: {missing}")
+    return not missing
+
+
+def compile_parts(args: argparse.Namespace, *parts: nn.Module) -> None:
+    """Compile networks and loss in place: names in their state dicts stay."""
+    if args.checkpoint_activations:
+        torch._dynamo.config.optimize_ddp = False  # older torch cannot split a graph that has checkpoints in it
+    for part in parts:
+        part.compile(dynamic=False)  # the two resolutions never change
 
 
 def autocast_dtype(args: argparse.Namespace) -> torch.dtype:
@@ -79,8 +100,6 @@ def autocast_dtype(args: argparse.Namespace) -> torch.dtype:
     if not args.use_fp16 or args.device.type != "cuda":
         return torch.float32
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-
-
 
 
 def resume(path: Path, args: argparse.Namespace, **objects) -> int:
@@ -103,9 +122,12 @@ def pretrain(args: argparse.Namespace) -> None:
     check_args(args)
     utils.init_distributed_mode(args)
     dtype = autocast_dtype(args)
-    loader = CropLoader(args, build_dataset(args), compiles(args))
+    compiled = compiles(args)
+    loader = CropLoader(args, build_dataset(args), compiled)
     utils.fix_random_seeds(args.seed)
     torch.backends.cudnn.benchmark = True
+    if args.device.type == "cpu":
+        utils.keep_freed_memory()
 
     student, teacher = build_models(args)
     student_alone = student
@@ -117,9 +139,8 @@ def pretrain(args: argparse.Namespace) -> None:
     dino_loss = DINOLoss(args.out_dim, args.out_dim_selfpatch, 2 + args.local_crops_number, args.warmup_teacher_temp,
                          args.teacher_temp, args.warmup_teacher_temp_epochs, args.epochs,
                          patch_loss_weight=args.patch_loss_weight).to(args.device)
-    if compiles(args):
-        for part in (student_alone, teacher, dino_loss):  # in place: names in their state dicts stay
-            part.compile(dynamic=False)  # the two resolutions never change
+    if compiled:
+        compile_parts(args, student_alone, teacher, dino_loss)
     optimizer = build_optimizer(args, student_alone)
     scaler = torch.amp.GradScaler(args.device.type, enabled=dtype == torch.float16)
     schedules = build_schedules(args, len(loader) // args.accum_steps)
@@ -127,7 +148,7 @@ def pretrain(args: argparse.Namespace) -> None:
     output = Path(args.output_dir)
     start_epoch = resume(output / "checkpoint.pth", args, student=student_alone, teacher=teacher, optimizer=optimizer,
                          dino_loss=dino_loss, fp16_scaler=scaler)
-    announce(args, loader.dataset, student_alone, dtype, start_epoch)
+    announce(args, loader.dataset, student_alone, dtype, compiled, start_epoch)
     log = RunLog(output, start_epoch, args.tensorboard) if utils.is_main_process() else None
     for epoch in range(start_epoch, args.epochs):
         # seeds that depend on the epoch alone: a resumed run draws what the uninterrupted one would have drawn
@@ -164,7 +185,7 @@ def train_dino(args: argparse.Namespace) -> None:
             torch.distributed.destroy_process_group()
 
 
-def announce(args: argparse.Namespace, dataset: ImageFolder, student: nn.Module, dtype: torch.dtype,
+def announce(args: argparse.Namespace, dataset: ImageFolder, student: nn.Module, dtype: torch.dtype, compiled: bool,
              start_epoch: int) -> None:
     if utils.is_main_process():
         small_batches = f" × {args.accum_steps}" if args.accum_steps > 1 else ""
@@ -172,7 +193,7 @@ def announce(args: argparse.Namespace, dataset: ImageFolder, student: nn.Module,
         print(f"{args.arch}/{args.patch_size} ({size:.1f} M parameters), {len(dataset)} images in "
               f"{len(dataset.classes)} folders, {args.world_size} × {args.batch_size_per_gpu}{small_batches} images a "
               f"step on {args.device.type} in {str(dtype).removeprefix('torch.')}"
-              f"{', compiled (the first steps take minutes)' if compiles(args) else ''}; "
+              f"{', compiled (the first steps take minutes)' if compiled else ''}; "
               + (f"going on after epoch {start_epoch - 1}" if start_epoch else "starting anew"), flush=True)
 
 

@@ -64,6 +64,18 @@ class ClassAttention(nn.Module):
         weights = ((q * k).sum(-1) * k.shape[-1] ** -0.5).softmax(dim=1)
         return self.proj((weights[..., None] * v).sum(1).flatten(1))
 
+    def gather(self, u: torch.Tensor) -> torch.Tensor:
+        """What u[:, 0] draws from all of u [B, M, D] -> [B, D], with no patch projected.
+
+        One query asks of M patches, so it goes back through the key projection, q·(K u) = (Kᵀ q)·u, and the values are
+        projected once they are mixed.
+        """
+        q, (K, V) = self.q(u[:, 0]), (layer.weight.unflatten(0, (self.num_heads, -1)) for layer in (self.k, self.v))
+        q, bias = q.unflatten(-1, (self.num_heads, -1)), self.k.bias.unflatten(0, (self.num_heads, -1))
+        scores = torch.einsum("bhd,hdD->bhD", q, K) @ u.mT + (q * bias).sum(-1, keepdim=True)
+        mixed = (scores * q.shape[-1] ** -0.5).softmax(-1) @ u
+        return self.proj(torch.einsum("bhD,hdD->bhd", mixed, V).flatten(1) + self.v.bias)
+
 
 class ClassAttentionBlock(nn.Module):
     """Pre-norm class attention and MLP on class tokens; patches enter as keys and values and stay as they are."""
@@ -82,6 +94,11 @@ class ClassAttentionBlock(nn.Module):
 
     def forward(self, c: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         c = c + self.attn(self.norm1(c), keys, values)
+        return c + self.mlp(self.norm2(c))
+
+    def gather(self, c: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """As forward over patches x [B, N, D], whose keys and values nobody else asks for."""
+        c = c + self.attn.gather(self.norm1(torch.cat([c[:, None], x], dim=1)))
         return c + self.mlp(self.norm2(c))
 
 
@@ -123,7 +140,7 @@ class SelfPatchHead(nn.Module):
         c = self.cls_token.expand(B, 1, D).flatten(0, 1)
         if not (loc and patches):
             for block in self.cls_blocks:
-                c = block(c, *block.keys_values(x))
+                c = block.gather(c, x)
             c = c[:, None]
             return self.norm(torch.cat([c, x], dim=1) if patches else c)
 

@@ -122,7 +122,6 @@ def test_whole_chain_is_pils(drawn):
     assert draws.flip.any() and draws.grey.any() and draws.solarize.any() and (draws.sigma > 0).any()
     expected = to_tensor([as_pil_does(image, draws, i) for i, image in enumerate(images)])
     error = (apply(to_tensor(images).to(torch.uint8), draws, everywhere=False) - expected).abs()
-    error[draws.solarize] = torch.minimum(error, (255 - error).abs())[draws.solarize]  # 127 and 128 part there
     assert error.mean() < 0.3
     # without blur all but the rare rounding of the hue is PIL's
     assert (error[draws.sigma == 0] > 2).float().mean() < 0.005
