@@ -4,7 +4,7 @@
     features = model(images)                        # [B, 3, 224, 224] -> [B, 196, 384]
     features = model(torch.rand(1, 3, 480, 832))    # any size -> [1, 30 * 52, 384], row by row
 """
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -25,6 +25,22 @@ def init_weights(module: nn.Module) -> None:
     elif isinstance(module, nn.LayerNorm):
         nn.init.ones_(module.weight)
         nn.init.zeros_(module.bias)
+
+
+def add_branch(x: torch.Tensor, branch: Callable, drop_rate: float) -> torch.Tensor:
+    """x + branch(x) with stochastic depth, as timm's DropPath has it, computed for the samples that are not dropped."""
+    keep = 1 - drop_rate
+    kept = x.new_empty(len(x), 1, 1).bernoulli_(keep).flatten().nonzero()[:, 0]
+    return x.index_add(0, kept, branch(x.index_select(0, kept)), alpha=1 / keep)
+
+
+def run_block(block: Block, tokens: torch.Tensor) -> torch.Tensor:
+    """A block on tokens [B, N, D]. A CPU leaves out what stochastic depth drops; a GPU would have to wait to know."""
+    rate = getattr(block.drop_path1, "drop_prob", 0.0) if block.training else 0.0
+    if not rate or tokens.device.type != "cpu" or torch.compiler.is_compiling():
+        return block(tokens)
+    tokens = add_branch(tokens, lambda x: block.attn(block.norm1(x)), rate)
+    return add_branch(tokens, lambda x: block.mlp(block.norm2(x)), rate)
 
 
 class VisionTransformer(nn.Module):
@@ -93,8 +109,8 @@ class VisionTransformer(nn.Module):
 
     def _run(self, block: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
         if self.checkpoint_activations and torch.is_grad_enabled():
-            return checkpoint(block, tokens, use_reentrant=False)
-        return block(tokens)
+            return checkpoint(run_block, block, tokens, use_reentrant=False)
+        return run_block(block, tokens)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Images [B, 3, H, W] -> patch features [B, N, D], N = ⌊H/p⌋·⌊W/p⌋, row by row."""

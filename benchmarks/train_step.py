@@ -28,12 +28,20 @@ import utils
 from losses import DINOLoss, Losses
 from options import get_args_parser as pretraining_options
 from selfpatch_head import SelfPatchHead
+from vision_transformer import VisionTransformer
 
-PARTS = ("attention", "head", "loss", "update")
+PARTS = ("backbone", "head", "loss", "update")
 GLOBAL, LOCAL = 224, 96
 
 
 # ---------------------------------------------------------------- the published order of work, part by part
+
+class PlainBackbone(VisionTransformer):
+    """Stochastic depth by multiplication with 0."""
+
+    def _run(self, block, tokens):
+        return block(tokens)
+
 
 class PlainHead(SelfPatchHead):
     """Neighbours gathered before they are compared, keys and values projected after the gather."""
@@ -129,9 +137,10 @@ class Way:
         self.teacher.load_state_dict(self.student.state_dict())
         self.student.backbone.checkpoint_activations = options.checkpoint_activations
         for model in (self.student, self.teacher):
-            if "attention" in self.plain:
+            if "backbone" in self.plain:  # attention weights formed whole, dropped samples computed
                 for block in model.backbone.blocks:
                     block.attn.fused_attn = False
+                model.backbone.__class__ = PlainBackbone
             if "head" in self.plain:
                 model.ca_head.__class__ = PlainHead
         crops = 2 + options.local_crops_number
@@ -283,16 +292,17 @@ def measure(args: argparse.Namespace) -> dict[str, dict]:
         ask("forget_peak")
     for _ in range(args.steps):
         for name, ask in ways.items():
+            time.sleep(0.3)  # the other way's threads spin for a while after their work
             seconds[name].append(ask("step"))
     backbone = job.ARCHS[args.arch](args.patch_size)
     flops = flops_per_image(backbone, args.local_crops_number)
     for name, ask in ways.items():
-        memory, mean = ask("peak_memory"), statistics.mean(seconds[name])
+        memory, median = ask("peak_memory"), statistics.median(seconds[name])
         rate = ask("matrix_rate")
         results[name] |= {
-            "images_per_second": args.batch_size / mean, "seconds": mean,
+            "images_per_second": args.batch_size / median, "seconds": median,
             "spread": statistics.pstdev(seconds[name]), "peak_gib": memory, "matrix_tflops": rate / 1e12,
-            "gflop_per_image": flops / 1e9, "utilisation": flops * args.batch_size / mean / rate,
+            "gflop_per_image": flops / 1e9, "utilisation": flops * args.batch_size / median / rate,
             "stages": {stage: 1000 * s for stage, s in ask("stages").items()}}
         ask("")
     return results

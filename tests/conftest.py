@@ -1,5 +1,6 @@
 """Shared material: a tiny ImageFolder of photograph-like noise."""
 import os
+import sys
 
 import numpy as np
 import pytest
@@ -14,6 +15,9 @@ os.environ["OMP_NUM_THREADS"] = "1"
 @pytest.fixture(autouse=True)
 def same_seed():
     torch.manual_seed(0)
+    yield
+    if "torch._dynamo" in sys.modules:  # compiled code counts against a limit that all tests would share
+        torch._dynamo.reset()
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,6 @@ from torchvision.transforms import RandomResizedCrop
 
 import device_augmentations as ours
 from augmentations import IMAGENET_MEAN, IMAGENET_STD, UnreadableImage, load_rgb
-from data import prefetch
 from device_augmentations import DeviceAugmentation, Draws, RandomCrops, apply, draw, draw_boxes, load_uint8
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")
@@ -320,17 +319,6 @@ def test_boxes_are_drawn_as_by_torchvision(height, width, scale):
 def test_box_in_the_middle_where_none_fits(height, width, box):
     assert draw_boxes(3, height, width, (1.0, 1.0)) == [box] * 3
     assert RandomResizedCrop.get_params(torch.empty(3, height, width), [1.0, 1.0], [3 / 4, 4 / 3]) == box
-
-
-# ---------------------------------------------------------------- to the device
-
-
-def test_prefetch_gives_every_batch_once_and_in_order():
-    batches = [[torch.full((2,), i), torch.full((3,), -i)] for i in range(5)]
-    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
-        found = [[crop.tolist() for crop in crops] for crops in prefetch(iter(batches), torch.device(device))]
-        assert found == [[crop.tolist() for crop in crops] for crops in batches]
-        assert list(prefetch([], torch.device(device))) == []
 
 
 @HAS_GPU

@@ -15,15 +15,16 @@ def make_batch(images=6):
     return [torch.randn(images, 3, size, size) for size in (32, 32, 24, 24, 24)]
 
 
-def run_step(batches, drop_path_rate=0.0, prepare=lambda *_: None, device="cpu", **options):
-    """Losses, gradients and centres of one SGD step on a list of batches; the teacher is no copy of the student."""
+def run_step(batches, drop_path_rate=0.0, prepare=lambda *_: None, optimizer="sgd", clip_grad=0, **options):
+    """Losses, gradients and centres of one step on a list of batches; the teacher is no copy of the student."""
+    device = batches[0][0].device
     student = set_weights(small_wrapper(drop_path_rate=drop_path_rate), salt=0, tag="student.").to(device)
     teacher = set_weights(small_wrapper(), salt=0, tag="teacher.").requires_grad_(False).to(device)
     dino_loss = DINOLoss(12, 10, 5, 0.04, 0.04, 0, 1).to(device)
-    optimizer = build_optimizer(argparse.Namespace(optimizer="sgd", device=torch.device(device)), student)
-    prepare(student, teacher, dino_loss)
+    optimizer = build_optimizer(argparse.Namespace(optimizer=optimizer, device=device), student)
     torch.manual_seed(1)
-    losses = train_step(student, teacher, dino_loss, optimizer, batches, epoch=0, momentum=0.9, clip_grad=0,
+    prepare(student, teacher, dino_loss)
+    losses = train_step(student, teacher, dino_loss, optimizer, batches, epoch=0, momentum=0.9, clip_grad=clip_grad,
                         freeze_last_layer=0, accum_steps=len(batches), **options)
     return {"losses": torch.stack(losses[:3]), **{name: p.grad for name, p in student.named_parameters()
                                                   if p.grad is not None}, **dino_loss.state_dict()}
@@ -76,13 +77,23 @@ def test_half_precision_stays_near():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_nothing_waits_for_the_gpu(dtype):
-    batch = [crop.cuda() for crop in make_batch()]
-    run_step([batch], device="cuda", dtype=dtype)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        run = run_step([batch], device="cuda", dtype=dtype)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_nothing_waits_for_the_gpu(dtype, compiled):
+    batch, scaler = [crop.cuda() for crop in make_batch()], torch.amp.GradScaler("cuda", enabled=dtype == torch.float16)
+    scaler.scale(torch.ones((), device="cuda"))  # its factor is copied to the GPU with the first use
+
+    def compile_parts(*parts):
+        for part in parts if compiled else ():
+            part.compile(dynamic=False)
+
+    def compile_and_watch(*parts):
+        compile_parts(*parts)
+        torch.cuda.set_sync_debug_mode("error")
+
+    for prepare in (compile_parts, compile_and_watch):  # the first step compiles, and fills caches
+        try:
+            run = run_step([batch], prepare=prepare, optimizer="adamw", clip_grad=3.0, dtype=dtype, scaler=scaler)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
     assert run["losses"].isfinite().all()

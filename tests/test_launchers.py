@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.slow
 
 
-def run_step(batch, use_bn, accum_steps=1, rank=0, world_size=1):
+def run_step(batch, use_bn, accum_steps=1, compiled=False, rank=0, world_size=1):
     """One SGD step on this rank's share of the batch: losses, centres, gradients and BatchNorm's statistics."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -38,6 +38,8 @@ def run_step(batch, use_bn, accum_steps=1, rank=0, world_size=1):
     student, teacher = wrapper(), wrapper().requires_grad_(False)
     model = nn.parallel.DistributedDataParallel(student, gradient_as_bucket_view=True) if world_size > 1 else student
     dino_loss = DINOLoss(12, 10, 4, 0.04, 0.04, 0, 1)
+    for part in (student, teacher, dino_loss) if compiled else ():
+        part.compile(dynamic=False, backend="aot_eager")
     optimizer = torch.optim.SGD(utils.get_params_groups(student), lr=0.1)
     share = [crop.chunk(world_size)[rank].chunk(accum_steps) for crop in batch]
     losses = train_step(model, teacher, dino_loss, optimizer, zip(*share, strict=True), epoch=0, momentum=0.9,
@@ -47,10 +49,10 @@ def run_step(batch, use_bn, accum_steps=1, rank=0, world_size=1):
             "grads": {name: p.grad for name, p in student.named_parameters() if p.grad is not None}}
 
 
-def worker(rank, world_size, port, batch, use_bn, accum_steps, folder):
+def worker(rank, world_size, port, batch, use_bn, accum_steps, compiled, folder):
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     torch.distributed.init_process_group("gloo")
-    torch.save(run_step(batch, use_bn, accum_steps, rank, world_size), f"{folder}/{rank}.pth")
+    torch.save(run_step(batch, use_bn, accum_steps, compiled, rank, world_size), f"{folder}/{rank}.pth")
     torch.distributed.destroy_process_group()
 
 
@@ -61,10 +63,11 @@ def free_port():
         return str(s.getsockname()[1])
 
 
-@pytest.mark.parametrize("use_bn, accum_steps", [(False, 1), (True, 1), (False, 2)])
-def test_two_processes_equal_one_with_all_the_images(tmp_path, use_bn, accum_steps):
+@pytest.mark.parametrize("use_bn, accum_steps, compiled", [
+    (False, 1, False), (True, 1, False), (False, 2, False), (False, 2, True)])
+def test_two_processes_equal_one_with_all_the_images(tmp_path, use_bn, accum_steps, compiled):
     batch = [torch.randn(4, 3, size, size) for size in (32, 32, 24, 24)]
-    mp.spawn(worker, (2, free_port(), batch, use_bn, accum_steps, str(tmp_path)), nprocs=2)
+    mp.spawn(worker, (2, free_port(), batch, use_bn, accum_steps, compiled, str(tmp_path)), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pth") for rank in (0, 1))
     one = run_step(batch, use_bn)
     torch.testing.assert_close((first["losses"] + second["losses"]) / 2, one["losses"], rtol=1e-5, atol=1e-6)

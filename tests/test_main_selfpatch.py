@@ -12,7 +12,6 @@ import engine
 import main_selfpatch
 import utils
 from augmentations import DataAugmentationDINO
-from data import CropLoader, augments_on_device
 from engine import health_warnings
 from losses import DINOLoss, Losses
 from main_selfpatch import get_args_parser, train_dino
@@ -213,6 +212,28 @@ def test_compiled_run_is_the_plain_run(image_folder, tmp_path, monkeypatch):
             torch.testing.assert_close(ours[part][name], value, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("way, device, triton, capability, on", [
+    ("auto", "cuda", True, (8, 0), True), ("auto", "cuda", True, (6, 1), False), ("auto", "cuda", False, (8, 0), False),
+    ("auto", "cpu", True, None, False), ("off", "cuda", True, (8, 0), False), ("on", "cpu", False, None, True)])
+def test_where_to_compile(monkeypatch, capsys, way, device, triton, capability, on):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: triton or None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
+    args = options("--compile", way)
+    args.device = torch.device(device)
+    assert main_selfpatch.compiles(args) is on
+    assert ("not compiled" in capsys.readouterr().out) == (way == "auto" and device == "cuda" and not on)
+
+
+def test_compiling_without_a_compiler_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    args = options("--compile", "on")
+    args.device = torch.device("cpu")
+    with pytest.raises(SystemExit) as stop:
+        main_selfpatch.compiles(args)
+    assert stop.value.code == 2 and "--compile on: there is no C++ compiler" in capsys.readouterr().err
+
+
 def test_small_batches_make_one_step(image_folder, tmp_path, capsys):
     """Steps, rates and the announcement go by the images of a whole step."""
     train_dino(options("--epochs", 1, "--data_path", image_folder, "--output_dir", tmp_path, "--batch_size_per_gpu", 3,
@@ -253,47 +274,6 @@ def test_epoch_sets_rates_decay_and_momentum_at_every_step(monkeypatch):
     assert seen == [([lr, lr], [wd, 0.0], m, 1, 3.0, 1, [3]) for lr, wd, m in ((0.4, 4.0, 0.94), (0.5, 5.0, 0.95),
                                                                             (0.6, 6.0, 0.96))]
     assert (stats["lr"], stats["wd"], stats["loss"]) == (0.6, 6.0, 1.0)
-
-
-def test_ranks_share_the_images_out_and_epochs_shuffle_them(image_folder):
-    def paths(rank, epoch):
-        args = options("--data_path", image_folder, "--seed", 3)
-        args.world_size, args.rank, args.device = 2, rank, torch.device("cpu")
-        dataset = main_selfpatch.build_dataset(args)
-        dataset.transform = torch.nn.Identity()
-        dataset.loader = str
-        loader = CropLoader(args, dataset)
-        loader.sampler.set_epoch(epoch)
-        return [path for batch, _ in loader.batches for path in batch]
-
-    first, second = paths(0, 0), paths(1, 0)
-    assert len(first) == len(second) == 4  # of 6 each: the last 2 are no whole batch
-    assert not set(first) & set(second)
-    assert paths(0, 0) == first != paths(0, 1)
-
-
-@pytest.mark.parametrize("device, augment, expected", [
-    ("cuda", "auto", True), ("cpu", "auto", True), ("mps", "auto", False), ("cuda", "pil", False),
-    ("cpu", "pil", False), ("mps", "device", True)])
-def test_where_crops_are_augmented(device, augment, expected):
-    args = options("--augment", augment)
-    args.device = torch.device(device)
-    assert augments_on_device(args) is expected
-
-
-@pytest.mark.parametrize("augment", ["pil", "device"])
-def test_loader_gives_normalised_crops(image_folder, augment):
-    """Views in order, of their sizes, in the range that normalisation leaves."""
-    args = options("--data_path", image_folder, "--augment", augment, "--local_crops_number", 3,
-                   "--local_crops_size", 64)
-    args.world_size, args.rank, args.device = 1, 0, torch.device("cpu")
-    loader = CropLoader(args, main_selfpatch.build_dataset(args))
-    batches = list(loader)
-    assert len(batches) == len(loader) == 3
-    for crops in batches:
-        assert [tuple(crop.shape) for crop in crops] == [(4, 3, 48, 48)] * 2 + [(4, 3, 64, 64)] * 3
-        assert all(crop.dtype == torch.float32 and -2.2 < crop.min() < crop.max() < 2.7 for crop in crops)
-    assert not torch.equal(batches[0][0], batches[0][1])
 
 
 def test_each_rank_and_epoch_draws_its_own_crops(image_folder, tmp_path, monkeypatch):

@@ -135,3 +135,26 @@ def test_stochastic_depth_rises_and_drops_whole_samples():
     assert (change == 0).float().mean().item() == pytest.approx(0.25, abs=0.08)  # both branches dropped: 0.5²
     model.eval()
     assert torch.equal(model(torch.ones(1, 3, 32, 32)), model(torch.ones(1, 3, 32, 32)))
+
+
+def test_what_stochastic_depth_drops_is_not_computed():
+    """The same draws, outputs and gradients as timm's blocks, which compute it and multiply by 0."""
+    torch.manual_seed(0)
+    model = VisionTransformer(32, 8, embed_dim=24, depth=3, num_heads=3, drop_path_rate=0.6)
+    x, seen = torch.randn(6, 3, 32, 32), []
+    model.blocks[2].mlp.fc1.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+
+    def plain(images):
+        tokens = model.prepare_tokens(images)
+        for block in model.blocks:
+            tokens = block(tokens)
+        return tokens
+
+    results = []
+    for forward in (model, plain):
+        torch.manual_seed(1)
+        out = forward(x)
+        results.append((out, *torch.autograd.grad(out.square().sum(), list(model.parameters()))))
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+    assert seen[0] < seen[1] == 6

@@ -1,0 +1,64 @@
+"""The data set's shares, the loader's crops, and their way to the device."""
+import pytest
+import torch
+
+from data import CropLoader, augments_on_device, build_dataset, prefetch
+from main_selfpatch import get_args_parser
+
+pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")
+
+
+def options(*words):
+    return get_args_parser().parse_args(["--global_crops_size", "48", "--local_crops_size", "48", "--num_workers", "0",
+                                         "--local_crops_number", "1", "--batch_size_per_gpu", "4", *map(str, words)])
+
+
+def test_ranks_share_the_images_out_and_epochs_shuffle_them(image_folder):
+    def paths(rank, epoch):
+        args = options("--data_path", image_folder, "--seed", 3)
+        args.world_size, args.rank, args.device = 2, rank, torch.device("cpu")
+        dataset = build_dataset(args)
+        dataset.transform = torch.nn.Identity()
+        dataset.loader = str
+        loader = CropLoader(args, dataset)
+        loader.sampler.set_epoch(epoch)
+        return [path for batch, _ in loader.batches for path in batch]
+
+    first, second = paths(0, 0), paths(1, 0)
+    assert len(first) == len(second) == 4  # of 6 each: the last 2 are no whole batch
+    assert not set(first) & set(second)
+    assert paths(0, 0) == first != paths(0, 1)
+
+
+@pytest.mark.parametrize("device, augment, expected", [
+    ("cuda", "auto", True), ("cpu", "auto", True), ("mps", "auto", False), ("cuda", "pil", False),
+    ("cpu", "pil", False), ("mps", "device", True)])
+def test_where_crops_are_augmented(device, augment, expected):
+    args = options("--augment", augment)
+    args.device = torch.device(device)
+    assert augments_on_device(args) is expected
+
+
+@pytest.mark.parametrize("augment", ["pil", "device"])
+def test_loader_gives_normalised_crops(image_folder, augment):
+    """Views in order, of their sizes, in the range that normalisation leaves."""
+    args = options("--data_path", image_folder, "--augment", augment, "--local_crops_number", 3,
+                   "--local_crops_size", 64)
+    args.world_size, args.rank, args.device = 1, 0, torch.device("cpu")
+    loader = CropLoader(args, build_dataset(args))
+    batches = list(loader)
+    assert len(batches) == len(loader) == 3
+    for crops in batches:
+        assert [tuple(crop.shape) for crop in crops] == [(4, 3, 48, 48)] * 2 + [(4, 3, 64, 64)] * 3
+        assert all(crop.dtype == torch.float32 and -2.2 < crop.min() < crop.max() < 2.7 for crop in crops)
+    assert not torch.equal(batches[0][0], batches[0][1])
+
+
+
+def test_prefetch_gives_every_batch_once_and_in_order():
+    batches = [[torch.full((2,), i), torch.full((3,), -i)] for i in range(5)]
+    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        side = torch.cuda.Stream() if device == "cuda" else None
+        found = [[crop.tolist() for crop in crops] for crops in prefetch(iter(batches), torch.device(device), side)]
+        assert found == [[crop.tolist() for crop in crops] for crops in batches]
+        assert list(prefetch([], torch.device(device), side)) == []
