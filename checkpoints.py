@@ -58,6 +58,10 @@ class CheckpointInfo:
     beside: dict[str, torch.Tensor] = field(repr=False)  # heads and whatever else is not the backbone, as it stands
 
     @property
+    def embed_dim(self) -> int:
+        return next(width for width, arch in ARCH_OF_WIDTH.items() if arch == self.arch)
+
+    @property
     def k_num(self) -> int:
         k_num = self.args.get("k_num") or 4
         if not isinstance(k_num, int) or not 1 <= k_num <= 8:
@@ -270,7 +274,7 @@ def read_backbone(path: str | Path, key: str = "teacher") -> tuple[dict[str, tor
         class_token="cls_token" in state, final_norm="norm.weight" in state, tensors=len(state),
         epoch=epoch if isinstance(epoch, int) else None, beside=beside,
         args=vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, dict) else {})
-    _check(state, _empty_backbone(info).state_dict(), f"{path} does not fit {arch} with patch size {patch_size}")
+    check_fits(state, _empty_backbone(info).state_dict(), f"{path} does not fit {arch} with patch size {patch_size}")
     return state, info
 
 
@@ -297,7 +301,7 @@ def _listed(what: str, names: list[str]) -> str:
     return f"{what} ({len(names)}): {', '.join(names[:12])}{', …' if len(names) > 12 else ''}"
 
 
-def _check(state: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], message: str) -> None:
+def check_fits(state: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], message: str) -> None:
     """CheckpointError, with everything that is wrong, unless state is just what is expected."""
     both = [name for name in expected if name in state]
     wrong = {
@@ -305,7 +309,8 @@ def _check(state: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], me
         "left over": [name for name in state if name not in expected],
         "of another shape": [f"{name} {list(state[name].shape)} not {list(expected[name].shape)}" for name in both
                              if state[name].shape != expected[name].shape],
-        "not of floating point": [name for name in both if not state[name].is_floating_point()],
+        "not of floating point": [name for name in both
+                                  if expected[name].is_floating_point() and not state[name].is_floating_point()],
         "with NaN or infinite values": [name for name in both if not state[name].sum().isfinite()]}
     if any(wrong.values()):
         raise CheckpointError(f"{message}: {'; '.join(_listed(what, names) for what, names in wrong.items() if names)}")
@@ -349,7 +354,7 @@ def build_head(info: CheckpointInfo, k_num: int | None = None) -> SelfPatchHead:
         raise CheckpointError(f"{info.path} has no ca_head (it is a {info.kind}): give a SelfPatch training checkpoint")
     backbone = _empty_backbone(info)
     head = SelfPatchHead(backbone.embed_dim, backbone.num_heads, k_num or info.k_num)
-    _check(state, head.state_dict(), f"the ca_head in {info.path} does not fit {info.arch}")
+    check_fits(state, head.state_dict(), f"the ca_head in {info.path} does not fit {info.arch}")
     head.load_state_dict(state)
     return head.eval()
 
