@@ -1,7 +1,7 @@
 """What detection/ and segmentation/ share: the options of train.py and test.py, weights, resuming, running on a CPU.
 
-train.py and test.py of each folder hand their own checks to train() and test() here; the options are those that people
-know from OpenMMLab's tools, and four more: --pretrained, --checkpoint_key, --random_weights and --data-root.
+train.py and test.py of each folder call train() and test() here; the options are those that people know from
+OpenMMLab's tools, and four more: --pretrained, --checkpoint_key, --random_weights and --data-root.
 """
 import argparse
 import os
@@ -157,8 +157,9 @@ def fit_backbone(cfg: Config, info: CheckpointInfo, own_grid: bool) -> None:
     backbone = cfg.model.backbone
     if (backbone.patch_size, backbone.embed_dim) != (info.patch_size, info.embed_dim):
         raise CheckpointError(
-            f"{info.path} holds {info.arch}, {info.embed_dim} wide, with patch size {info.patch_size}, but {cfg.filename} "
-            f"says embed_dim {backbone.embed_dim} and patch_size {backbone.patch_size}: take the config that fits")
+            f"{info.path} holds {info.arch}, {info.embed_dim} wide, with patch size {info.patch_size}, but the config "
+            f"says embed_dim {backbone.embed_dim} and patch_size {backbone.patch_size}: take another config than "
+            f"{cfg.filename}")
     backbone.class_token = info.class_token
     if own_grid:
         backbone.img_size = info.grid * info.patch_size
@@ -200,7 +201,7 @@ def read_model(path: str) -> tuple[dict[str, torch.Tensor], CheckpointInfo]:
 # Jobs
 
 
-def train(args: argparse.Namespace, own_grid: bool, check: Callable[[Config], None]) -> None:
+def train(args: argparse.Namespace, own_grid: bool, check: Callable[[Config], None] | None = None) -> None:
     """Fine-tune as a config says.
 
     Args:
@@ -213,7 +214,8 @@ def train(args: argparse.Namespace, own_grid: bool, check: Callable[[Config], No
     elif args.amp:
         turn_amp_off(cfg)
     check_data(cfg, ["train_dataloader", "val_dataloader"])
-    check(cfg)
+    if check:
+        check(cfg)
     whole = choose_start(args, cfg)
     state = None
     try:
@@ -255,7 +257,8 @@ def choose_start(args: argparse.Namespace, cfg: Config) -> str | None:
     return cfg.get("load_from")
 
 
-def test(args: argparse.Namespace, check: Callable[[Config], None], show: Callable[[Config, str], None]) -> None:
+def test(args: argparse.Namespace, show: Callable[[Config, str], None],
+         check: Callable[[Config], None] | None = None) -> None:
     """Evaluate a whole model as a config says.
 
     Args:
@@ -264,7 +267,8 @@ def test(args: argparse.Namespace, check: Callable[[Config], None], show: Callab
     """
     cfg = read_config(args)
     check_data(cfg, ["test_dataloader"])
-    check(cfg)
+    if check:
+        check(cfg)
     if args.show_dir:
         show(cfg, os.path.abspath(args.show_dir))
     cfg.load_from, cfg.resume = None, False
