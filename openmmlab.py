@@ -120,7 +120,8 @@ def fit_to_cpu(cfg: Config) -> None:
         if cfg.launcher != "pytorch":
             fail(f"--launcher {cfg.launcher} needs GPUs, and torch sees none: start CPU processes with torchrun and "
                  "--launcher pytorch")
-        cfg.model_wrapper_cfg = {"type": "MMDistributedDataParallel"}  # mmengine's default names a GPU
+        # mmengine would name a GPU
+        cfg.model_wrapper_cfg = {"type": "MMDistributedDataParallel", "device_ids": None, "broadcast_buffers": False}
         dist.init_process_group("gloo")  # mmengine's own way selects a GPU
 
 
