@@ -1,0 +1,25 @@
+"""Evaluate a fine-tuned segmenter on ADE20K, one of ours or a released one, and draw what it predicts.
+
+    cd segmentation/configs; C=semantic_fpn_vit-small-16_8xb4-40k_ade20k-512x512.py
+    python ../test.py $C segmenter.pth --data-root /path/to/ADEChallengeData2016 --show-dir drawn
+    ../dist_test.sh $C segmenter.pth 8 --data-root /path/to/ADEChallengeData2016
+"""
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the backbone and what the jobs share
+
+import openmmlab
+from segmentation.backbone import annotation_errors, check_widths
+
+
+def show(cfg: openmmlab.Config, folder: str) -> None:
+    """Have mmseg draw every image with its annotation (left) and prediction (right) into folder, an absolute path."""
+    cfg.default_hooks.visualization.draw = True
+    cfg.visualizer.vis_backends = [{"type": "LocalVisBackend", "img_save_dir": folder}]
+
+
+if __name__ == "__main__":
+    args = openmmlab.get_test_parser(__doc__.split("\n\n")[0]).parse_args()
+    with annotation_errors():
+        openmmlab.test(args, show, check=check_widths)
