@@ -1,8 +1,6 @@
 """Evaluate a fine-tuned segmenter on ADE20K, one of ours or a released one, and draw what it predicts.
 
-    cd segmentation/configs; C=semantic_fpn_vit-small-16_8xb4-40k_ade20k-512x512.py
-    python ../test.py $C segmenter.pth --data-root /path/to/ADEChallengeData2016 --show-dir drawn
-    ../dist_test.sh $C segmenter.pth 8 --data-root /path/to/ADEChallengeData2016
+    python segmentation/test.py segmentation/configs/semantic-fpn_vit-small-16_40k_ade20k.py model.pth --show-dir drawn
 """
 import sys
 from pathlib import Path

@@ -1,8 +1,6 @@
 """Fine-tune a segmenter on ADE20K from a pretrained backbone.
 
-    cd segmentation/configs; C=semantic_fpn_vit-small-16_8xb4-40k_ade20k-512x512.py
-    python ../train.py $C --pretrained checkpoint.pth --data-root /path/to/ADEChallengeData2016
-    ../dist_train.sh $C 8 --pretrained checkpoint.pth --data-root /path/to/ADEChallengeData2016
+    python segmentation/train.py segmentation/configs/semantic-fpn_vit-small-16_40k_ade20k.py --pretrained runs/small
 """
 import sys
 from pathlib import Path

@@ -30,8 +30,8 @@ from vision_transformer import vit_tiny
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "segmentation" / "configs"
-SEMANTIC_FPN = "semantic_fpn_vit-small-16_8xb4-40k_ade20k-512x512.py"
-UPERNET = "upernet_vit-small-16_8xb2-160k_ade20k-512x512.py"
+SEMANTIC_FPN = "semantic-fpn_vit-small-16_40k_ade20k.py"
+UPERNET = "upernet_vit-small-16_160k_ade20k.py"
 TINY = {"model.backbone.embed_dim": 192, "model.backbone.num_heads": 3, "model.neck.in_channels": [192] * 4}
 TINY_HEADS = {"model.neck.out_channels": 192, "model.decode_head.in_channels": [192] * 4,
               "model.decode_head.channels": 32, "model.auxiliary_head.in_channels": 192,
