@@ -112,10 +112,8 @@ def replace_strings(cfg: ConfigDict | Config | list | tuple, old: str, new: str)
 
 
 def fit_to_cpu(cfg: Config) -> None:
-    """Put what needs a GPU out of a config: SyncBN, mixed precision, NCCL."""
+    """Put SyncBN and NCCL, which need GPUs, out of a config."""
     replace_strings(cfg.model, "SyncBN", "BN")
-    if cfg.get("optim_wrapper", {}).get("type") == "AmpOptimWrapper":
-        turn_amp_off(cfg)
     if cfg.launcher != "none":
         if cfg.launcher != "pytorch":
             fail(f"--launcher {cfg.launcher} needs GPUs, and torch sees none: start CPU processes with torchrun and "
@@ -125,16 +123,18 @@ def fit_to_cpu(cfg: Config) -> None:
         dist.init_process_group("gloo")  # mmengine's own way selects a GPU
 
 
-def turn_amp_off(cfg: Config) -> None:
-    for option in ("loss_scale", "dtype"):
-        cfg.optim_wrapper.pop(option, None)
-    cfg.optim_wrapper.type = "OptimWrapper"
-    if is_main_process():
-        print("torch sees no GPU: training in float32, without mixed precision")
+def choose_precision(cfg: Config, amp: bool) -> None:
+    """Mixed precision if amp or the config asks for it and there is a GPU, else float32."""
+    if amp:
+        cfg.optim_wrapper.type = "AmpOptimWrapper"
+    if cfg.optim_wrapper.type == "AmpOptimWrapper" and not torch.cuda.is_available():
+        cfg.optim_wrapper.type = "OptimWrapper"
+        if is_main_process():
+            print("torch sees no GPU: training in float32, without mixed precision")
 
 
 def check_data(cfg: Config, loaders: list[str]) -> None:
-    """End the job unless the folders and annotation files of these data loaders are there."""
+    """End the job unless the folders and annotation files of these data loaders are there, and not empty."""
     for loader in loaders:
         dataset = (cfg.get(loader) or {}).get("dataset", {})
         while "dataset" in dataset:  # RepeatDataset and the like hold the real one
@@ -144,6 +144,8 @@ def check_data(cfg: Config, loaders: list[str]) -> None:
         for path in [root, *(os.path.join(root, name) for name in wanted if name)]:
             if path and not os.path.exists(path):
                 fail(f"{loader}: there is no {path}: give the data set's folder with --data-root")
+            if os.path.isdir(path) and not os.listdir(path):
+                fail(f"{loader}: {path} is empty: give the data set's folder with --data-root")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -210,10 +212,7 @@ def train(args: argparse.Namespace, own_grid: bool, check: Callable[[Config], No
         check: what else to look at in the config before the work begins.
     """
     cfg = read_config(args)
-    if args.amp and torch.cuda.is_available():
-        cfg.optim_wrapper.type = "AmpOptimWrapper"
-    elif args.amp:
-        turn_amp_off(cfg)
+    choose_precision(cfg, args.amp)
     check_data(cfg, ["train_dataloader", "val_dataloader"])
     if check:
         check(cfg)
@@ -280,7 +279,9 @@ def test(args: argparse.Namespace, show: Callable[[Config, str], None],
         check_fits(state, unwrapped(runner).state_dict(), f"{args.checkpoint} does not fit {args.config}")
         unwrapped(runner).load_state_dict(state)
         if is_main_process():
-            print(f"loaded {info}")
+            told = " (the published detectors have 8)" if info.kind.startswith("mmdet") else ""
+            print(f"loaded {info}; no file tells the number of attention heads, the config says "
+                  f"{cfg.model.backbone.num_heads}{told}")
     except CheckpointError as error:
         fail(str(error))
     runner.test()
