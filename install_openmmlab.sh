@@ -9,14 +9,15 @@
 # kept in ~/.cache/selfpatch (or $XDG_CACHE_HOME/selfpatch), one for each version of torch and Python: pip's own cache
 # does not tell them apart. MAX_JOBS limits the compilers that run at once (each takes up to 2 GB).
 set -euo pipefail
-cd "$(dirname "$0")"
 die() { echo "install_openmmlab.sh: error: $*" >&2; exit 2; }
 
 PYTHON="${PYTHON:-python}"
 command -v "$PYTHON" > /dev/null || die "there is no $PYTHON: activate an environment, or set PYTHON"
+PYTHON="$("$PYTHON" -c 'import sys; print(sys.executable)')"  # the folder changes below
 "$PYTHON" -m pip --version > /dev/null || die "$PYTHON has no pip: make the environment with python3 -m venv"
 command -v "${CXX:-c++}" > /dev/null || die "there is no C++ compiler ${CXX:-c++}: install g++ (10 or later) or set CXX"
 
+cd "$(dirname "$0")"
 # torch first, and no build isolation: where setup.py cannot import torch, mmcv leaves its operations out silently
 "$PYTHON" -m pip install -r requirements.txt "setuptools>=80" wheel ninja packaging
 read -r device key < <("$PYTHON" - <<'PY'

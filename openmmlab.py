@@ -129,6 +129,8 @@ def choose_precision(cfg: Config, amp: bool) -> None:
         cfg.optim_wrapper.type = "AmpOptimWrapper"
     if cfg.optim_wrapper.type == "AmpOptimWrapper" and not torch.cuda.is_available():
         cfg.optim_wrapper.type = "OptimWrapper"
+        for option in ("loss_scale", "dtype"):
+            cfg.optim_wrapper.pop(option, None)
         if is_main_process():
             print("torch sees no GPU: training in float32, without mixed precision")
 
@@ -196,6 +198,8 @@ def without_norm(state: dict[str, torch.Tensor], prefix: str = "") -> dict[str, 
 def read_model(path: str) -> tuple[dict[str, torch.Tensor], CheckpointInfo]:
     """A whole detector or segmenter under our names, from mmseg's names too, and what it is."""
     state, info = read_backbone(path)
+    if not info.kind.startswith(("mmdet", "mmseg")):
+        raise CheckpointError(f"{info.path} is a {info.kind}, not a detector or segmenter: give what train.py saved")
     state = {f"backbone.{name}": tensor for name, tensor in without_norm(state).items()}
     return state | info.beside, info
 

@@ -124,8 +124,7 @@ def build(path: Path) -> torch.nn.Module:
 
 def test_optimizer_decays_all_but_position_embedding_and_norms():
     model, cfg = build(RECIPE), Config.fromfile(RECIPE)
-    assert cfg.optim_wrapper.type == "AmpOptimWrapper" and cfg.optim_wrapper.loss_scale == "dynamic"
-    openmmlab.turn_amp_off(cfg)
+    assert cfg.optim_wrapper.pop("type") == "AmpOptimWrapper"  # which cannot be built without a GPU
     groups = build_optim_wrapper(model, cfg.optim_wrapper).optimizer.param_groups
     names = {parameter: name for name, parameter in model.named_parameters()}
     decays = {names[group["params"][0]]: group["weight_decay"] for group in groups}

@@ -8,8 +8,7 @@ param_scheduler = [
 
 # Names decide, as published: 'norm' is in the backbone's norm1 and norm2 alone, so fpn1's SyncBN (fpn1.1) is decayed
 optim_wrapper = dict(
-    type='AmpOptimWrapper',  # mixed precision as published; plain float32 where there is no GPU
-    loss_scale='dynamic',
+    type='AmpOptimWrapper',  # mixed precision as published, with a dynamic loss scale; float32 where there is no GPU
     optimizer=dict(type='AdamW', lr=5e-5, betas=(0.9, 0.999), weight_decay=0.05),
     paramwise_cfg=dict(custom_keys={
         'pos_embed': dict(decay_mult=0.0), 'cls_token': dict(decay_mult=0.0), 'norm': dict(decay_mult=0.0)}))
