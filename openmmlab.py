@@ -283,9 +283,9 @@ def test(args: argparse.Namespace, show: Callable[[Config, str], None],
         check_fits(state, unwrapped(runner).state_dict(), f"{args.checkpoint} does not fit {args.config}")
         unwrapped(runner).load_state_dict(state)
         if is_main_process():
-            told = " (the published detectors have 8)" if info.kind.startswith("mmdet") else ""
-            print(f"loaded {info}; no file tells the number of attention heads, the config says "
-                  f"{cfg.model.backbone.num_heads}{told}")
+            known = " (the published detectors have 8)" if info.kind.startswith("mmdet") else ""
+            print(f"loaded {info.path}: {info.kind}, all of its {len(state)} tensors; no file tells the number of "
+                  f"attention heads, the config says {cfg.model.backbone.num_heads}{known}")
     except CheckpointError as error:
         fail(str(error))
     runner.test()

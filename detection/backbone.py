@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from mmcv.cnn import build_norm_layer
 from mmdet.registry import HOOKS, MODELS
+from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from torch import nn
@@ -63,6 +64,14 @@ class ViTPyramid(VisionTransformer):
         maps = [tap.transpose(1, 2).unflatten(2, self.grid_size(x)) for tap in taps]
         resize = (self.fpn1, self.fpn2, self.fpn3, self.fpn4)
         return tuple(fpn(tap.contiguous()) for fpn, tap in zip(resize, maps, strict=True))
+
+
+def check_widths(cfg: Config) -> None:
+    """End the job in one line unless a config's neck takes the backbone's width."""
+    width, widths = cfg.model.backbone.embed_dim, list(cfg.model.neck.in_channels)
+    if widths != [width] * 4:
+        fail(f"model.neck.in_channels is {widths}, but the backbone's four maps are {width} wide: set it with "
+             f"--cfg-options 'model.neck.in_channels={str([width] * 4).replace(' ', '')}'")
 
 
 @HOOKS.register_module()

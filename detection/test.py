@@ -7,7 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import openmmlab
-from detection import backbone  # noqa: F401  registers it
+from detection.backbone import check_widths
 
 
 def show(cfg: openmmlab.Config, folder: str) -> None:
@@ -15,4 +15,4 @@ def show(cfg: openmmlab.Config, folder: str) -> None:
 
 
 if __name__ == "__main__":
-    openmmlab.test(openmmlab.get_test_parser(__doc__.split("\n\n")[0]).parse_args(), show)
+    openmmlab.test(openmmlab.get_test_parser(__doc__.split("\n\n")[0]).parse_args(), show, check_widths)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import openmmlab
-from detection import backbone  # noqa: F401  registers it
+from detection.backbone import check_widths
 
 if __name__ == "__main__":
-    openmmlab.train(openmmlab.get_train_parser(__doc__.split("\n\n")[0]).parse_args(), own_grid=True)
+    openmmlab.train(openmmlab.get_train_parser(__doc__.split("\n\n")[0]).parse_args(), own_grid=True,
+                    check=check_widths)

@@ -23,7 +23,7 @@ from mmengine.registry import PARAM_SCHEDULERS, DefaultScope  # noqa: E402
 
 import openmmlab  # noqa: E402
 from checkpoints import CheckpointError, check_fits, read_checkpoint  # noqa: E402
-from detection.backbone import ViTPyramid  # noqa: E402
+from detection.backbone import ViTPyramid, check_widths  # noqa: E402
 from vision_transformer import vit_tiny  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
@@ -76,7 +76,8 @@ model = dict(
     backbone=dict({', '.join(f'{name}={value}' for name, value in TINY.items())}),
     neck=dict(in_channels=[192] * 4),
     roi_head=dict(bbox_head=dict(fc_out_channels=32), mask_head=dict(num_convs=1, conv_out_channels=32)),
-    test_cfg=dict(rcnn=dict(score_thr=0.0, max_per_img=5)))
+    train_cfg=dict(rpn_proposal=dict(nms_pre=100, max_per_img=20), rcnn=dict(sampler=dict(num=16))),
+    test_cfg=dict(rpn=dict(nms_pre=100, max_per_img=20), rcnn=dict(score_thr=0.0, max_per_img=5)))
 train_pipeline = [
     dict(type='LoadImageFromFile'), dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
     dict(type='Resize', scale=(96, 64), keep_ratio=True), dict(type='PackDetInputs')]
@@ -109,7 +110,8 @@ def pretrained(source, tmp_path_factory):
 
 
 def train(*options) -> None:
-    openmmlab.train(openmmlab.get_train_parser("").parse_args([str(option) for option in options]), own_grid=True)
+    openmmlab.train(openmmlab.get_train_parser("").parse_args([str(option) for option in options]), own_grid=True,
+                    check=check_widths)
 
 
 def build(path: Path) -> torch.nn.Module:
@@ -378,9 +380,15 @@ def test_bad_input_ends_in_one_line(config, coco, pretrained, tmp_path, capsys):
     assert "patch size 16, but the config says embed_dim 384 and patch_size 8" in refusal(
         capsys, CONFIGS / "mask-rcnn_vit-small-8_1x_coco.py", *good, "--pretrained", pretrained)
     assert "says embed_dim 384" in refusal(capsys, RECIPE, *good, "--pretrained", pretrained)
+    assert "the backbone's four maps are 96 wide" in refusal(
+        capsys, config, *good, "--pretrained", pretrained, "--cfg-options", "model.backbone.embed_dim=96")
     assert "there is no nowhere/" in refusal(capsys, config, "--data-root", "nowhere", "--pretrained", pretrained)
     assert "--pretrained is empty" in refusal(capsys, config, *good)
     assert "cannot be read" in refusal(capsys, config, *good, "--pretrained", tmp_path / "none.pth")
+    arguments = openmmlab.get_test_parser("").parse_args([str(option) for option in [config, pretrained, *good]])
+    with pytest.raises(SystemExit):
+        openmmlab.test(arguments, show=None)
+    assert "not a detector or segmenter" in capsys.readouterr().err
     assert "there is no config" in refusal(capsys, tmp_path / "none.py", *good, "--pretrained", pretrained)
     assert "torchrun" in refusal(capsys, config, *good, "--pretrained", pretrained, "--launcher", "pytorch")
     (tmp_path / "run").mkdir(exist_ok=True)
