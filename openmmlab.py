@@ -90,6 +90,8 @@ def read_config(args: argparse.Namespace) -> Config:
     except Exception as error:  # a config is code: it can raise anything
         fail(f"{args.config} cannot be read: {type(error).__name__}: {' '.join(str(error).split())}")
     if args.data_root:
+        if "data_root" not in cfg:
+            fail(f"--data-root: {args.config} has no data_root that it could replace")
         replace_strings(cfg, cfg.data_root, args.data_root.rstrip("/") + "/")
     cfg.work_dir = args.work_dir or cfg.get("work_dir") or f"work_dirs/{Path(args.config).stem}"
     cfg.launcher = args.launcher
@@ -190,9 +192,9 @@ def load_pretrained(backbone: nn.Module, init_cfg: dict, prepare: Callable[[dict
         print(f"loaded {info}")
 
 
-def without_norm(state: dict[str, torch.Tensor], prefix: str = "") -> dict[str, torch.Tensor]:
+def without_norm(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A state dict without the final norm of DINO's and timm's files: the taps come before it."""
-    return {name: tensor for name, tensor in state.items() if not name.startswith(f"{prefix}norm.")}
+    return {name: tensor for name, tensor in state.items() if not name.startswith("norm.")}
 
 
 def read_model(path: str) -> tuple[dict[str, torch.Tensor], CheckpointInfo]:
@@ -221,10 +223,12 @@ def train(args: argparse.Namespace, own_grid: bool, check: Callable[[Config], No
     if check:
         check(cfg)
     whole = choose_start(args, cfg)
-    state = None
     try:
         if whole:
             state, info = read_model(whole)
+            if cfg.resume and "message_hub" not in read_checkpoint(whole):
+                raise CheckpointError(f"--resume: {whole} has the model alone, not the state of its training: to start "
+                                      f"from it give --cfg-options load_from={whole}")
             fit_backbone(cfg, info, own_grid=True)
         elif args.pretrained:
             info = read_backbone(args.pretrained, args.checkpoint_key)[1]
@@ -234,9 +238,9 @@ def train(args: argparse.Namespace, own_grid: bool, check: Callable[[Config], No
         runner = Runner.from_cfg(cfg)
         if whole:  # mmengine itself would load what fits and go on
             check_fits(state, unwrapped(runner).state_dict(), f"{whole} does not fit {args.config}")
+        runner.train()
     except CheckpointError as error:
         fail(str(error))
-    runner.train()
 
 
 def choose_start(args: argparse.Namespace, cfg: Config) -> str | None:

@@ -389,6 +389,9 @@ def test_bad_input_ends_in_one_line(config, coco, pretrained, tmp_path, capsys):
     with pytest.raises(SystemExit):
         openmmlab.test(arguments, show=None)
     assert "not a detector or segmenter" in capsys.readouterr().err
+    torch.save({"state_dict": {f"backbone.{name}": tensor for name, tensor in vit_tiny().state_dict().items()}
+                | {"rpn_head.rpn_cls.bias": torch.zeros(3)}}, tmp_path / "released.pth")
+    assert "has the model alone" in refusal(capsys, config, *good, "--resume", tmp_path / "released.pth")
     assert "there is no config" in refusal(capsys, tmp_path / "none.py", *good, "--pretrained", pretrained)
     assert "torchrun" in refusal(capsys, config, *good, "--pretrained", pretrained, "--launcher", "pytorch")
     (tmp_path / "run").mkdir(exist_ok=True)
