@@ -30,6 +30,7 @@ NUMPY_SCALAR = np.float64(0).__reduce__()[0]
 NUMPY_NUMBERS = (np.bool_, np.uint8, np.int8, np.int16, np.int32, np.int64, np.float16, np.float32, np.float64)
 SAFE_CLASSES = [argparse.Namespace, np.dtype, *(type(np.dtype(number)) for number in NUMPY_NUMBERS),
                 *((NUMPY_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core"))]
+RECONSTRUCT_ARRAY = np.zeros(0).__reduce__()[0]
 TORCH_MAGIC = bytes.fromhex("6cfc9c46f9206aa85019")  # torch.save's first number before torch 1.6
 MMSEG_NAMES = (("blocks.", "layers."), ("patch_embed.proj.", "patch_embed.projection."),
                (".norm1.", ".ln1."), (".norm2.", ".ln2."),
@@ -39,6 +40,29 @@ MMSEG_NAMES = (("blocks.", "layers."), ("patch_embed.proj.", "patch_embed.projec
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used, and why, in one line for the user."""
+
+
+class LossHistory:
+    """Stands for mmengine's HistoryBuffer, which its training checkpoints carry and no job here asks for."""
+
+
+def loss_history_method(cls: type, name: str) -> str:
+    """Stands for getattr in those checkpoints, where it names the methods of a history."""
+    if cls is not LossHistory:
+        raise CheckpointError(f"it asks for {name} of {getattr(cls, '__name__', cls)}, which no checkpoint needs")
+    return name
+
+
+MMENGINE_CLASSES = [(LossHistory, "mmengine.logging.history_buffer.HistoryBuffer"),
+                    (loss_history_method, "builtins.getattr"), (np.ndarray, "numpy.ndarray"),
+                    *((RECONSTRUCT_ARRAY, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core"))]
+
+
+def safe_classes() -> list:
+    """What read_checkpoint lets in; what the program has let in itself, such as mmengine's own class, goes before."""
+    own = {entry[1] if isinstance(entry, tuple) else f"{entry.__module__}.{entry.__qualname__}"
+           for entry in torch.serialization.get_safe_globals()}
+    return SAFE_CLASSES + [entry for entry in MMENGINE_CLASSES if entry[1] not in own]
 
 
 @dataclass
@@ -100,7 +124,7 @@ def write_checkpoint(state: dict, path: str | Path) -> None:
 
 
 def read_checkpoint(path: str | Path) -> dict:
-    """What torch.save or safetensors wrote at path, on the CPU; of classes only SAFE_CLASSES are let in.
+    """What torch.save or safetensors wrote at path, on the CPU; of classes only safe_classes() are let in.
 
     Raises:
         CheckpointError: no such file, or one that is empty, cut off, no checkpoint at all, or would run code.
@@ -109,7 +133,7 @@ def read_checkpoint(path: str | Path) -> dict:
     try:
         if is_safetensors:
             return safetensors.torch.load_file(path)
-        with torch.serialization.safe_globals(SAFE_CLASSES), warnings.catch_warnings():
+        with torch.serialization.safe_globals(safe_classes()), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what is wrong is said below, in one line
             content = torch.load(path, map_location="cpu", weights_only=True)
     except MemoryError:
