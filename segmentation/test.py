@@ -13,7 +13,7 @@ from segmentation.backbone import annotation_errors, check_widths
 
 def show(cfg: openmmlab.Config, folder: str) -> None:
     """Have mmseg draw every image with its annotation (left) and prediction (right) into folder, an absolute path."""
-    cfg.default_hooks.visualization.draw = True
+    cfg.default_hooks.visualization.update(draw=True, interval=1)  # stock mmseg would draw every 50th image alone
     cfg.visualizer.vis_backends = [{"type": "LocalVisBackend", "img_save_dir": folder}]
 
 

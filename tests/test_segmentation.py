@@ -389,7 +389,7 @@ def test_train_resume_and_draw(tiny_config, pretrained, tmp_path):
     scores = [re.search(r"Iter\(\w+\) \[2/2\] +(aAcc: \d+.* mAcc: \S+)", text)[1] for text in (out, tested)]
     assert scores[0] == scores[1]
     drawn = sorted((tmp_path / "drawn").iterdir())
-    assert [path.name for path in drawn] == ["test_0.jpg_1.png", "test_1.jpg_2.png"]
+    assert [path.name.split(".jpg")[0] for path in drawn] == ["test_0", "test_1"]  # then a count that mmsegs differ in
     with Image.open(drawn[0]) as image:
         assert image.size == (160, 64)  # the annotation, and the prediction
 
@@ -399,7 +399,8 @@ def test_two_processes_agree(tiny_config, pretrained, tmp_path):
     (tmp_path / "rank_hook.py").write_text(RANK_HOOK)
     (tmp_path / "two.py").write_text(
         f"_base_ = [{str(tiny_config)!r}]\ncustom_imports = dict(imports=['rank_hook'])\n"
-        "custom_hooks = [dict(type='SaveEveryRank')]\nparam_scheduler = []  # at once the full rate, which shows\n")
+        "custom_hooks = [dict(type='SaveEveryRank')]\nparam_scheduler = []  # at once the full rate, which shows\n"
+        "model = dict(backbone=dict(drop_path_rate=0.0))  # or a block may be left out for every image\n")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
