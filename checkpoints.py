@@ -30,6 +30,7 @@ NUMPY_SCALAR = np.float64(0).__reduce__()[0]
 NUMPY_NUMBERS = (np.bool_, np.uint8, np.int8, np.int16, np.int32, np.int64, np.float16, np.float32, np.float64)
 SAFE_CLASSES = [argparse.Namespace, np.dtype, *(type(np.dtype(number)) for number in NUMPY_NUMBERS),
                 *((NUMPY_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core"))]
+RECONSTRUCT_ARRAY = np.zeros(0).__reduce__()[0]
 TORCH_MAGIC = bytes.fromhex("6cfc9c46f9206aa85019")  # torch.save's first number before torch 1.6
 MMSEG_NAMES = (("blocks.", "layers."), ("patch_embed.proj.", "patch_embed.projection."),
                (".norm1.", ".ln1."), (".norm2.", ".ln2."),
@@ -39,6 +40,29 @@ MMSEG_NAMES = (("blocks.", "layers."), ("patch_embed.proj.", "patch_embed.projec
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used, and why, in one line for the user."""
+
+
+class LossHistory:
+    """Stands for mmengine's HistoryBuffer, which its training checkpoints carry and no job here asks for."""
+
+
+def loss_history_method(cls: type, name: str) -> str:
+    """Stands for getattr in those checkpoints, where it names the methods of a history."""
+    if cls is not LossHistory:
+        raise CheckpointError(f"it asks for {name} of {getattr(cls, '__name__', cls)}, which no checkpoint needs")
+    return name
+
+
+MMENGINE_CLASSES = [(LossHistory, "mmengine.logging.history_buffer.HistoryBuffer"),
+                    (loss_history_method, "builtins.getattr"), (np.ndarray, "numpy.ndarray"),
+                    *((RECONSTRUCT_ARRAY, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core"))]
+
+
+def safe_classes() -> list:
+    """What read_checkpoint lets in; what the program has let in itself, such as mmengine's own class, goes before."""
+    own = {entry[1] if isinstance(entry, tuple) else f"{entry.__module__}.{entry.__qualname__}"
+           for entry in torch.serialization.get_safe_globals()}
+    return SAFE_CLASSES + [entry for entry in MMENGINE_CLASSES if entry[1] not in own]
 
 
 @dataclass
@@ -56,6 +80,10 @@ class CheckpointInfo:
     epoch: int | None
     args: dict = field(repr=False)  # the run's options, where the file has them
     beside: dict[str, torch.Tensor] = field(repr=False)  # heads and whatever else is not the backbone, as it stands
+
+    @property
+    def embed_dim(self) -> int:
+        return next(width for width, arch in ARCH_OF_WIDTH.items() if arch == self.arch)
 
     @property
     def k_num(self) -> int:
@@ -96,7 +124,7 @@ def write_checkpoint(state: dict, path: str | Path) -> None:
 
 
 def read_checkpoint(path: str | Path) -> dict:
-    """What torch.save or safetensors wrote at path, on the CPU; of classes only SAFE_CLASSES are let in.
+    """What torch.save or safetensors wrote at path, on the CPU; of classes only safe_classes() are let in.
 
     Raises:
         CheckpointError: no such file, or one that is empty, cut off, no checkpoint at all, or would run code.
@@ -105,7 +133,7 @@ def read_checkpoint(path: str | Path) -> dict:
     try:
         if is_safetensors:
             return safetensors.torch.load_file(path)
-        with torch.serialization.safe_globals(SAFE_CLASSES), warnings.catch_warnings():
+        with torch.serialization.safe_globals(safe_classes()), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what is wrong is said below, in one line
             content = torch.load(path, map_location="cpu", weights_only=True)
     except MemoryError:
@@ -270,7 +298,7 @@ def read_backbone(path: str | Path, key: str = "teacher") -> tuple[dict[str, tor
         class_token="cls_token" in state, final_norm="norm.weight" in state, tensors=len(state),
         epoch=epoch if isinstance(epoch, int) else None, beside=beside,
         args=vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, dict) else {})
-    _check(state, _empty_backbone(info).state_dict(), f"{path} does not fit {arch} with patch size {patch_size}")
+    check_fits(state, _empty_backbone(info).state_dict(), f"{path} does not fit {arch} with patch size {patch_size}")
     return state, info
 
 
@@ -297,7 +325,7 @@ def _listed(what: str, names: list[str]) -> str:
     return f"{what} ({len(names)}): {', '.join(names[:12])}{', …' if len(names) > 12 else ''}"
 
 
-def _check(state: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], message: str) -> None:
+def check_fits(state: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], message: str) -> None:
     """CheckpointError, with everything that is wrong, unless state is just what is expected."""
     both = [name for name in expected if name in state]
     wrong = {
@@ -305,7 +333,8 @@ def _check(state: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], me
         "left over": [name for name in state if name not in expected],
         "of another shape": [f"{name} {list(state[name].shape)} not {list(expected[name].shape)}" for name in both
                              if state[name].shape != expected[name].shape],
-        "not of floating point": [name for name in both if not state[name].is_floating_point()],
+        "not of floating point": [name for name in both
+                                  if expected[name].is_floating_point() and not state[name].is_floating_point()],
         "with NaN or infinite values": [name for name in both if not state[name].sum().isfinite()]}
     if any(wrong.values()):
         raise CheckpointError(f"{message}: {'; '.join(_listed(what, names) for what, names in wrong.items() if names)}")
@@ -349,7 +378,7 @@ def build_head(info: CheckpointInfo, k_num: int | None = None) -> SelfPatchHead:
         raise CheckpointError(f"{info.path} has no ca_head (it is a {info.kind}): give a SelfPatch training checkpoint")
     backbone = _empty_backbone(info)
     head = SelfPatchHead(backbone.embed_dim, backbone.num_heads, k_num or info.k_num)
-    _check(state, head.state_dict(), f"the ca_head in {info.path} does not fit {info.arch}")
+    check_fits(state, head.state_dict(), f"the ca_head in {info.path} does not fit {info.arch}")
     head.load_state_dict(state)
     return head.eval()
 

@@ -1,0 +1,1 @@
+../segmentation/dist_train.sh

@@ -1,0 +1,66 @@
+#!/usr/bin/env bash
+# Install what detection/ and segmentation/ need: mmcv with its operations compiled here, mmdetection, mmsegmentation.
+#
+#   ./install_openmmlab.sh                                 # into the environment of the python on PATH
+#   PYTHON=.venv/bin/python ./install_openmmlab.sh         # into another one
+#
+# The same on a machine with or without GPUs: where torch sees a GPU, the CUDA operations are compiled too, for which
+# nvcc of torch's CUDA version has to be there. About 7 minutes on 2 CPU cores the first time. The compiled wheel is
+# kept in ~/.cache/selfpatch (or $XDG_CACHE_HOME/selfpatch), one for each version of torch and Python: pip's own cache
+# does not tell them apart. MAX_JOBS limits the compilers that run at once (each takes up to 2 GB).
+set -euo pipefail
+die() { echo "install_openmmlab.sh: error: $*" >&2; exit 2; }
+
+PYTHON="${PYTHON:-python}"
+command -v "$PYTHON" > /dev/null || die "there is no $PYTHON: activate an environment, or set PYTHON"
+PYTHON="$("$PYTHON" -c 'import sys; print(sys.executable)')"  # the folder changes below
+"$PYTHON" -m pip --version > /dev/null || die "$PYTHON has no pip: make the environment with python3 -m venv"
+command -v "${CXX:-c++}" > /dev/null || die "there is no C++ compiler ${CXX:-c++}: install g++ (10 or later) or set CXX"
+
+cd "$(dirname "$0")"
+# torch first, and no build isolation: where setup.py cannot import torch, mmcv leaves its operations out silently
+"$PYTHON" -m pip install -r requirements.txt "setuptools>=80" wheel ninja packaging
+read -r device key < <("$PYTHON" - <<'PY'
+import sys, sysconfig, torch
+device = "cuda" if torch.cuda.is_available() else "cpu"
+print(device, f"torch{torch.__version__}-{sys.implementation.cache_tag}-{sysconfig.get_platform()}-{device}")
+PY
+)
+if [ "$device" = cuda ]; then
+    PATH="$PATH:${CUDA_HOME:-/usr/local/cuda}/bin"
+    command -v nvcc > /dev/null || die "torch sees a GPU but there is no nvcc: install the CUDA toolkit of torch's" \
+        "version, or set CUDA_HOME to where it is"
+fi
+
+mmcv="$(grep -h '^onedl-mmcv==' detection/requirements.txt)"
+wheels="${XDG_CACHE_HOME:-$HOME/.cache}/selfpatch/${mmcv/==/-}-$key"
+if ! ls "$wheels"/*.whl > /dev/null 2>&1; then
+    scratch="$(mktemp -d)"
+    trap 'rm -rf "$scratch"' EXIT
+    # mmcv asks for C++17, which torch 2.15 refuses ("C++20 or later compatible compiler is required to use ATen");
+    # the last -std wins, so the compilers get another one after mmcv's
+    printf '#!/bin/sh\nexec %s "$@" -std=c++20\n' "${CXX:-c++}" > "$scratch/c++20"
+    chmod +x "$scratch/c++20"
+    echo "compiling $mmcv for $key: this takes minutes"
+    CXX="$scratch/c++20" NVCC_APPEND_FLAGS="${NVCC_APPEND_FLAGS:-} -std=c++20" CFLAGS="${CFLAGS:-} -g0" \
+        MMCV_WITH_OPS=1 FORCE_CUDA=$([ "$device" = cuda ] && echo 1 || echo 0) \
+        MAX_JOBS="${MAX_JOBS:-$(getconf _NPROCESSORS_ONLN)}" \
+        "$PYTHON" -m pip wheel --no-cache-dir --no-deps --no-build-isolation --wheel-dir "$scratch" "$mmcv"
+    mkdir -p "$wheels"
+    mv "$scratch"/*.whl "$wheels"
+fi
+"$PYTHON" -m pip install --force-reinstall --no-deps "$wheels"/*.whl
+"$PYTHON" -m pip install -r detection/requirements.txt -r segmentation/requirements.txt
+
+"$PYTHON" - <<'PY' || die "mmcv's operations do not work; the compiled wheel is in $wheels: remove it and try again"
+import torch
+from mmcv.ops import nms, roi_align
+import mmdet, mmengine, mmcv, mmseg
+devices = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+for device in devices:
+    boxes = torch.tensor([[0.0, 0.0, 8.0, 8.0], [1.0, 1.0, 8.0, 8.0]], device=device)
+    assert len(nms(boxes, torch.tensor([0.9, 0.8], device=device), 0.5)[1]) == 1
+    roi_align(torch.ones(1, 1, 8, 8, device=device), torch.tensor([[0.0, 0, 0, 8, 8]], device=device), 7)
+print(f"mmcv {mmcv.__version__} with its operations on {' and '.join(devices)}, mmengine {mmengine.__version__}, "
+      f"mmdet {mmdet.__version__}, mmseg {mmseg.__version__}, torch {torch.__version__}")
+PY
