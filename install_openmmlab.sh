@@ -23,7 +23,10 @@ cd "$(dirname "$0")"
 read -r device key < <("$PYTHON" - <<'PY'
 import sys, sysconfig, torch
 device = "cuda" if torch.cuda.is_available() else "cpu"
-print(device, f"torch{torch.__version__}-{sys.implementation.cache_tag}-{sysconfig.get_platform()}-{device}")
+if device == "cuda" and int(torch.version.cuda.split(".")[0]) < 12:
+    sys.exit(f"torch {torch.__version__} is for CUDA {torch.version.cuda}, whose nvcc has no C++20: install a later one")
+gpu = "-sm{}{}".format(*torch.cuda.get_device_capability()) if device == "cuda" else ""
+print(device, f"torch{torch.__version__}-{sys.implementation.cache_tag}-{sysconfig.get_platform()}-{device}{gpu}")
 PY
 )
 if [ "$device" = cuda ]; then
@@ -52,7 +55,8 @@ fi
 "$PYTHON" -m pip install --force-reinstall --no-deps "$wheels"/*.whl
 "$PYTHON" -m pip install -r detection/requirements.txt -r segmentation/requirements.txt
 
-"$PYTHON" - <<'PY' || die "mmcv's operations do not work; the compiled wheel is in $wheels: remove it and try again"
+"$PYTHON" - <<'PY' || die "the installed packages do not work; mmcv's compiled wheel is in $wheels: remove it, if the" \
+    "error above is from mmcv.ops, and try again"
 import torch
 from mmcv.ops import nms, roi_align
 import mmdet, mmengine, mmcv, mmseg

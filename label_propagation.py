@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 TEMPERATURE = 0.1
-HELD_AT_ONCE = {"cpu": 2**19, "cuda": 2**24}  # similarities: what a CPU's cache likes; 64 MB on a GPU
+HELD_AT_ONCE = {"cpu": 2**20, "cuda": 2**24}  # similarities: what a CPU's cache likes; 64 MB on a GPU
 STRIP = {"cpu": 10}  # columns taken together; a GPU takes all, since it would rather have one large product
 
 

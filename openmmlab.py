@@ -6,6 +6,7 @@ OpenMMLab's tools, and four more: --pretrained, --checkpoint_key, --random_weigh
 import argparse
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,11 +18,13 @@ from utils import ArgumentParser, fail, is_main_process
 
 try:
     import mmcv.ops  # noqa: F401
+    import mmdet  # noqa: F401
+    import mmseg  # noqa: F401
     from mmengine.config import Config, ConfigDict, DictAction
     from mmengine.logging import HistoryBuffer
     from mmengine.runner import CheckpointLoader, Runner, find_latest_checkpoint
 except ImportError as missing:
-    fail(f"mmcv with its compiled operations is not installed ({missing}): run ./install_openmmlab.sh")
+    fail(f"OpenMMLab's packages are not all installed ({missing}): run ./install_openmmlab.sh")
 
 
 def history_method(cls: type, name: str) -> Callable:
@@ -45,10 +48,21 @@ def load_from_local(filename: str, map_location=None) -> dict:
 # Options
 
 
+class Changes(DictAction):
+    """mmengine's reader of key=value, whose errors are the parser's."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: list[str],
+                 option_string: str | None = None) -> None:
+        for word in values:
+            if "=" not in word:
+                parser.error(f"{option_string} {word}: give key=value")
+        super().__call__(parser, namespace, values, option_string)
+
+
 def common_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--work-dir", help="folder for logs and checkpoints (default: work_dirs/<name of the config>)")
     parser.add_argument("--data-root", help="folder of the data set, in place of the config's data_root")
-    parser.add_argument("--cfg-options", nargs="+", action=DictAction, default={}, metavar="key=value",
+    parser.add_argument("--cfg-options", nargs="+", action=Changes, default={}, metavar="key=value",
                         help="change the config: model.backbone.num_heads=8 train_dataloader.batch_size=2 …")
     parser.add_argument("--launcher", choices=["none", "pytorch", "slurm", "mpi"], default="none",
                         help="what has started several processes, if anything has")
@@ -87,12 +101,12 @@ def read_config(args: argparse.Namespace) -> Config:
     except Exception as error:  # a config is code: it can raise anything
         fail(f"{args.config} cannot be read: {type(error).__name__}: {' '.join(str(error).split())}")
     if args.data_root:
-        if "data_root" not in cfg:
+        if not cfg.get("data_root"):
             fail(f"--data-root: {args.config} has no data_root that it could replace")
         replace_strings(cfg, cfg.data_root, args.data_root.rstrip("/") + "/")
     cfg.work_dir = args.work_dir or cfg.get("work_dir") or f"work_dirs/{Path(args.config).stem}"
     cfg.launcher = args.launcher
-    if args.launcher != "none":
+    if args.launcher == "pytorch":
         os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     if args.launcher == "pytorch" and "RANK" not in os.environ:
         fail("--launcher pytorch is for processes that torchrun has started: see dist_train.sh and dist_test.sh")
@@ -194,11 +208,20 @@ def without_norm(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in state.items() if not name.startswith("norm.")}
 
 
-def read_model(path: str) -> tuple[dict[str, torch.Tensor], CheckpointInfo]:
-    """A whole detector or segmenter under our names, from mmseg's names too, and what it is."""
+def read_model(path: str, cfg: Config) -> tuple[dict[str, torch.Tensor], CheckpointInfo]:
+    """A whole detector or segmenter under our names, from mmseg's names too, and what it is.
+
+    mmseg's ViT holds a class token even where it keeps it out of the attention: class_token=False in the config's
+    backbone leaves it out here.
+    """
     state, info = read_backbone(path)
     if not info.kind.startswith(("mmdet", "mmseg")):
         raise CheckpointError(f"{info.path} is a {info.kind}, not a detector or segmenter: give what train.py saved")
+    if info.kind.startswith("mmseg") and info.final_norm:
+        raise CheckpointError(f"{info.path} has a norm after the last block, which our segmenters have not")
+    if info.class_token and cfg.model.backbone.get("class_token") is False:
+        del state["cls_token"]
+        state["pos_embed"], info = state["pos_embed"][:, 1:], replace(info, class_token=False)
     state = {f"backbone.{name}": tensor for name, tensor in without_norm(state).items()}
     return state | info.beside, info
 
@@ -222,7 +245,7 @@ def train(args: argparse.Namespace, own_grid: bool, check: Callable[[Config], No
     whole = choose_start(args, cfg)
     try:
         if whole:
-            state, info = read_model(whole)
+            state, info = read_model(whole, cfg)
             if cfg.resume and "message_hub" not in read_checkpoint(whole):
                 raise CheckpointError(f"--resume: {whole} has the model alone, not the state of its training: to start "
                                       f"from it give --cfg-options load_from={whole}")
@@ -257,6 +280,8 @@ def choose_start(args: argparse.Namespace, cfg: Config) -> str | None:
     if not (cfg.get("load_from") or args.pretrained or args.random_weights or cfg.model.backbone.get("init_cfg")):
         fail("--pretrained is empty, so the backbone would start untrained: give a checkpoint, or --random_weights to "
              "go on without one")
+    if args.pretrained and cfg.get("load_from") and is_main_process():
+        print(f"--pretrained {args.pretrained} is not read: {cfg.load_from} has the whole model")
     if not cfg.get("load_from"):
         cfg.resume = False
     return cfg.get("load_from")
@@ -267,8 +292,8 @@ def test(args: argparse.Namespace, show: Callable[[Config, str], None],
     """Evaluate a whole model as a config says.
 
     Args:
-        check: what else to look at in the config before the work begins.
         show: turns drawing on in the config, into the absolute path of a folder.
+        check: what else to look at in the config before the work begins.
     """
     cfg = read_config(args)
     check_data(cfg, ["test_dataloader"])
@@ -278,7 +303,7 @@ def test(args: argparse.Namespace, show: Callable[[Config, str], None],
         show(cfg, os.path.abspath(args.show_dir))
     cfg.load_from, cfg.resume = None, False
     try:
-        state, info = read_model(args.checkpoint)
+        state, info = read_model(args.checkpoint, cfg)
         fit_backbone(cfg, info, own_grid=True)
         runner = Runner.from_cfg(cfg)
         check_fits(state, unwrapped(runner).state_dict(), f"{args.checkpoint} does not fit {args.config}")
@@ -286,7 +311,8 @@ def test(args: argparse.Namespace, show: Callable[[Config, str], None],
         if is_main_process():
             known = " (the published detectors have 8)" if info.kind.startswith("mmdet") else ""
             print(f"loaded {info.path}: {info.kind}, all of its {len(state)} tensors; no file tells the number of "
-                  f"attention heads, the config says {cfg.model.backbone.num_heads}{known}")
+                  f"attention heads, the config says {cfg.model.backbone.num_heads}{known}"
+                  + ("; its class token takes part in the attention" if info.class_token else ""))
     except CheckpointError as error:
         fail(str(error))
     runner.test()

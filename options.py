@@ -76,7 +76,7 @@ def add_optimisation_options(parser: argparse.ArgumentParser) -> None:
                        help="compile the networks and the loss; auto: on CUDA. The first steps then take minutes")
     group.add_argument("--checkpoint_activations", action="store_true",
                        help="hold one tensor a block of the student's backbone and compute the rest anew: less memory "
-                            "for about a quarter more time")
+                            "for one more forward pass")
 
 
 def add_crop_options(parser: argparse.ArgumentParser) -> None:

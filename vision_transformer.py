@@ -31,7 +31,7 @@ def add_branch(x: torch.Tensor, branch: Callable, drop_rate: float) -> torch.Ten
     """x + branch(x) with stochastic depth, as timm's DropPath has it, computed for the samples that are not dropped."""
     keep = 1 - drop_rate
     kept = x.new_empty(len(x), 1, 1).bernoulli_(keep).flatten().nonzero()[:, 0]
-    return x.index_add(0, kept, branch(x.index_select(0, kept)), alpha=1 / keep)
+    return x.index_add(0, kept, branch(x.index_select(0, kept)).to(x.dtype), alpha=1 / keep)
 
 
 def run_block(block: Block, tokens: torch.Tensor) -> torch.Tensor:

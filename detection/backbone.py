@@ -88,6 +88,8 @@ class CategoriesHook(Hook):
 
     def before_train(self, runner: Runner) -> None:
         self._check(runner.train_dataloader.dataset)
+        if runner.val_loop is not None:  # now, not after an epoch
+            self._check(runner.val_dataloader.dataset)
 
     def before_val(self, runner: Runner) -> None:
         self._check(runner.val_dataloader.dataset)

@@ -11,6 +11,7 @@ from detection.backbone import check_widths
 
 
 def show(cfg: openmmlab.Config, folder: str) -> None:
+    """Have mmdet draw every image with its annotations (left) and predictions (right) into folder."""
     cfg.default_hooks.visualization.update(draw=True, test_out_dir=folder)
 
 
