@@ -1,6 +1,7 @@
 """detection/: the recipe against the published figures, features, files, and whole jobs on a tiny COCO."""
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -8,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
-REASON = "mmcv with its compiled operations and mmdet are not installed: run ./install_openmmlab.sh"
-pytest.importorskip("mmcv.ops", reason=REASON, exc_type=ImportError)
-pytest.importorskip("mmdet", reason=REASON, exc_type=ImportError)
+REASON = "OpenMMLab's packages are not all installed: run ./install_openmmlab.sh"
+for package in ("mmcv.ops", "mmdet", "mmseg"):  # openmmlab.py imports them all
+    pytest.importorskip(package, reason=REASON, exc_type=ImportError)
 
 from mmdet.datasets import CocoDataset  # noqa: E402
 from mmdet.registry import MODELS, TRANSFORMS  # noqa: E402
@@ -114,6 +116,11 @@ def train(*options) -> None:
                     check=check_widths)
 
 
+def evaluate(*options) -> None:
+    openmmlab.test(openmmlab.get_test_parser("").parse_args([str(option) for option in options]), show=None,
+                   check=check_widths)
+
+
 def build(path: Path) -> torch.nn.Module:
     cfg = Config.fromfile(path)
     openmmlab.fit_to_cpu(Config({"model": cfg.model, "launcher": "none"}))
@@ -122,6 +129,21 @@ def build(path: Path) -> torch.nn.Module:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The recipe
+
+
+def test_recipe_is_the_published_one():
+    """As it is written: without a GPU, BN takes the place of SyncBN."""
+    model = Config.fromfile(RECIPE).model
+    backbone, roi_head = model.backbone, model.roi_head
+    assert (backbone.out_indices, backbone.drop_path_rate, backbone.norm_cfg) == (
+        (3, 5, 7, 11), 0.05, {"type": "SyncBN"})
+    assert model.neck == {"type": "FPN", "in_channels": [384] * 4, "out_channels": 256, "num_outs": 5}
+    for extractor in (roi_head.bbox_roi_extractor, roi_head.mask_roi_extractor):
+        assert extractor.featmap_strides == [4, 8, 16, 32]
+    assert roi_head.bbox_head.num_classes == roi_head.mask_head.num_classes == 80
+    assert model.data_preprocessor == {
+        "type": "DetDataPreprocessor", "mean": [123.675, 116.28, 103.53], "std": [58.395, 57.12, 57.375],
+        "bgr_to_rgb": True, "pad_mask": True, "pad_size_divisor": 32}
 
 
 def test_optimizer_decays_all_but_position_embedding_and_norms():
@@ -172,6 +194,25 @@ def compose(steps: list[dict]):
     return run
 
 
+def test_pipelines_are_the_published_ones():
+    cfg = Config.fromfile(RECIPE)
+    load, annotations = {"type": "LoadImageFromFile"}, {"type": "LoadAnnotations", "with_bbox": True, "with_mask": True}
+
+    def resize(shorts):
+        return {"type": "RandomChoiceResize", "keep_ratio": True, "scales": [(1333, short) for short in shorts]}
+    last = resize(range(480, 801, 32))
+    crop = {"type": "RandomCrop", "crop_type": "absolute_range", "crop_size": (384, 600), "allow_negative_crop": True}
+    assert cfg.train_dataloader.dataset.pipeline == [
+        load, annotations, {"type": "RandomFlip", "prob": 0.5},
+        {"type": "RandomChoice", "transforms": [[last], [resize((400, 500, 600)), crop, last]]},
+        {"type": "PackDetInputs"}]
+    for loader in (cfg.val_dataloader, cfg.test_dataloader):
+        *steps, pack = loader.dataset.pipeline
+        assert steps == [load, {"type": "Resize", "scale": (1333, 800), "keep_ratio": True}, annotations]
+        assert pack.type == "PackDetInputs"
+    assert cfg.train_dataloader.batch_size == 1
+
+
 def test_training_images_come_in_the_published_sizes(photograph):
     cfg = Config.fromfile(RECIPE)
     run, packed, ratios = compose(cfg.train_dataloader.dataset.pipeline), [], []
@@ -186,10 +227,6 @@ def test_training_images_come_in_the_published_sizes(photograph):
     assert 15 < whole < 45  # the others were cropped
     assert max(ratios) > 1.4 or min(ratios) < 1.25
     assert 15 < sum(image["data_samples"].flip for image in packed) < 45
-    crop = cfg.train_dataloader.dataset.pipeline[3].transforms[1]
-    assert {scale[1] for scale in crop[0].scales} == {400, 500, 600}
-    assert (crop[1].crop_type, crop[1].crop_size) == ("absolute_range", (384, 600))
-    assert cfg.train_dataloader.batch_size == 1
 
 
 def test_test_images_are_800_high_and_normalised_in_rgb(photograph):
@@ -237,6 +274,27 @@ def test_features_are_those_of_the_backbone(source, pretrained, size):
             torch.testing.assert_close(features.flatten(2).transpose(1, 2), tap, atol=1e-5, rtol=0)
 
 
+@torch.no_grad()
+def test_taps_are_resized_as_published():
+    def adapter(patch_size):
+        return ViTPyramid(patch_size=patch_size, embed_dim=24, num_heads=3, depth=1, norm_cfg={"type": "BN"}).eval()
+
+    def double(x, layer):
+        return F.conv_transpose2d(x, state[f"{layer}.weight"], state[f"{layer}.bias"], stride=2)
+    x, ours = torch.randn(2, 24, 8, 4), adapter(16)
+    state = ours.state_dict()
+    norm = [state[f"fpn1.1.{name}"].uniform_(0.5, 1.5) for name in ("running_mean", "running_var", "weight", "bias")]
+    by_hand = double(F.gelu(F.batch_norm(double(x, "fpn1.0"), *norm)), "fpn1.3")
+    torch.testing.assert_close(ours.fpn1(x), by_hand)
+    torch.testing.assert_close(ours.fpn2(x), double(x, "fpn2.0"))
+    assert torch.equal(ours.fpn3(x), x) and torch.equal(ours.fpn4(x), F.max_pool2d(x, 2))
+    ours = adapter(8)
+    state = ours.state_dict()
+    torch.testing.assert_close(ours.fpn1(x), double(x, "fpn1.0"))
+    assert torch.equal(ours.fpn2(x), x)
+    assert torch.equal(ours.fpn3(x), F.max_pool2d(x, 2)) and torch.equal(ours.fpn4(x), F.max_pool2d(x, 4))
+
+
 def test_patches_of_8_pixels_reach_the_same_strides():
     adapter = ViTPyramid(patch_size=8, depth=2, out_indices=(0, 0, 1, 1), **TINY)
     with torch.no_grad():
@@ -275,7 +333,7 @@ def test_released_detectors_load(source, config, tmp_path):
     assert set(PUBLISHED) <= set(released.state_dict())
     torch.save({"meta": {"epoch": 12, "CLASSES": ("person",)}, "state_dict": released.state_dict(),
                 "optimizer": {"state": {}, "param_groups": []}}, tmp_path / "detector.pth")
-    state, info = openmmlab.read_model(str(tmp_path / "detector.pth"))
+    state, info = openmmlab.read_model(str(tmp_path / "detector.pth"), Config.fromfile(config))
     assert info.kind == "mmdet detector"
     model = detector(2)
     check_fits(state, model.state_dict(), "")
@@ -350,7 +408,10 @@ def test_two_processes_agree(config, coco, pretrained, tmp_path):
                                      "custom_hooks = [dict(type='EachRank')]\nval_dataloader = val_cfg = None\n"
                                      "val_evaluator = None\n"
                                      "train_dataloader = dict(dataset=dict(indices=2))\n")
-    environment = os.environ | {"PYTHON": sys.executable, "PORT": "29611", "CUDA_VISIBLE_DEVICES": "-1",
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {"PYTHON": sys.executable, "PORT": str(port), "CUDA_VISIBLE_DEVICES": "-1",
                                 "PYTHONPATH": str(tmp_path)}
     done = subprocess.run([ROOT / "detection" / "dist_train.sh", tmp_path / "two.py", "2", "--pretrained", pretrained,
                            "--data-root", coco, "--work-dir", tmp_path / "run"],
@@ -367,15 +428,17 @@ def test_two_processes_agree(config, coco, pretrained, tmp_path):
 # Bad input
 
 
-def refusal(capsys, *options) -> str:
+def refusal(capsys, *options, job=train) -> str:
+    """The one line that a job prints to stderr before it ends."""
     with pytest.raises(SystemExit) as stop:
-        train(*options)
-    assert stop.value.code == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    return lines[-1]
+        job(*options)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and ": error: " in error and error.endswith("\n") and error.count("\n") == 1, error
+    return error
 
 
-def test_bad_input_ends_in_one_line(config, coco, pretrained, tmp_path, capsys):
+def test_bad_input_ends_in_one_line(config, coco, pretrained, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "0")  # which --launcher sets, and other tests should not find
     good = ["--data-root", coco, "--work-dir", tmp_path / "run"]
     assert "patch size 16, but the config says embed_dim 384 and patch_size 8" in refusal(
         capsys, CONFIGS / "mask-rcnn_vit-small-8_1x_coco.py", *good, "--pretrained", pretrained)
@@ -384,11 +447,9 @@ def test_bad_input_ends_in_one_line(config, coco, pretrained, tmp_path, capsys):
         capsys, config, *good, "--pretrained", pretrained, "--cfg-options", "model.backbone.embed_dim=96")
     assert "there is no nowhere/" in refusal(capsys, config, "--data-root", "nowhere", "--pretrained", pretrained)
     assert "--pretrained is empty" in refusal(capsys, config, *good)
+    assert "--cfg-options lr: give key=value" in refusal(capsys, config, *good, "--cfg-options", "lr")
     assert "cannot be read" in refusal(capsys, config, *good, "--pretrained", tmp_path / "none.pth")
-    arguments = openmmlab.get_test_parser("").parse_args([str(option) for option in [config, pretrained, *good]])
-    with pytest.raises(SystemExit):
-        openmmlab.test(arguments, show=None)
-    assert "not a detector or segmenter" in capsys.readouterr().err
+    assert "not a detector or segmenter" in refusal(capsys, config, pretrained, *good, job=evaluate)
     torch.save({"state_dict": {f"backbone.{name}": tensor for name, tensor in vit_tiny().state_dict().items()}
                 | {"rpn_head.rpn_cls.bias": torch.zeros(3)}}, tmp_path / "released.pth")
     assert "has the model alone" in refusal(capsys, config, *good, "--resume", tmp_path / "released.pth")

@@ -13,22 +13,24 @@ import torch.nn.functional as F
 from golden_rules import set_weights
 from PIL import Image
 
-pytest.importorskip("mmcv.ops", exc_type=ImportError,
-                    reason="mmcv with its compiled operations is not installed: run ./install_openmmlab.sh")
-pytest.importorskip("mmseg", reason="mmsegmentation is not installed: run ./install_openmmlab.sh")
+REASON = "OpenMMLab's packages are not all installed: run ./install_openmmlab.sh"
+for package in ("mmcv.ops", "mmdet", "mmseg"):  # openmmlab.py imports them all
+    pytest.importorskip(package, reason=REASON, exc_type=ImportError)
 
-from mmengine.config import Config
-from mmengine.optim import OptimWrapper, build_optim_wrapper
-from mmengine.registry import PARAM_SCHEDULERS
-from mmengine.runner import load_checkpoint
-from mmseg.models.backbones import VisionTransformer as MMSegViT
-from mmseg.registry import DATASETS, MODELS
-from mmseg.utils import register_all_modules
+from mmengine.config import Config  # noqa: E402
+from mmengine.optim import OptimWrapper, build_optim_wrapper  # noqa: E402
+from mmengine.registry import PARAM_SCHEDULERS  # noqa: E402
+from mmengine.runner import load_checkpoint  # noqa: E402
+from mmengine.structures import PixelData  # noqa: E402
+from mmseg.models.backbones import VisionTransformer as MMSegViT  # noqa: E402
+from mmseg.registry import DATASETS, MODELS  # noqa: E402
+from mmseg.structures import SegDataSample  # noqa: E402
+from mmseg.utils import register_all_modules  # noqa: E402
 
-import openmmlab
-from checkpoints import to_mmseg_names
-from segmentation.backbone import SelfPatchViT, annotation_errors
-from vision_transformer import vit_tiny
+import openmmlab  # noqa: E402
+from checkpoints import CheckpointError, to_mmseg_names  # noqa: E402
+from segmentation.backbone import SelfPatchViT, annotation_errors  # noqa: E402
+from vision_transformer import vit_tiny  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "segmentation" / "configs"
@@ -181,6 +183,20 @@ def test_heads():
         assert MODELS.build(upernet.model.decode_head).eval()(maps).shape == (1, 150, 32, 32)
 
 
+def test_upernet_trains_all_its_parameters():
+    cfg = config(UPERNET)
+    cfg.merge_from_dict({"model.backbone.img_size": 64, "model.backbone.drop_path_rate": 0.0})
+    model = MODELS.build(cfg.model).train()
+    labels = torch.randint(0, 150, (2, 1, 64, 64))
+    samples = [SegDataSample(gt_sem_seg=PixelData(data=label), metainfo={"img_shape": (64, 64)}) for label in labels]
+    losses = model.loss(torch.randn(2, 3, 64, 64), samples)
+    assert {"decode.loss_ce", "aux.loss_ce"} <= losses.keys()
+    model.parse_losses(losses)[0].backward()
+    trained = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    assert {name.split(".")[0] for name in trained} == {"backbone", "neck", "decode_head", "auxiliary_head"}
+    assert [name for name, grad in trained.items() if grad is None or not grad.any()] == []
+
+
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda path: path.name[:24])
 def test_every_config_builds(path):
     cfg = Config.fromfile(path)
@@ -259,7 +275,7 @@ def released(tmp_path_factory):
 def test_a_released_segmenter_loads(released):
     path, source = released
     x = torch.randn(1, 3, 64, 96)
-    state, info = openmmlab.read_model(path)
+    state, info = openmmlab.read_model(path, config(SEMANTIC_FPN))
     assert info.kind == "mmseg segmenter"
     by_reader, by_mmengine = (MODELS.build(config(SEMANTIC_FPN).model).eval() for _ in range(2))
     by_reader.load_state_dict(state)
@@ -268,6 +284,31 @@ def test_a_released_segmenter_loads(released):
         for ours, theirs in zip(model.backbone(x), source.backbone(x), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(model(x, mode="tensor"), source(x, mode="tensor"), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_class_token_kept_out_of_the_attention_is_left_out(released, tmp_path):
+    """mmseg's ViT saves one with with_cls_token=False too; the config says so, as a file cannot."""
+    state, source = torch.load(released[0], weights_only=True)["state_dict"], released[1]
+    token = {"backbone.cls_token": torch.ones(1, 1, 192),
+             "backbone.pos_embed": torch.cat([torch.ones(1, 1, 192), state["backbone.pos_embed"]], dim=1)}
+    torch.save({"state_dict": state | token}, tmp_path / "token.pth")
+    cfg, x = config(SEMANTIC_FPN), torch.randn(1, 3, 64, 96)
+    assert openmmlab.read_model(tmp_path / "token.pth", cfg)[1].class_token
+    cfg.model.backbone.class_token = False
+    state, info = openmmlab.read_model(tmp_path / "token.pth", cfg)
+    model = MODELS.build(cfg.model).eval()
+    model.load_state_dict(state)
+    assert not info.class_token
+    torch.testing.assert_close(model(x, mode="tensor"), source(x, mode="tensor"), rtol=1e-5, atol=1e-5)
+
+
+def test_a_segmenter_with_a_final_norm_is_refused(released, tmp_path):
+    state = torch.load(released[0], weights_only=True)["state_dict"]
+    state |= {"backbone.ln1.weight": torch.ones(192), "backbone.ln1.bias": torch.zeros(192)}
+    torch.save({"state_dict": state}, tmp_path / "normed.pth")
+    with pytest.raises(CheckpointError, match="norm after the last block"):
+        openmmlab.read_model(tmp_path / "normed.pth", config(SEMANTIC_FPN))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
