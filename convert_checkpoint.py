@@ -14,14 +14,8 @@ from pathlib import Path
 
 import torch
 
-from checkpoints import (
-    CheckpointError,
-    CheckpointInfo,
-    checkpoint_file,
-    read_backbone,
-    to_mmseg_names,
-    write_checkpoint,
-)
+from checkpoint_files import CheckpointError, write_checkpoint
+from checkpoints import CheckpointInfo, checkpoint_file, read_backbone, to_mmseg_names
 
 FORMATS = {
     "backbone": "the backbone's tensors alone",

@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from checkpoints import CheckpointError, CheckpointInfo, check_fits, read_backbone, read_checkpoint
+from checkpoint_files import CheckpointError, read_checkpoint
+from checkpoints import CheckpointInfo, check_fits, read_backbone
 from utils import ArgumentParser, fail, is_main_process
 
 try:

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from checkpoints import read_checkpoint, write_checkpoint
+from checkpoint_files import read_checkpoint, write_checkpoint
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Options and errors

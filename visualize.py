@@ -24,7 +24,8 @@ import davis_metrics
 import drawing
 import overlays
 from augmentations import IMAGENET_MEAN, IMAGENET_STD
-from checkpoints import CheckpointError, CheckpointInfo, build_head, load_with_info
+from checkpoint_files import CheckpointError
+from checkpoints import CheckpointInfo, build_head, load_with_info
 from davis_data import DataError, find_sequence, read_mask, read_set
 from selfpatch_head import SelfPatchHead, neighbour_similarity, positive_matching
 from vision_transformer import ARCHS, VisionTransformer

@@ -11,16 +11,8 @@ import torch
 from golden_rules import set_weights
 from torch import nn
 
-from checkpoints import (
-    CheckpointError,
-    build_head,
-    from_mmseg_names,
-    load_backbone,
-    read_backbone,
-    read_checkpoint,
-    to_mmseg_names,
-    write_checkpoint,
-)
+from checkpoint_files import CheckpointError, read_checkpoint, write_checkpoint
+from checkpoints import build_head, from_mmseg_names, load_backbone, read_backbone, to_mmseg_names
 from losses import DINOLoss
 from selfpatch_head import MultiCropWrapper, SelfPatchHead
 from vision_transformer import DINOHead, vit_base, vit_small, vit_tiny

@@ -8,7 +8,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from checkpoints import CheckpointError, load_backbone, read_backbone, read_checkpoint
+from checkpoint_files import CheckpointError, read_checkpoint
+from checkpoints import load_backbone, read_backbone
 from vision_transformer import vit_tiny
 
 

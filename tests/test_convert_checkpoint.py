@@ -8,7 +8,8 @@ import timm
 import torch
 from golden_rules import set_weights
 
-from checkpoints import load_backbone, read_backbone, read_checkpoint
+from checkpoint_files import read_checkpoint
+from checkpoints import load_backbone, read_backbone
 from convert_checkpoint import convert, get_args_parser, how_to_load, main
 from vision_transformer import vit_small, vit_tiny
 

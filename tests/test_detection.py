@@ -24,7 +24,8 @@ from mmengine.optim import build_optim_wrapper  # noqa: E402
 from mmengine.registry import PARAM_SCHEDULERS, DefaultScope  # noqa: E402
 
 import openmmlab  # noqa: E402
-from checkpoints import CheckpointError, check_fits, read_checkpoint  # noqa: E402
+from checkpoint_files import CheckpointError, read_checkpoint  # noqa: E402
+from checkpoints import check_fits  # noqa: E402
 from detection.backbone import ViTPyramid, check_widths  # noqa: E402
 from vision_transformer import vit_tiny  # noqa: E402
 

@@ -28,7 +28,8 @@ from mmseg.structures import SegDataSample  # noqa: E402
 from mmseg.utils import register_all_modules  # noqa: E402
 
 import openmmlab  # noqa: E402
-from checkpoints import CheckpointError, to_mmseg_names  # noqa: E402
+from checkpoint_files import CheckpointError  # noqa: E402
+from checkpoints import to_mmseg_names  # noqa: E402
 from segmentation.backbone import SelfPatchViT, annotation_errors  # noqa: E402
 from vision_transformer import vit_tiny  # noqa: E402
 
