@@ -53,7 +53,7 @@ def test_gpu_figures_are_read_from_what_the_parts_wrote(tmp_path, monkeypatch, c
     (tmp_path / "step.json").write_text(json.dumps({"ours": way, "plain": way | {"seconds": 0.3, "peak_gib": 50.0}}))
     (tmp_path / "jpegs.txt").write_text("".join(
         f"epoch {epoch}/2  step {step}/40  loss 1.0  {rate} images/s  ETA 0:00:00\n"
-        for epoch, rates in ((0, (5.0, 1900.0)), (1, (900.0, 1880.0, 1900.0, 1920.0)))
+        for epoch, rates in ((0, (5.0, 1900.0)), (1, (900.0,) * 4 + (1880.0, 1900.0, 1920.0)))
         for step, rate in enumerate(rates)))
     gpu.table(tmp_path)
     out = capsys.readouterr().out
