@@ -1,6 +1,6 @@
 """All figures that need a GPU, in one command: the step, its parts, the data path, training from JPEGs, DAVIS.
 
-    python benchmarks/gpu.py --output gpu_figures                     # about half an hour, most of it compilation
+    python benchmarks/gpu.py --output gpu_figures                     # all of it, with several compilations
     python benchmarks/gpu.py --output gpu_figures --only step jpegs   # some of it
     python benchmarks/gpu.py --output gpu_figures --data_path /path/to/imagenet/train
 
