@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import sys
 from concurrent.futures import ProcessPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 
 import cv2
@@ -23,13 +24,11 @@ MEASURES = ("J&F-Mean", "J-Mean", "J-Recall", "J-Decay", "F-Mean", "F-Recall", "
 
 def boundary_map(mask: np.ndarray) -> np.ndarray:
     """Boundary of a 0/1 mask, uint8 [H, W]: pixels unlike their right, lower or lower-right neighbour."""
-    boundary = np.zeros_like(mask)
-    boundary[:, :-1] |= mask[:, :-1] ^ mask[:, 1:]
-    boundary[:-1] |= mask[:-1] ^ mask[1:]
-    boundary[:-1, :-1] |= mask[:-1, :-1] ^ mask[1:, 1:]
-    return boundary
+    # so the largest and smallest of these four are not the same; past the edge there is nothing to differ from
+    return cv2.morphologyEx(mask, cv2.MORPH_GRADIENT, np.ones((2, 2), np.uint8), anchor=(0, 0))
 
 
+@lru_cache
 def disk(radius: int) -> np.ndarray:
     """The points with x² + y² ≤ radius², uint8 [2·radius + 1, 2·radius + 1]."""
     square = np.arange(-radius, radius + 1) ** 2
@@ -41,13 +40,12 @@ def tolerance(shape: tuple[int, ...]) -> int:
     return math.ceil(0.008 * math.hypot(*shape))
 
 
-def crop_to_content(*masks: np.ndarray) -> list[np.ndarray]:
-    """0/1 masks, uint8 [H, W], cut to what is set in any of them and one pixel around, where boundaries can be."""
-    boxes = [cv2.boundingRect(mask) for mask in masks]
-    boxes = [box for box in boxes if box[2]] or [(0, 0, 0, 0)]
-    left, top = max(min(b[0] for b in boxes) - 1, 0), max(min(b[1] for b in boxes) - 1, 0)
-    right, bottom = max(b[0] + b[2] for b in boxes) + 1, max(b[1] + b[3] for b in boxes) + 1
-    return [mask[top:bottom, left:right] for mask in masks]
+def box(mask: np.ndarray, margin: int) -> tuple[slice, slice]:
+    """Rows and columns of a 0/1 mask, uint8 [H, W], that are within margin pixels of what is set; none if nothing is."""
+    left, top, width, height = cv2.boundingRect(mask)
+    if not width:
+        return slice(0), slice(0)
+    return slice(max(top - margin, 0), top + height + margin), slice(max(left - margin, 0), left + width + margin)
 
 
 def jaccard(annotation: np.ndarray, result: np.ndarray) -> float:
@@ -66,7 +64,8 @@ def boundary_f(annotation: np.ndarray, result: np.ndarray, radius: int | None = 
     n_wanted, n_found = cv2.countNonZero(wanted), cv2.countNonZero(found)
     if not n_wanted or not n_found:
         return float(n_wanted == n_found)
-    near = disk(radius)
+    where, near = box(wanted, radius), disk(radius)  # farther out nothing matches
+    wanted, found = wanted[where], found[where]
     precision = cv2.countNonZero(found & cv2.dilate(wanted, near)) / n_found
     recall = cv2.countNonZero(wanted & cv2.dilate(found, near)) / n_wanted
     return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
@@ -82,7 +81,9 @@ def score_frame(annotation: np.ndarray, result: np.ndarray, objects: int) -> tup
     radius = tolerance(annotation.shape)
     js, fs = [], []
     for i in range(1, objects + 1):
-        pair = crop_to_content((annotation == i).view(np.uint8), (result == i).view(np.uint8))
+        pair = [(ids == i).view(np.uint8) for ids in (annotation, result)]
+        where = box(pair[0] | pair[1], 1)  # where boundaries can be
+        pair = [mask[where] for mask in pair]
         js.append(jaccard(*pair) if pair[0].size else 1.0)
         fs.append(boundary_f(*pair, radius) if pair[0].size else 1.0)
     return js, fs

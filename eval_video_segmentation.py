@@ -284,6 +284,8 @@ def run(args: argparse.Namespace) -> int:
     # an Apple GPU only where it is asked for, as it is untested; more processes than GPUs share them
     name = "cpu" if args.device == "auto" and not torch.cuda.is_available() else args.device
     device = utils.pick_device(name, local_rank % max(torch.cuda.device_count(), 1))
+    if device.type == "cpu":
+        utils.keep_freed_memory()
     torch.manual_seed(args.seed)
     with contextlib.redirect_stdout(sys.stdout if rank == 0 else None):
         model = load_backbone(args.pretrained_weights, args.checkpoint_key, args.arch, args.patch_size,

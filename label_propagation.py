@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from PIL import Image
 
 TEMPERATURE = 0.1
-HELD_AT_ONCE = {"cpu": 2**20, "cuda": 2**24}  # similarities: what a CPU's cache likes; 64 MB on a GPU
-STRIP = {"cpu": 10}  # columns taken together; a GPU takes all, since it would rather have one large product
+HELD_AT_ONCE = {"cpu": 2**21, "cuda": 2**24}  # similarities: what a CPU's cache likes; 64 MB on a GPU
+AXES = 1 / 4  # share of the features' dimensions that a bound on their similarity is taken from
+MOST_LOOKUPS = 64  # a target, beyond which bounds no longer pay
 
 
 def to_one_hot(labels: torch.Tensor) -> torch.Tensor:
@@ -34,6 +35,22 @@ def restrict_neighborhood(height: int, width: int, size_mask_neighborhood: int, 
     return (near_rows[:, None, :, None] & near_columns[None, :, None, :]).flatten(2).flatten(0, 1)
 
 
+# ---------------------------------------------------------------- some target patches
+
+def best_matches(similarity: torch.Tensor, best: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The count largest of similarity [T, m, n] for each of m targets, and where they stand in T·n, both [m, count].
+
+    best [m, n] is the best of the T at each place, -inf outside the window. The count largest lie at the count places
+    where it is largest: a search over n, not T·n.
+    """
+    contexts, _, places = similarity.shape
+    most, place = best.topk(min(count, places))
+    values = similarity.gather(2, place.expand(contexts, -1, -1)).masked_fill_(most == -torch.inf, -torch.inf)
+    values, chosen = values.transpose(0, 1).flatten(1).topk(min(count, contexts * place.shape[1]))
+    context = chosen.div(place.shape[1], rounding_mode="floor")
+    return values, context * places + place.gather(1, chosen % place.shape[1])
+
+
 def mix_labels(similarity: torch.Tensor, outside: torch.Tensor | None, labels: torch.Tensor, topk: int) -> torch.Tensor:
     """Labels of m target patches as the mean over their topk most similar context patches, weights exp(cos / 0.1).
 
@@ -45,81 +62,97 @@ def mix_labels(similarity: torch.Tensor, outside: torch.Tensor | None, labels: t
     Returns:
         [m, C]. Patches as similar as the k-th are all counted in.
     """
-    contexts, targets, places = similarity.shape
-    k = min(topk, contexts * places)
-    # The topk lie at the topk places that are best in any context: a search over n, not T·n. One more of both is
-    # looked up, since it tells whether others share the k-th value.
+    k, labels = min(topk, similarity.shape[0] * similarity.shape[2]), labels.flatten(0, 1)
     best = similarity.amax(0) if outside is None else similarity.amax(0).add_(outside)
-    best = best.topk(min(k + 1, places)).indices
-    candidates = similarity[:, torch.arange(targets, device=best.device)[:, None], best].permute(1, 0, 2)
-    if outside is not None:
-        candidates = candidates + outside.gather(1, best)[:, None]
-    values, chosen = candidates.flatten(1).topk(min(k + 1, contexts * best.shape[1]))
-    weights, chosen = torch.exp(values[:, :k] / TEMPERATURE), chosen[:, :k]
-    found = labels[chosen // best.shape[1], best.gather(1, chosen % best.shape[1])]
-    mixed = (weights[..., None] * found).sum(1) / weights.sum(1, keepdim=True)
+    values, chosen = best_matches(similarity, best, k + 1)  # one more tells whether others share the k-th value
+    weights = torch.exp(values[:, :k] / TEMPERATURE)
+    mixed = (weights[..., None] * labels[chosen[:, :k]]).sum(1) / weights.sum(1, keepdim=True)
     if values.shape[1] > k:
         tied = ((values[:, k] == values[:, k - 1]) & values[:, k].isfinite()).nonzero()[:, 0]
         if len(tied):
             every = similarity[:, tied] if outside is None else similarity[:, tied] + outside[tied]
             every = every.transpose(0, 1).flatten(1)
             weights = torch.exp(every / TEMPERATURE) * (every >= values[tied, k - 1:k])
-            mixed[tied] = weights @ labels.flatten(0, 1) / weights.sum(1, keepdim=True)
+            mixed[tied] = weights @ labels / weights.sum(1, keepdim=True)
     return mixed
 
 
-class Strip(NamedTuple):
-    """Some columns of a frame's patches, and those of its contexts that their window reaches."""
-    columns: slice
-    near: slice
+def mix_labels_by_bounds(bound: torch.Tensor, outside: torch.Tensor | None, target: torch.Tensor,
+                         contexts: torch.Tensor, labels: torch.Tensor, first: int, topk: int) -> torch.Tensor | None:
+    """What mix_labels gives, from bounds [T, m, n] that no cosine exceeds: few have to be computed.
+
+    The topk patches of the largest bounds are looked up; the least of their cosines is one that the topk largest all
+    reach, so that patches with a lower bound are out. All others are looked up.
+
+    Args:
+        target, contexts, labels: features [m, D] and [T, N, D] and labels [T, N, C], all contiguous.
+        first: where the n places begin among N.
+
+    Returns:
+        [m, C], or None where bounds rule out too little.
+    """
+    contexts, labels, patches = contexts.flatten(0, 1), labels.flatten(0, 1), contexts.shape[1]
+    places = bound.shape[2]
+    best = bound.amax(0) if outside is None else bound.amax(0).add_(outside)
+    values, chosen = best_matches(bound, best, topk)
+    chosen = chosen.div(places, rounding_mode="floor") * patches + first + chosen % places
+    known = (contexts.index_select(0, chosen.flatten()).unflatten(0, chosen.shape) * target[:, None]).sum(-1)
+    least = known.masked_fill_(values == -torch.inf, -2).amin(1, keepdim=True)
+    row, place = best.less(least).logical_not_().nonzero(as_tuple=True)  # in this form NaN is looked up too
+    pair, context = bound[:, row, place].T.less(least[row]).logical_not_().nonzero(as_tuple=True)
+    row, patch = row[pair], context * patches + first + place[pair]
+    if len(row) > MOST_LOOKUPS * len(target):
+        return None
+    cosine = (contexts.index_select(0, patch) * target.index_select(0, row)).sum(-1)
+    count = row.bincount(minlength=len(target))
+    table = cosine.new_full((len(target), count.max()), -torch.inf)  # of each target's cosines, as pairs lie by target
+    table[row, torch.arange(len(row), device=row.device) - (count.cumsum(0) - count)[row]] = cosine
+    kth = table.topk(min(topk, table.shape[1])).values[:, -1]
+    weights = torch.exp(cosine / TEMPERATURE) * (cosine >= kth[row])
+    mixed = labels.new_zeros(len(target), labels.shape[1]).index_add_(0, row, weights[:, None] * labels[patch])
+    return mixed / weights.new_zeros(len(target)).index_add_(0, row, weights)[:, None]
 
 
-def strips(width: int, radius: int, device: torch.device) -> list[Strip]:
-    """Columns in strips of equal width where that lets the window discard some of them, radius 0 being no window."""
-    count = max(1, round(width / STRIP.get(device.type, width))) if radius else 1
-    edges = [width * i // count for i in range(count + 1)]
-    reach = radius or width
-    return [Strip(slice(left, right), slice(max(0, left - reach), min(width, right + reach)))
-            for left, right in zip(edges, edges[1:], strict=False)]
+# ---------------------------------------------------------------- a frame
+
+class Tile(NamedTuple):
+    """Some rows of a frame's patches, top to bottom, and the rows of its contexts that their window reaches."""
+    top: int
+    bottom: int
+    near_top: int
+    near_bottom: int
+
+
+def tiles(height: int, width: int, radius: int, most_contexts: int, device: torch.device) -> Iterator[Tile]:
+    """A frame's rows, few enough at a time that the similarities of all patches with all are never held.
+
+    How few follows from most_contexts, so that the frames of a video share their windows' masks. Radius 0: no window.
+    """
+    reach, limit = radius or height, HELD_AT_ONCE.get(device.type, HELD_AT_ONCE["cuda"]) // (most_contexts * width**2)
+    step = next((n for n in range(height, 1, -1) if n * min(height, n + 2 * reach) <= limit), 1)
+    for top in range(0, height, step):
+        yield Tile(top, min(top + step, height), max(0, top - reach), min(top + step + reach, height))
 
 
 @lru_cache(maxsize=256)
-def outside_window(height: int, width: int, radius: int, rows: tuple[int, int], near_rows: tuple[int, int],
-                   columns: tuple[int, int], near: tuple[int, int], device: torch.device) -> torch.Tensor:
-    """0 for context patches in the window, -inf for others, [targets, contexts], of the given rows and columns."""
-    window = restrict_neighborhood(height, width, radius, slice(*rows), slice(*near_rows), device)
-    window = window.view(rows[1] - rows[0], width, -1, width)[:, slice(*columns), :, slice(*near)]
-    window = window.flatten(2).flatten(0, 1)
+def outside_window(tile: Tile, height: int, width: int, radius: int, device: torch.device) -> torch.Tensor | None:
+    """0 for context patches in the window, -inf for others, [targets, contexts], of a tile; None for no window."""
+    if not radius:
+        return None
+    window = restrict_neighborhood(height, width, radius, slice(tile.top, tile.bottom),
+                                   slice(tile.near_top, tile.near_bottom), device)
     return torch.zeros(window.shape, device=device).masked_fill_(~window, -torch.inf)
 
 
-def mix_strip(target: torch.Tensor, contexts: torch.Tensor, labels: torch.Tensor, strip: Strip, radius: int,
-              topk: int, most_contexts: int) -> torch.Tensor:
-    """Labels [h, columns, C] of a strip of target [h, w, D], from contexts [T, h, near, D] and labels [T, h, w, C].
-
-    Rows are taken a few at a time, with the rows of the contexts that their window reaches, so that the similarities
-    of all patches with all are never held, nor those that the window would discard computed. How many follows from
-    most_contexts, not T: so the frames of a video share their windows' masks.
-    """
-    height, width, dim = target.shape
-    columns, near = ((one.start, one.stop) for one in strip)
-    reach = radius or height
-    limit = HELD_AT_ONCE.get(target.device.type, HELD_AT_ONCE["cuda"])
-    limit //= most_contexts * (columns[1] - columns[0]) * (near[1] - near[0])
-    step = next((n for n in range(height, 1, -1) if n * min(height, n + 2 * reach) <= limit), 1)
-    target, labels, mixed = target[:, strip.columns], labels[:, :, strip.near], []
-    for top in range(0, height, step):
-        rows, near_rows = (top, min(top + step, height)), (max(0, top - reach), min(top + step + reach, height))
-        similarity = torch.bmm(target[slice(*rows)].reshape(1, -1, dim).expand(len(contexts), -1, -1),
-                               contexts[:, slice(*near_rows)].flatten(1, 2).transpose(1, 2))
-        outside = outside_window(height, width, radius, rows, near_rows, columns, near,
-                                 target.device) if radius else None
-        mixed.append(mix_labels(similarity, outside, labels[:, slice(*near_rows)].flatten(1, 2), topk))
-    return torch.cat(mixed).unflatten(0, (height, -1))
+def products(target: torch.Tensor, contexts: torch.Tensor, tile: Tile) -> torch.Tensor:
+    """Of the patches of a tile of target [h, w, D] with those of contexts [T, h, w, D] near it, [T, m, n]."""
+    target = target[tile.top:tile.bottom].flatten(0, 1).expand(len(contexts), -1, -1)
+    return torch.bmm(target, contexts[:, tile.near_top:tile.near_bottom].flatten(1, 2).transpose(1, 2))
 
 
 def label_propagation(target: torch.Tensor, contexts: torch.Tensor, labels: torch.Tensor,
-                      size_mask_neighborhood: int = 12, topk: int = 5) -> torch.Tensor:
+                      size_mask_neighborhood: int = 12, topk: int = 5,
+                      most_contexts: int | None = None) -> torch.Tensor:
     """Soft labels of a frame from those of its context frames.
 
     Args:
@@ -127,14 +160,52 @@ def label_propagation(target: torch.Tensor, contexts: torch.Tensor, labels: torc
         contexts: features [T, h, w, D], of unit length.
         labels: [T, h, w, C].
         size_mask_neighborhood: a window of ± so many patches; 0 for none.
+        most_contexts: T of the video's later frames, where T still grows.
 
     Returns:
         [h, w, C].
     """
-    parts = strips(target.shape[1], size_mask_neighborhood, target.device)
-    return torch.cat([mix_strip(target, contexts[:, :, strip.near], labels, strip, size_mask_neighborhood, topk,
-                                len(contexts)) for strip in parts], dim=1)
+    (height, width, _), radius, mixed = target.shape, size_mask_neighborhood, []
+    for tile in tiles(height, width, radius, most_contexts or len(contexts), target.device):
+        mixed.append(mix_labels(products(target, contexts, tile),
+                                outside_window(tile, height, width, radius, target.device),
+                                labels[:, tile.near_top:tile.near_bottom].flatten(1, 2), topk))
+    return torch.cat(mixed).unflatten(0, (height, width))
 
+
+def leading_axes(features: torch.Tensor) -> torch.Tensor:
+    """The directions [D, K] in which features [h, w, D] are largest."""
+    features = features.flatten(0, 1).nan_to_num()
+    axes = torch.linalg.eigh(features.T @ features).eigenvectors  # the largest come last
+    return axes[:, -max(1, int(AXES * len(axes))):].contiguous()
+
+
+def sketch(features: torch.Tensor, axes: torch.Tensor) -> torch.Tensor:
+    """Features of unit length [..., D] -> [..., K + 1]: their parts along K axes, and the length of the rest.
+
+    By Cauchy and Schwarz the product of two sketches is at least that of the features.
+    """
+    along = features @ axes
+    rest = (1 - along.square().sum(-1, keepdim=True)).clamp_(min=0).add_(1e-5).sqrt_()  # 1e-5: rounding
+    return torch.cat([along, rest], -1)
+
+
+def propagation_by_bounds(target: torch.Tensor, contexts: torch.Tensor, labels: torch.Tensor,
+                          sketches: tuple[torch.Tensor, torch.Tensor], radius: int, topk: int,
+                          most_contexts: int) -> torch.Tensor | None:
+    """What label_propagation gives, with sketches of the target and its contexts, or None where they don't help."""
+    height, width, mixed = *target.shape[:2], []
+    for tile in tiles(height, width, radius, most_contexts, target.device):
+        mixed.append(mix_labels_by_bounds(products(*sketches, tile),
+                                          outside_window(tile, height, width, radius, target.device),
+                                          target[tile.top:tile.bottom].flatten(0, 1), contexts.flatten(1, 2),
+                                          labels.flatten(1, 2), tile.near_top * width, topk))
+        if mixed[-1] is None:
+            return None
+    return torch.cat(mixed).unflatten(0, (height, width))
+
+
+# ---------------------------------------------------------------- a video
 
 def propagate(features: Iterable[torch.Tensor], labels: torch.Tensor, n_last_frames: int = 7,
               size_mask_neighborhood: int = 12, topk: int = 5) -> Iterator[torch.Tensor]:
@@ -148,26 +219,33 @@ def propagate(features: Iterable[torch.Tensor], labels: torch.Tensor, n_last_fra
     first = next(features)
     turn = first.shape[1] > first.shape[0]  # rows run along the longer side: a window reaches a smaller share of it
     first, labels = (x.transpose(0, 1) if turn else x for x in (first, labels))
-    parts = strips(first.shape[1], size_mask_neighborhood, first.device)
-    # frame 0, and a ring of the last ones; strips overlap, and are kept apart so that each is one block of memory
-    contexts = [first.new_empty(n_last_frames + 1, *first[:, strip.near].shape) for strip in parts]
-    context_labels = labels.new_empty(n_last_frames + 1, *labels.shape)
-
-    def keep(slot: int, frame: torch.Tensor, labels: torch.Tensor) -> None:
-        for held, strip in zip(contexts, parts, strict=True):
-            held[slot] = frame[:, strip.near]
-        context_labels[slot] = labels
-
-    keep(0, first, labels)
+    slots = n_last_frames + 1  # frame 0, and a ring of the last ones
+    contexts, context_labels = first.new_empty(slots, *first.shape), labels.new_empty(slots, *labels.shape)
+    contexts[0], context_labels[0] = first, labels
+    axes = leading_axes(first) if first.device.type == "cpu" else None  # a GPU has the large products sooner
+    if axes is not None:
+        sketches = first.new_empty(slots, *first.shape[:2], axes.shape[1] + 1)
+        sketches[0] = sketch(first, axes)
     for t, target in enumerate(features, 1):
-        target = target.transpose(0, 1) if turn else target
-        used = min(t, n_last_frames + 1)
-        labels = torch.cat([mix_strip(target, held[:used], context_labels[:used], strip, size_mask_neighborhood, topk,
-                                      len(held)) for held, strip in zip(contexts, parts, strict=True)], dim=1)
+        target, used, labels = (target.transpose(0, 1) if turn else target).contiguous(), min(t, slots), None
+        options = size_mask_neighborhood, topk, slots
+        if axes is not None:
+            sketched = sketch(target, axes)
+            labels = propagation_by_bounds(target, contexts[:used], context_labels[:used],
+                                           (sketched, sketches[:used]), *options)
+            if labels is None:
+                axes = None  # nor will they help with the video's other frames
+        if labels is None:
+            labels = label_propagation(target, contexts[:used], context_labels[:used], *options)
         if n_last_frames:
-            keep(1 + (t - 1) % n_last_frames, target, labels)
+            slot = 1 + (t - 1) % n_last_frames
+            contexts[slot], context_labels[slot] = target, labels
+            if axes is not None:
+                sketches[slot] = sketched
         yield labels.permute(2, 1, 0) if turn else labels.permute(2, 0, 1)
 
+
+# ---------------------------------------------------------------- masks
 
 def norm_mask(mask: torch.Tensor) -> torch.Tensor:
     """Each channel of [C, H, W] stretched to 0 … 1, unless it has no positive value or is constant."""
@@ -180,13 +258,13 @@ def norm_mask(mask: torch.Tensor) -> torch.Tensor:
 def nearest(source: int, size: int) -> np.ndarray:
     """For each of size pixels in a row, the one of source pixels whose centre is nearest, as PIL rounds."""
     row = Image.fromarray(np.arange(source, dtype=np.int32)[None])
-    return np.array(row.resize((size, 1), Image.Resampling.NEAREST))[0]
+    return np.array(row.resize((size, 1), Image.Resampling.NEAREST))[0].astype(np.int64)
 
 
 def to_mask(labels: torch.Tensor, patch_size: int, height: int, width: int) -> torch.Tensor:
     """Soft labels of patches [C, h, w] -> ids, uint8 [height, width]."""
-    labels = F.interpolate(labels[None], scale_factor=patch_size, mode="bilinear", align_corners=False)[0]
+    labels = F.interpolate(labels[None].contiguous(), scale_factor=patch_size, mode="bilinear", align_corners=False)[0]
     ids = norm_mask(labels).max(0).indices.to(torch.uint8)  # on CPUs far faster than argmax
     rows, columns = (torch.from_numpy(nearest(source, size)).to(ids.device)
                      for source, size in zip(ids.shape, (height, width), strict=True))
-    return ids.index_select(0, rows).index_select(1, columns)
+    return ids.index_select(0, rows).gather(1, columns.expand(height, -1))

@@ -189,6 +189,8 @@ def time_plain(sequence, extract, args, folder: Path) -> tuple[dict, np.ndarray]
 def main(args: argparse.Namespace) -> None:
     device = utils.pick_device(args.device)
     dtype = job.pick_dtype(args.precision, device)
+    if device.type == "cpu":
+        utils.keep_freed_memory()  # as the job does; it holds for both ways
     torch.manual_seed(0)
     model = ARCHS[args.arch](args.patch_size).eval().to(device)
     extract = job.PatchFeatures(model, device, dtype, args.bs)
