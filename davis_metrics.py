@@ -11,7 +11,6 @@ import multiprocessing
 import os
 import sys
 from concurrent.futures import ProcessPoolExecutor
-from functools import lru_cache
 from pathlib import Path
 
 import cv2
@@ -28,11 +27,21 @@ def boundary_map(mask: np.ndarray) -> np.ndarray:
     return cv2.morphologyEx(mask, cv2.MORPH_GRADIENT, np.ones((2, 2), np.uint8), anchor=(0, 0))
 
 
-@lru_cache
-def disk(radius: int) -> np.ndarray:
-    """The points with x² + y² ≤ radius², uint8 [2·radius + 1, 2·radius + 1]."""
-    square = np.arange(-radius, radius + 1) ** 2
-    return (square[:, None] + square <= radius**2).astype(np.uint8)
+def to_bits(mask: np.ndarray, stride: int) -> int:
+    """A 0/1 mask, uint8 [H, W], as a number whose bit y·stride + x is a pixel: moving the mask is shifting it."""
+    rows = cv2.copyMakeBorder(mask, 0, 0, 0, stride - mask.shape[1], cv2.BORDER_CONSTANT)
+    return int.from_bytes(np.packbits(rows, bitorder="little").tobytes(), "little")
+
+
+def dilate(bits: int, stride: int, radius: int) -> int:
+    """Pixels with a set one at x² + y² ≤ radius². Some lie beyond the edges, so radius columns have to be free."""
+    row, reach, dilated = bits, 0, 0
+    for y in range(radius, -1, -1):  # the disk's rows grow wider towards its centre
+        while (reach + 1) ** 2 + y**2 <= radius**2:
+            reach += 1
+            row |= bits << reach | bits >> reach
+        dilated |= row << y * stride | row >> y * stride
+    return dilated
 
 
 def tolerance(shape: tuple[int, ...]) -> int:
@@ -41,7 +50,7 @@ def tolerance(shape: tuple[int, ...]) -> int:
 
 
 def box(mask: np.ndarray, margin: int) -> tuple[slice, slice]:
-    """Rows and columns of a 0/1 mask, uint8 [H, W], that are within margin pixels of what is set; none if nothing is."""
+    """Rows and columns of a 0/1 mask, uint8 [H, W], at most margin pixels from what is set; none if nothing is."""
     left, top, width, height = cv2.boundingRect(mask)
     if not width:
         return slice(0), slice(0)
@@ -64,10 +73,11 @@ def boundary_f(annotation: np.ndarray, result: np.ndarray, radius: int | None = 
     n_wanted, n_found = cv2.countNonZero(wanted), cv2.countNonZero(found)
     if not n_wanted or not n_found:
         return float(n_wanted == n_found)
-    where, near = box(wanted, radius), disk(radius)  # farther out nothing matches
-    wanted, found = wanted[where], found[where]
-    precision = cv2.countNonZero(found & cv2.dilate(wanted, near)) / n_found
-    recall = cv2.countNonZero(wanted & cv2.dilate(found, near)) / n_wanted
+    where = box(wanted, radius)  # farther out nothing matches
+    stride = wanted[where].shape[1] + radius
+    wanted, found = to_bits(wanted[where], stride), to_bits(found[where], stride)
+    precision = (found & dilate(wanted, stride, radius)).bit_count() / n_found
+    recall = (wanted & dilate(found, stride, radius)).bit_count() / n_wanted
     return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
 
 

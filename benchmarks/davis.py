@@ -2,11 +2,13 @@
 
     python benchmarks/davis.py                                         # ViT-S/16, 50 frames of 854×480
     python benchmarks/davis.py --device cuda --precision bf16 --patch_size 8 --no_plain
+    python benchmarks/davis.py --data_path /path/to/DAVIS --sequence blackswan --pretrained_weights checkpoint.pth
 
 The plain way takes one frame at a time, forms each block's attention weights whole as the published backbone does,
 fills the window mask in loops, holds the affinity of all patches with all context patches and sets what is not among
-the topk to zero there, and scores with whole-frame formulas. The clip is made here: textured objects on a moving
-texture, so no data is needed. The weights are random, which no timing minds.
+the topk to zero there, and scores with whole-frame formulas. Without --data_path the clip is made here: textured
+objects on a moving texture. Propagation is the one stage whose time the features matter for: the fewer directions they
+lie in, the fewer patches are compared.
 """
 import argparse
 import copy
@@ -15,6 +17,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -29,6 +32,7 @@ import davis_data
 import davis_metrics
 import eval_video_segmentation as job
 import utils
+from checkpoints import load_backbone
 from vision_transformer import ARCHS
 
 HEIGHT, WIDTH = 480, 854
@@ -55,6 +59,15 @@ def make_clip(folder: Path, frames: int) -> davis_data.Sequence:
         cv2.imwrite(str(images / f"{t:05d}.jpg"), frame)
         davis_data.imwrite_indexed(masks / f"{t:05d}.png", mask)
     return davis_data.find_sequence(folder, "clip")
+
+
+def find_clip(args: argparse.Namespace) -> davis_data.Sequence:
+    """The first frames of a DAVIS sequence."""
+    sequence = davis_data.find_sequence(args.data_path, args.sequence or davis_data.read_set(args.data_path)[0])
+    shape = davis_data.read_mask(sequence.annotation)[0].shape
+    if shape != (HEIGHT, WIDTH) or sequence.annotations() is None:
+        raise davis_data.DataError(f"{sequence.annotation.parent}: should have {WIDTH}×{HEIGHT} masks of all frames")
+    return replace(sequence, frames=sequence.frames[:args.frames])
 
 
 # ---------------------------------------------------------------- the plain way
@@ -108,7 +121,9 @@ def plain_boundary(mask: np.ndarray) -> np.ndarray:
 
 
 def plain_scores(annotations: np.ndarray, results: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    objects, near = int(annotations[0].max()), davis_metrics.disk(davis_metrics.tolerance((HEIGHT, WIDTH)))
+    objects, radius = int(annotations[0].max()), davis_metrics.tolerance((HEIGHT, WIDTH))
+    square = np.arange(-radius, radius + 1) ** 2
+    near = (square[:, None] + square <= radius**2).astype(np.uint8)
     js, fs = np.zeros((2, objects, len(results) - 2))
     for i in range(objects):
         for t, (a, r) in enumerate(zip(annotations[1:-1] == i + 1, results[1:-1] == i + 1, strict=True)):
@@ -192,21 +207,24 @@ def main(args: argparse.Namespace) -> None:
     if device.type == "cpu":
         utils.keep_freed_memory()  # as the job does; it holds for both ways
     torch.manual_seed(0)
-    model = ARCHS[args.arch](args.patch_size).eval().to(device)
+    model = load_backbone(args.pretrained_weights, arch=args.arch, patch_size=args.patch_size,
+                          random_weights=not args.pretrained_weights).to(device)
     extract = job.PatchFeatures(model, device, dtype, args.bs)
     options = job.get_args_parser().parse_args(["--data_path", "", "--bs", str(args.bs)])
-    print(f"{args.arch}/{args.patch_size}, {args.frames} frames of {WIDTH}×{HEIGHT}, {device}, {dtype}, "
-          f"{torch.get_num_threads()} threads, torch {torch.__version__}, load {os.getloadavg()[0]:.1f}")
+    print(f"{args.frames} frames of {WIDTH}×{HEIGHT}, patch size {model.patch_size}, {model.embed_dim} features, "
+          f"{device}, {dtype}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
+          f"load {os.getloadavg()[0]:.1f}")
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
-        sequence = make_clip(Path(folder) / "davis", args.frames)
+        sequence = find_clip(args) if args.data_path else make_clip(Path(folder) / "davis", args.frames)
+        frames = len(sequence.frames)
         extract(np.zeros((args.bs, 480, 832, 3), np.uint8))  # warm-up
         ours, masks = time_ours(sequence, extract, options, Path(folder))
         plain, plain_masks = ({}, masks) if args.no_plain else time_plain(sequence, extract, options, Path(folder))
     print("seconds a frame     here     plain     times")
     for stage, seconds in ours.items():
         there = plain.get(stage)
-        compared = f"  {there / args.frames:8.4f}  {there / seconds:7.1f}×" if there else ""
-        print(f"{stage:<14}  {seconds / args.frames:8.4f}{compared}")
+        compared = f"  {there / frames:8.4f}  {there / seconds:7.1f}×" if there else ""
+        print(f"{stage:<14}  {seconds / frames:8.4f}{compared}")
     print(f"end to end: {ours['end to end']:.1f} s for the video" +
           (f"; {(masks == plain_masks).mean():.4%} of the pixels as in the plain way" if plain else ""))
     if device.type == "cuda":
@@ -215,11 +233,17 @@ def main(args: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Seconds a frame of DAVIS evaluation, stage by stage")
-    parser.add_argument("--arch", default="vit_small", choices=list(ARCHS))
-    parser.add_argument("--patch_size", type=int, default=16)
-    parser.add_argument("--frames", type=int, default=50)
+    parser.add_argument("--arch", choices=list(ARCHS), help="the checkpoint's own; vit_small without one")
+    parser.add_argument("--patch_size", type=int, help="the checkpoint's own; 16 without one")
+    parser.add_argument("--pretrained_weights", default="", help="checkpoint of any kind; random weights without one")
+    parser.add_argument("--data_path", help="DAVIS, to take a clip of 854×480 from")
+    parser.add_argument("--sequence", help="its name in val.txt; the first without it")
+    parser.add_argument("--frames", type=int, default=50, help="of the clip, at most")
     parser.add_argument("--bs", type=int, default=6)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--precision", default="auto", choices=["auto", *job.DTYPES])
     parser.add_argument("--no_plain", action="store_true", help="leave the plain way out")
-    main(parser.parse_args())
+    try:
+        main(parser.parse_args())
+    except ValueError as error:
+        parser.error(str(error))
