@@ -34,7 +34,7 @@ def to_bits(mask: np.ndarray, stride: int) -> int:
 
 
 def dilate(bits: int, stride: int, radius: int) -> int:
-    """Pixels with a set one at x² + y² ≤ radius². Some lie beyond the edges, so radius columns have to be free."""
+    """Pixels with a set one at x² + y² ≤ radius². stride is width + radius, so that no row runs into the next."""
     row, reach, dilated = bits, 0, 0
     for y in range(radius, -1, -1):  # the disk's rows grow wider towards its centre
         while (reach + 1) ** 2 + y**2 <= radius**2:

@@ -14,8 +14,9 @@ from PIL import Image
 
 TEMPERATURE = 0.1
 HELD_AT_ONCE = {"cpu": 2**21, "cuda": 2**24}  # similarities: what a CPU's cache likes; 64 MB on a GPU
-AXES = 1 / 4  # share of the features' dimensions that a bound on their similarity is taken from
-MOST_LOOKUPS = 64  # a target, beyond which bounds no longer pay
+AXES_SHARE = 1 / 4  # of the features' dimensions, from which their similarity is bounded
+MOST_LOOKUPS = 5  # a target and context, beyond which bounds no longer pay
+PAIRS_AT_ONCE = 512  # whose features stay in a CPU's cache
 
 
 def to_one_hot(labels: torch.Tensor) -> torch.Tensor:
@@ -38,7 +39,7 @@ def restrict_neighborhood(height: int, width: int, size_mask_neighborhood: int, 
 # ---------------------------------------------------------------- some target patches
 
 def best_matches(similarity: torch.Tensor, best: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The count largest of similarity [T, m, n] for each of m targets, and where they stand in T·n, both [m, count].
+    """The count largest of similarity [T, m, n] for each of m targets, or all, and where they stand in T·n, [m, count].
 
     best [m, n] is the best of the T at each place, -inf outside the window. The count largest lie at the count places
     where it is largest: a search over n, not T·n.
@@ -77,40 +78,39 @@ def mix_labels(similarity: torch.Tensor, outside: torch.Tensor | None, labels: t
     return mixed
 
 
-def mix_labels_by_bounds(bound: torch.Tensor, outside: torch.Tensor | None, target: torch.Tensor,
-                         contexts: torch.Tensor, labels: torch.Tensor, first: int, topk: int) -> torch.Tensor | None:
-    """What mix_labels gives, from bounds [T, m, n] that no cosine exceeds: few have to be computed.
+def cosines(target: torch.Tensor, row: torch.Tensor, contexts: torch.Tensor, patch: torch.Tensor) -> torch.Tensor:
+    """Of pairs of target [m, D] and contexts [N, D], [P], which the indices row and patch [P] name."""
+    pairs = zip(row.split(PAIRS_AT_ONCE), patch.split(PAIRS_AT_ONCE), strict=True)
+    return torch.cat([torch.linalg.vecdot(target.index_select(0, r), contexts.index_select(0, p)) for r, p in pairs])
 
-    The topk patches of the largest bounds are looked up; the least of their cosines is one that the topk largest all
-    reach, so that patches with a lower bound are out. All others are looked up.
 
-    Args:
-        target, contexts, labels: features [m, D] and [T, N, D] and labels [T, N, C], all contiguous.
-        first: where the n places begin among N.
+def find_lookups(bound: torch.Tensor, outside: torch.Tensor | None, target: torch.Tensor, contexts: torch.Tensor,
+                 first: int, topk: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pairs that bounds [T, m, n] don't rule out, by target: targets [P], and where their patches stand in T·N [P].
 
-    Returns:
-        [m, C], or None where bounds rule out too little.
+    The topk patches of the largest bounds are compared; the least of their cosines is one that the topk largest all
+    reach, so a patch with a lower bound is out. target is [m, D], contexts [T, N, D]; the n places begin at first.
     """
-    contexts, labels, patches = contexts.flatten(0, 1), labels.flatten(0, 1), contexts.shape[1]
-    places = bound.shape[2]
+    patches, places = contexts.shape[1], bound.shape[2]
     best = bound.amax(0) if outside is None else bound.amax(0).add_(outside)
-    values, chosen = best_matches(bound, best, topk)
+    chosen = best_matches(bound, best, topk)[1]
     chosen = chosen.div(places, rounding_mode="floor") * patches + first + chosen % places
-    known = (contexts.index_select(0, chosen.flatten()).unflatten(0, chosen.shape) * target[:, None]).sum(-1)
-    least = known.masked_fill_(values == -torch.inf, -2).amin(1, keepdim=True)
-    row, place = best.less(least).logical_not_().nonzero(as_tuple=True)  # in this form NaN is looked up too
-    pair, context = bound[:, row, place].T.less(least[row]).logical_not_().nonzero(as_tuple=True)
-    row, patch = row[pair], context * patches + first + place[pair]
-    if len(row) > MOST_LOOKUPS * len(target):
-        return None
-    cosine = (contexts.index_select(0, patch) * target.index_select(0, row)).sum(-1)
-    count = row.bincount(minlength=len(target))
-    table = cosine.new_full((len(target), count.max()), -torch.inf)  # of each target's cosines, as pairs lie by target
+    rows = torch.arange(len(target), device=target.device).repeat_interleave(chosen.shape[1])
+    least = cosines(target, rows, contexts.flatten(0, 1), chosen.flatten()).view_as(chosen).amin(1, keepdim=True)
+    row, place = (best >= least).nonzero(as_tuple=True)
+    pair, context = (bound[:, row, place].T >= least[row]).nonzero(as_tuple=True)
+    return row[pair], context * patches + first + place[pair]
+
+
+def mix_pairs(row: torch.Tensor, cosine: torch.Tensor, labels: torch.Tensor, targets: int, topk: int) -> torch.Tensor:
+    """What mix_labels gives, [targets, C], from pairs by target: row and cosine [P], and labels [P, C]."""
+    count = row.bincount(minlength=targets)
+    table = cosine.new_full((targets, max(1, count.max())), -torch.inf)
     table[row, torch.arange(len(row), device=row.device) - (count.cumsum(0) - count)[row]] = cosine
     kth = table.topk(min(topk, table.shape[1])).values[:, -1]
     weights = torch.exp(cosine / TEMPERATURE) * (cosine >= kth[row])
-    mixed = labels.new_zeros(len(target), labels.shape[1]).index_add_(0, row, weights[:, None] * labels[patch])
-    return mixed / weights.new_zeros(len(target)).index_add_(0, row, weights)[:, None]
+    mixed = labels.new_zeros(targets, labels.shape[1]).index_add_(0, row, weights[:, None] * labels)
+    return mixed / weights.new_zeros(targets).index_add_(0, row, weights)[:, None]
 
 
 # ---------------------------------------------------------------- a frame
@@ -177,7 +177,7 @@ def leading_axes(features: torch.Tensor) -> torch.Tensor:
     """The directions [D, K] in which features [h, w, D] are largest."""
     features = features.flatten(0, 1).nan_to_num()
     axes = torch.linalg.eigh(features.T @ features).eigenvectors  # the largest come last
-    return axes[:, -max(1, int(AXES * len(axes))):].contiguous()
+    return axes[:, -max(1, int(AXES_SHARE * len(axes))):].contiguous()
 
 
 def sketch(features: torch.Tensor, axes: torch.Tensor) -> torch.Tensor:
@@ -186,22 +186,26 @@ def sketch(features: torch.Tensor, axes: torch.Tensor) -> torch.Tensor:
     By Cauchy and Schwarz the product of two sketches is at least that of the features.
     """
     along = features @ axes
-    rest = (1 - along.square().sum(-1, keepdim=True)).clamp_(min=0).add_(1e-5).sqrt_()  # 1e-5: rounding
-    return torch.cat([along, rest], -1)
+    rest = 1 - along.square().sum(-1, keepdim=True)
+    return torch.cat([along, rest.clamp_(min=0).add_(1e-5).sqrt_()], -1)  # 1e-5: more than float32's rounding
 
 
 def propagation_by_bounds(target: torch.Tensor, contexts: torch.Tensor, labels: torch.Tensor,
                           sketches: tuple[torch.Tensor, torch.Tensor], radius: int, topk: int,
                           most_contexts: int) -> torch.Tensor | None:
-    """What label_propagation gives, with sketches of the target and its contexts, or None where they don't help."""
-    height, width, mixed = *target.shape[:2], []
+    """What label_propagation gives, with sketches of the target and its contexts, or None where they don't pay."""
+    (height, width, _), most, mixed = target.shape, MOST_LOOKUPS * len(contexts), []
+    if topk > most:
+        return None
     for tile in tiles(height, width, radius, most_contexts, target.device):
-        mixed.append(mix_labels_by_bounds(products(*sketches, tile),
-                                          outside_window(tile, height, width, radius, target.device),
-                                          target[tile.top:tile.bottom].flatten(0, 1), contexts.flatten(1, 2),
-                                          labels.flatten(1, 2), tile.near_top * width, topk))
-        if mixed[-1] is None:
+        targets = target[tile.top:tile.bottom].flatten(0, 1)
+        row, patch = find_lookups(products(*sketches, tile),
+                                  outside_window(tile, height, width, radius, target.device), targets,
+                                  contexts.flatten(1, 2), tile.near_top * width, topk)
+        if len(row) > most * len(targets):
             return None
+        cosine = cosines(targets, row, contexts.flatten(0, 2), patch)
+        mixed.append(mix_pairs(row, cosine, labels.flatten(0, 2)[patch], len(targets), topk))
     return torch.cat(mixed).unflatten(0, (height, width))
 
 
@@ -221,27 +225,29 @@ def propagate(features: Iterable[torch.Tensor], labels: torch.Tensor, n_last_fra
     first, labels = (x.transpose(0, 1) if turn else x for x in (first, labels))
     slots = n_last_frames + 1  # frame 0, and a ring of the last ones
     contexts, context_labels = first.new_empty(slots, *first.shape), labels.new_empty(slots, *labels.shape)
-    contexts[0], context_labels[0] = first, labels
-    axes = leading_axes(first) if first.device.type == "cpu" else None  # a GPU has the large products sooner
-    if axes is not None:
+    options = size_mask_neighborhood, topk, slots
+    # A GPU has large products sooner than bounds; those are for float32.
+    bounded = first.device.type == "cpu" and first.dtype == labels.dtype == torch.float32
+    if bounded:
+        axes = leading_axes(first)
         sketches = first.new_empty(slots, *first.shape[:2], axes.shape[1] + 1)
-        sketches[0] = sketch(first, axes)
+
+    def keep(slot: int, frame: torch.Tensor, labels: torch.Tensor) -> None:
+        contexts[slot], context_labels[slot] = frame, labels
+        if bounded:
+            sketches[slot] = sketch(frame, axes)
+
+    keep(0, first, labels)
     for t, target in enumerate(features, 1):
-        target, used, labels = (target.transpose(0, 1) if turn else target).contiguous(), min(t, slots), None
-        options = size_mask_neighborhood, topk, slots
-        if axes is not None:
-            sketched = sketch(target, axes)
-            labels = propagation_by_bounds(target, contexts[:used], context_labels[:used],
-                                           (sketched, sketches[:used]), *options)
-            if labels is None:
-                axes = None  # nor will they help with the video's other frames
+        target, labels = target.transpose(0, 1) if turn else target, None
+        known = contexts[:min(t, slots)], context_labels[:min(t, slots)]
+        if bounded and t >= slots:  # before, the whole product is small
+            labels = propagation_by_bounds(target, *known, (sketch(target, axes), sketches), *options)
+            bounded = labels is not None  # where bounds don't pay in one frame, they won't in the others
         if labels is None:
-            labels = label_propagation(target, contexts[:used], context_labels[:used], *options)
+            labels = label_propagation(target, *known, *options)
         if n_last_frames:
-            slot = 1 + (t - 1) % n_last_frames
-            contexts[slot], context_labels[slot] = target, labels
-            if axes is not None:
-                sketches[slot] = sketched
+            keep(1 + (t - 1) % n_last_frames, target, labels)
         yield labels.permute(2, 1, 0) if turn else labels.permute(2, 0, 1)
 
 

@@ -32,7 +32,7 @@ import davis_data
 import davis_metrics
 import eval_video_segmentation as job
 import utils
-from checkpoints import load_backbone
+from checkpoints import CheckpointError, load_backbone
 from vision_transformer import ARCHS
 
 HEIGHT, WIDTH = 480, 854
@@ -211,12 +211,12 @@ def main(args: argparse.Namespace) -> None:
                           random_weights=not args.pretrained_weights).to(device)
     extract = job.PatchFeatures(model, device, dtype, args.bs)
     options = job.get_args_parser().parse_args(["--data_path", "", "--bs", str(args.bs)])
-    print(f"{args.frames} frames of {WIDTH}×{HEIGHT}, patch size {model.patch_size}, {model.embed_dim} features, "
-          f"{device}, {dtype}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
-          f"load {os.getloadavg()[0]:.1f}")
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         sequence = find_clip(args) if args.data_path else make_clip(Path(folder) / "davis", args.frames)
         frames = len(sequence.frames)
+        print(f"{frames} frames of {WIDTH}×{HEIGHT}, patch size {model.patch_size}, {model.embed_dim} features, "
+              f"{device}, {dtype}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
+              f"load {os.getloadavg()[0]:.1f}")
         extract(np.zeros((args.bs, 480, 832, 3), np.uint8))  # warm-up
         ours, masks = time_ours(sequence, extract, options, Path(folder))
         plain, plain_masks = ({}, masks) if args.no_plain else time_plain(sequence, extract, options, Path(folder))
@@ -243,7 +243,10 @@ if __name__ == "__main__":
     parser.add_argument("--device", default="auto")
     parser.add_argument("--precision", default="auto", choices=["auto", *job.DTYPES])
     parser.add_argument("--no_plain", action="store_true", help="leave the plain way out")
+    options = parser.parse_args()
+    if options.sequence and not options.data_path:
+        parser.error(f"--sequence {options.sequence}: give --data_path too")
     try:
-        main(parser.parse_args())
-    except ValueError as error:
+        main(options)
+    except (davis_data.DataError, CheckpointError) as error:
         parser.error(str(error))

@@ -48,9 +48,9 @@ def test_golden_csv_files_are_computed_each_time(results, capsys):
     assert lines[1:] == [f"{name},{j:.3f},{f:.3f}" for name, (j, f) in expected["objects"].items()]
 
 
-def brute_force_f(annotation, result):
+def brute_force_f(annotation, result, radius=None):
     height, width = annotation.shape
-    radius = np.ceil(0.008 * np.sqrt(height**2 + width**2))
+    radius = np.ceil(0.008 * np.sqrt(height**2 + width**2)) if radius is None else radius
 
     def boundary(mask):
         return [(y, x) for y in range(height) for x in range(width)
@@ -88,6 +88,15 @@ def test_cropped_scores_equal_the_definition(seed):
         union = (a | r).sum()
         assert js[i - 1, 0] == pytest.approx((a & r).sum() / union if union else 1)
         assert fs[i - 1, 0] == pytest.approx(brute_force_f(a, r)) == pytest.approx(boundary_f(a, r))
+
+
+@pytest.mark.parametrize("radius", [0, 1, 8, 100])
+@pytest.mark.parametrize("shape", [(1, 30), (30, 1), (17, 23)])
+def test_contours_agree_within_any_radius(radius, shape):
+    rng = np.random.RandomState(radius)
+    for _ in range(5):
+        a, r = (blob(rng, *shape) ^ (rng.rand(*shape) < 0.03) for _ in range(2))  # specks, some of them at the edges
+        assert boundary_f(a, r, radius) == pytest.approx(brute_force_f(a, r, radius))
 
 
 def test_empty_masks():

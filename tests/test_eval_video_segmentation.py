@@ -146,24 +146,45 @@ def test_bounds_are_bounds():
     assert slack.min() > 0 and slack.median() < 0.3
 
 
-def test_bounds_leave_few_patches_to_look_up(monkeypatch):
+@pytest.fixture
+def searches(monkeypatch):
+    """Frames whose patches were all compared: a list that grows by their number of contexts."""
+    contexts, search = [], label_propagation.label_propagation
+    monkeypatch.setattr(label_propagation, "label_propagation",
+                        lambda target, known, *args: contexts.append(len(known)) or search(target, known, *args))
+    return contexts
+
+
+def test_bounds_leave_few_patches_to_look_up(searches, monkeypatch):
     features, labels = smooth_video()
     found = torch.stack(list(job.propagate(features, labels, 3, 6)))
+    assert searches == [1, 2, 3]  # the whole search only until all contexts are there
     monkeypatch.setattr(label_propagation, "MOST_LOOKUPS", 0)
-    searched = torch.stack(list(job.propagate(features, labels, 3, 6)))
-    torch.testing.assert_close(found, searched)
-    monkeypatch.undo()
-    monkeypatch.setattr(label_propagation, "label_propagation", None)  # the search through all is not needed here …
-    assert len(list(job.propagate(features, labels, 3, 6))) == 5
-    with pytest.raises(TypeError):  # … but it is where features lie in no fewer directions than they have
-        list(job.propagate(F.normalize(torch.randn_like(features), dim=-1), labels, 3, 6))
+    torch.testing.assert_close(found, torch.stack(list(job.propagate(features, labels, 3, 6))))
 
 
-def test_features_that_are_no_numbers_spoil_only_what_looks_at_them():
+def test_bounds_are_given_up_where_they_say_little(searches, monkeypatch):
+    tried, lookups = [], label_propagation.find_lookups
+    monkeypatch.setattr(label_propagation, "find_lookups", lambda *args: tried.append(1) or lookups(*args))
     features, labels = smooth_video()
-    features[1, 0, 0] = torch.nan
-    first = next(job.propagate(features, labels, 3, 6))
-    assert first[:, 0, 0].isnan().all() and first[:, 1:].isfinite().all()
+    list(job.propagate(F.normalize(torch.randn_like(features), dim=-1), labels, 2, 6))
+    assert searches == [1, 2, 3, 3, 3] and len(tried) == 1
+
+
+def test_bounds_are_for_float32(searches):
+    features, labels = smooth_video()
+    list(job.propagate(features.double(), labels.double(), 1, 6))
+    assert len(searches) == 5
+
+
+@pytest.mark.parametrize("frame", [0, 1])
+@pytest.mark.parametrize("lookups", [0, 2**20])
+def test_features_that_are_no_numbers_spoil_labels_without_an_error(frame, lookups, monkeypatch):
+    monkeypatch.setattr(label_propagation, "MOST_LOOKUPS", lookups)
+    features, labels = smooth_video()
+    features[frame, 0, 0] = torch.nan
+    first, second = list(job.propagate(features[:3], labels, 0, 6))
+    assert first[:, 0, 0].isnan().all() and second.isfinite().all() == (frame == 1)
 
 
 def test_masks_take_nearest_centres_and_survive_constant_channels():
