@@ -226,7 +226,7 @@ def propagate(features: Iterable[torch.Tensor], labels: torch.Tensor, n_last_fra
     slots = n_last_frames + 1  # frame 0, and a ring of the last ones
     contexts, context_labels = first.new_empty(slots, *first.shape), labels.new_empty(slots, *labels.shape)
     options = size_mask_neighborhood, topk, slots
-    # A GPU has large products sooner than bounds; those are for float32.
+    # a GPU has the whole product sooner, and the bounds' slack is for float32
     bounded = first.device.type == "cpu" and first.dtype == labels.dtype == torch.float32
     if bounded:
         axes = leading_axes(first)
