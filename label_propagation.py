@@ -243,7 +243,7 @@ def propagate(features: Iterable[torch.Tensor], labels: torch.Tensor, n_last_fra
         known = contexts[:min(t, slots)], context_labels[:min(t, slots)]
         if bounded and t >= slots:  # before, the whole product is small
             labels = propagation_by_bounds(target, *known, (sketch(target, axes), sketches), *options)
-            bounded = labels is not None  # where bounds don't pay in one frame, they won't in the others
+            bounded = labels is not None  # once they don't pay, the video goes on without them
         if labels is None:
             labels = label_propagation(target, *known, *options)
         if n_last_frames:
