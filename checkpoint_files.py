@@ -10,6 +10,8 @@ import numpy as np
 import safetensors.torch
 import torch
 
+from errors import ConfigError
+
 # argparse.Namespace for args, and numpy's numbers: the published loop leaves np.float64 rates in the optimizer
 NUMPY_SCALAR = np.float64(0).__reduce__()[0]
 NUMPY_NUMBERS = (np.bool_, np.uint8, np.int8, np.int16, np.int32, np.int64, np.float16, np.float32, np.float64)
@@ -19,7 +21,7 @@ RECONSTRUCT_ARRAY = np.zeros(0).__reduce__()[0]
 TORCH_MAGIC = bytes.fromhex("6cfc9c46f9206aa85019")  # torch.save's first number before torch 1.6
 
 
-class CheckpointError(ValueError):
+class CheckpointError(ConfigError):
     """A checkpoint that cannot be used, and why, in one line for the user."""
 
 

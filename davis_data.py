@@ -14,11 +14,13 @@ import cv2
 import numpy as np
 from PIL import Image
 
+from errors import ConfigError
+
 VOID = 255
 SCALE_SIZE = 480  # short side of the frames that a backbone sees
 
 
-class DataError(ValueError):
+class DataError(ConfigError):
     """Something in the user's files cannot be used; the message names the file and says why."""
 
 

@@ -23,6 +23,7 @@ from augmentations import DataAugmentationDINO, UnreadableImage  # noqa: F401 (p
 from batchnorm import sync_batchnorms
 from data import CropLoader, build_dataset
 from engine import health_warnings, train_one_epoch
+from errors import run_main
 from losses import DINOLoss
 from options import check_args, get_args_parser, images_per_step
 from selfpatch_head import MultiCropWrapper, SelfPatchHead
@@ -231,4 +232,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

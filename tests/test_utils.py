@@ -9,6 +9,7 @@ from golden_rules import load, rand
 from torch import nn
 
 import utils
+from errors import ConfigError, report
 from losses import DINOLoss
 
 
@@ -161,9 +162,9 @@ def test_gpu_by_number(clean_env):
 def test_missing_gpu_is_a_clear_error(clean_env, capsys):
     clean_env.setenv("LOCAL_RANK", "1")  # only such a rank can meet it, so it must speak
     clean_env.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(ConfigError, match="needs GPU 1, but torch sees 1") as error:
         utils.pick_device("cuda", local_rank=1)
-    assert stop.value.code == 2 and "needs GPU 1, but torch sees 1" in capsys.readouterr().err
+    assert report(error.value) == 2 and "needs GPU 1" in capsys.readouterr().err
 
 
 def test_checkpoint_is_written_whole_or_not_at_all(tmp_path, monkeypatch):

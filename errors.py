@@ -1,0 +1,68 @@
+"""Errors that a user can act on, and how a job ends with them.
+
+Library code raises; only a job's main ends the process:
+
+    if __name__ == "__main__":
+        run_main(main)
+"""
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+
+class ConfigError(ValueError):
+    """An option, a file or a machine that a job cannot work with.
+
+    The message is the one line that a user should read: it names the option or file and says what to do.
+
+    Args:
+        message: that line.
+        every_rank: print it from every process, since the first one of each machine may not have met the error.
+    """
+
+    def __init__(self, message: str, every_rank: bool = False):
+        super().__init__(message)
+        self.every_rank = every_rank
+
+
+class TrainingError(RuntimeError):
+    """Training cannot continue, for a reason found on the way; the message says what to try. Exit status 1."""
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse's parser, reporting an error as one line without the page of usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{program_name()}: error: {message} (--help lists the options)\n"
+                  if is_first_of_machine() else None)
+
+
+def program_name() -> str:
+    return Path(sys.argv[0]).name
+
+
+def is_first_of_machine() -> bool:
+    """Whether this is the first process of its machine, by the launcher's environment variables."""
+    return os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0"
+
+
+def report(error: Exception) -> int:
+    """Print an error as one line on stderr, once per machine unless it asks for more; return the exit status."""
+    if getattr(error, "every_rank", isinstance(error, TrainingError)) or is_first_of_machine():
+        print(f"{program_name()}: error: {error}", file=sys.stderr)
+    return 1 if isinstance(error, TrainingError) else 2
+
+
+def run_main(main: Callable[..., int | None], *args) -> NoReturn:
+    """Call main(*args) and end the process with the status it returns.
+
+    A ConfigError becomes one line and status 2, a TrainingError one line and status 1.
+    """
+    try:
+        status = main(*args)
+    except (ConfigError, TrainingError) as error:
+        status = report(error)
+    sys.exit(status)

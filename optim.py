@@ -1,0 +1,109 @@
+"""Parameter groups, LARS, and what DINO does to gradients and to the teacher around the optimiser's step."""
+import torch
+from torch import nn
+
+
+def get_params_groups(model: nn.Module) -> list[dict]:
+    """Trainable parameters in two groups: with weight decay, and (biases and one-dimensional ones) without."""
+    decayed, not_decayed = [], []
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            (not_decayed if name.endswith(".bias") or p.ndim == 1 else decayed).append(p)
+    return [{"params": decayed}, {"params": not_decayed, "weight_decay": 0.0}]
+
+
+def build_optimizer(model: nn.Module, name: str = "adamw") -> torch.optim.Optimizer:
+    """AdamW, SGD with momentum 0.9, or LARS, over get_params_groups(model); schedules set rate and weight decay.
+
+    Args:
+        name: adamw, sgd or lars.
+    """
+    groups, device = get_params_groups(model), next(model.parameters()).device
+    if name == "adamw":
+        return torch.optim.AdamW(groups, fused=device.type in ("cuda", "cpu"))
+    if name == "sgd":
+        # not fused: torch 2.15's fails if some momenta begin later than others, as frozen last layers' do
+        return torch.optim.SGD(groups, lr=0, momentum=0.9, foreach=True)
+    if name == "lars":
+        return LARS(groups)
+    raise ValueError(f"optimizer {name!r} is not one of adamw, sgd and lars")
+
+
+@torch.no_grad()
+def clip_gradients(model: nn.Module, clip: float) -> None:
+    """Scale each gradient tensor on its own to a norm of at most clip, as DINO does, without a host-device sync."""
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    factors = (clip / (torch.stack(torch._foreach_norm(grads)) + 1e-6)).clamp(max=1)
+    torch._foreach_mul_(grads, list(factors.unbind()))
+
+
+def cancel_gradients_last_layer(epoch: int, model: nn.Module, freeze_last_layer: int) -> None:
+    """Remove the gradients of the heads' last layers while epoch < freeze_last_layer: no update, decay or moments."""
+    if epoch < freeze_last_layer:
+        for name, p in model.named_parameters():
+            if "last_layer" in name:
+                p.grad = None
+
+
+@torch.no_grad()
+def update_teacher(student: nn.Module, teacher: nn.Module, momentum: float) -> None:
+    """teacher ← momentum · teacher + (1 − momentum) · student for all parameters, frozen ones too (DINO, Sec. 3.1)."""
+    torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)
+
+
+@torch.no_grad()
+def all_finite(model: nn.Module) -> bool:
+    """Whether no weight is NaN or infinite."""
+    return bool(torch.stack(torch._foreach_norm(list(model.parameters()))).isfinite().all())
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """Load state but keep the implementation (fused, foreach), which differs between devices and torch versions.
+
+    Raises:
+        ValueError: the state is of another kind of optimizer.
+    """
+    signature = {"betas", "momentum", "eta"}  # tells AdamW, SGD and LARS apart
+    own, saved = (signature.intersection(groups[0]) for groups in (optimizer.param_groups, state["param_groups"]))
+    if own != saved:
+        raise ValueError(f"it is another kind of optimizer, one with {' and '.join(sorted(saved))}")
+    groups = [group | {name: current[name] for name in ("fused", "foreach", "capturable") if name in current}
+              for group, current in zip(state["param_groups"], optimizer.param_groups, strict=True)]
+    optimizer.load_state_dict(state | {"param_groups": groups})
+
+
+class LARS(torch.optim.Optimizer):
+    """SGD with layer-wise adaptive rates (You et al. 2017), in DINO's form.
+
+    Trust ratio eta · |p| / |g| and weight decay apply to parameters with more than one dimension.
+    """
+
+    def __init__(self, params, lr: float = 0.0, weight_decay: float = 0.0, momentum: float = 0.9, eta: float = 0.001):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "eta": eta})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            grads = [p.grad.clone() for p in params]
+            self.adapt([(p, g) for p, g in zip(params, grads, strict=True) if p.ndim > 1], group)
+            for p in params:
+                if "mu" not in self.state[p]:
+                    self.state[p]["mu"] = torch.zeros_like(p)
+            momenta = [self.state[p]["mu"] for p in params]
+            torch._foreach_mul_(momenta, group["momentum"])
+            torch._foreach_add_(momenta, grads)
+            torch._foreach_add_(params, momenta, alpha=-group["lr"])
+
+    @staticmethod
+    def adapt(matrices: list[tuple[torch.Tensor, torch.Tensor]], group: dict) -> None:
+        """Add weight decay to gradients, and scale them by the trust ratio, in place; pairs of parameter, gradient."""
+        if not matrices:
+            return
+        params, grads = map(list, zip(*matrices, strict=True))
+        torch._foreach_add_(grads, params, alpha=group["weight_decay"])
+        ratios = [torch.where((pn > 0) & (gn > 0), group["eta"] * pn / gn, torch.ones_like(pn))
+                  for pn, gn in zip(torch._foreach_norm(params), torch._foreach_norm(grads), strict=True)]
+        torch._foreach_mul_(grads, ratios)
