@@ -1,86 +1,93 @@
-"""Files become batches of crops on the device: the data set, its loader, and the copy of the next batch meanwhile."""
-import argparse
+"""Files become batches of crops on the device: the data set, and the loader that copies the next batch meanwhile."""
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader, DistributedSampler
 from torchvision.datasets import ImageFolder
 
-import utils
 from augmentations import DataAugmentationDINO, load_rgb
 from device_augmentations import DeviceAugmentation, RandomCrops, load_uint8
-from options import images_per_step
+from errors import ConfigError
 
 
-def augments_on_device(args: argparse.Namespace) -> bool:
-    """What --augment says; auto is the faster one, by benchmarks/data.py: the device, on a CPU by 1.3 to 1.5 times.
+def build_dataset(data_path: str | Path, global_crops_scale: tuple[float, float] = (0.25, 1.0),
+                  local_crops_scale: tuple[float, float] = (0.05, 0.25), local_crops_number: int = 8,
+                  global_crops_size: int = 224, local_crops_size: int = 96, augment: str = "device") -> ImageFolder:
+    """The images of a folder of class folders, each as 2 global crops and local_crops_number local ones.
 
-    MPS has not been measured, and stays with PIL.
+    Args:
+        global_crops_scale, local_crops_scale: (least, most) share of the image's area that a crop covers.
+        augment: device, where images become uint8 crops that CropLoader augments in batches; pil, where they become
+            normalised crops, augmented one by one.
+
+    Raises:
+        ConfigError: there are no class folders, or no images in them.
     """
-    if args.augment == "auto":
-        return args.device.type in ("cuda", "cpu")
-    return args.augment == "device"
-
-
-def build_dataset(args: argparse.Namespace) -> ImageFolder:
-    transform, loader = (RandomCrops, load_uint8) if augments_on_device(args) else (DataAugmentationDINO, load_rgb)
-    transform = transform(args.global_crops_scale, args.local_crops_scale, args.local_crops_number,
-                          args.global_crops_size, args.local_crops_size)
+    transform, loader = (RandomCrops, load_uint8) if augment == "device" else (DataAugmentationDINO, load_rgb)
+    transform = transform(global_crops_scale, local_crops_scale, local_crops_number, global_crops_size,
+                          local_crops_size)
     try:
-        dataset = ImageFolder(args.data_path, transform, loader=loader, allow_empty=True)
+        dataset = ImageFolder(data_path, transform, loader=loader, allow_empty=True)
     except FileNotFoundError:
-        utils.fail(f"--data_path {args.data_path} has no folders in it: images go into one folder for each class, "
-                   f"such as {args.data_path.rstrip('/')}/all/0001.jpg")
-    global_batch = images_per_step(args)
+        raise ConfigError(f"--data_path {data_path} has no folders in it: images go into one folder for each class, "
+                          f"such as {str(data_path).rstrip('/')}/all/0001.jpg") from None
     if not len(dataset):
-        utils.fail(f"--data_path {args.data_path} has class folders, but no images in them")
-    if len(dataset) < global_batch:
-        utils.fail(f"--data_path {args.data_path} has {len(dataset)} images, fewer than the {global_batch} of one step "
-                   f"({args.batch_size_per_gpu} × {args.accum_steps} small batches × {args.world_size} processes): "
-                   "lower --batch_size_per_gpu or --accum_steps")
+        raise ConfigError(f"--data_path {data_path} has class folders, but no images in them")
     return dataset
 
 
 def prefetch(batches: Iterable[list[torch.Tensor]], device: torch.device,
-             side: torch.cuda.Stream | None = None) -> Iterator[list[torch.Tensor]]:
+             copy_stream: torch.cuda.Stream | None = None) -> Iterator[list[torch.Tensor]]:
     """The batches on the device.
 
-    Copies to a GPU run on the side stream, from pinned memory: as nothing in a step waits for the GPU, the next batch
-    is asked for, and copied, while the GPU is still at work on this one.
+    On a GPU, copies from pinned memory run on copy_stream. No operation of a training step waits for the GPU, so the
+    next batch is asked for, and copied, while the GPU still works on this one.
     """
     for crops in batches:
-        if side is None:
+        if copy_stream is None:
             yield [crop.to(device) for crop in crops]
             continue
-        with torch.cuda.stream(side):
+        with torch.cuda.stream(copy_stream):
             crops = [crop.to(device, non_blocking=True) for crop in crops]
         stream = torch.cuda.current_stream(device)
-        stream.wait_stream(side)
+        stream.wait_stream(copy_stream)
         for crop in crops:
-            crop.record_stream(stream)  # so that the side stream does not take the memory again too early
+            crop.record_stream(stream)  # or the allocator could give the memory to the next copy too early
         yield crops
 
 
 class CropLoader:
-    """Batches of this rank's share of the images, shuffled anew at each sampler.set_epoch.
+    """Batches of this rank's share of the images, reshuffled by sampler.set_epoch.
 
-    Each batch is its V normalised crops, float32 [B, 3, H, W], on the device: 2 global, then the local ones.
+    A batch is a list of V normalised crops, float32 [B, 3, H, W], on the device: 2 global ones, then the local ones.
+
+    Args:
+        dataset: from build_dataset.
+        batch_size: B, images of this rank.
+        num_workers: processes that load and crop; 0 does it in this one.
+        rank, world_size: which share of how many.
+        seed: of the order of images.
+        compiled: fuse the augmentation on the device with torch.compile.
     """
 
-    def __init__(self, args: argparse.Namespace, dataset: ImageFolder, compiled: bool = False):
-        self.dataset, self.device = dataset, args.device
-        self.sampler = DistributedSampler(dataset, args.world_size, args.rank, shuffle=True, seed=args.seed)
-        # workers begin anew each epoch: those that persist would go on from a state that a resumed run has not
-        self.batches = DataLoader(dataset, args.batch_size_per_gpu, sampler=self.sampler, num_workers=args.num_workers,
-                                  pin_memory=args.device.type == "cuda", drop_last=True)
-        self.side = torch.cuda.Stream(args.device) if args.device.type == "cuda" else None
+    def __init__(self, dataset: ImageFolder, batch_size: int, num_workers: int = 0,
+                 device: torch.device | str = "cpu", rank: int = 0, world_size: int = 1, seed: int = 0,
+                 compiled: bool = False):
+        self.dataset, self.batch_size, self.device = dataset, batch_size, torch.device(device)
+        self.sampler = DistributedSampler(dataset, world_size, rank, shuffle=True, seed=seed)
+        on_gpu = self.device.type == "cuda"
+        # workers start anew each epoch: persistent ones would carry random state that a resumed run does not have
+        self.batches = DataLoader(dataset, batch_size, sampler=self.sampler, num_workers=num_workers,
+                                  pin_memory=on_gpu, drop_last=True)
+        self.copy_stream = torch.cuda.Stream(self.device) if on_gpu else None
         self.augment = None
-        if augments_on_device(args):
-            self.augment = DeviceAugmentation(args.local_crops_number, compiled).to(args.device)
+        if isinstance(dataset.transform, RandomCrops):
+            self.augment = DeviceAugmentation(dataset.transform.local_crops_number, compiled).to(self.device)
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[list[torch.Tensor]]:
-        for crops in prefetch((crops for crops, _ in self.batches), self.device, self.side):
+        for crops in prefetch((crops for crops, _ in self.batches), self.device, self.copy_stream):
             yield self.augment(crops) if self.augment else crops

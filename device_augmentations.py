@@ -70,6 +70,7 @@ class RandomCrops:
 
     def __init__(self, global_crops_scale: tuple[float, float], local_crops_scale: tuple[float, float],
                  local_crops_number: int, global_crops_size: int = 224, local_crops_size: int = 96):
+        self.local_crops_number = local_crops_number
         self.kinds = [(2, global_crops_scale, global_crops_size)]
         if local_crops_number:
             self.kinds.append((local_crops_number, local_crops_scale, local_crops_size))

@@ -4,231 +4,235 @@
     torchrun --nproc_per_node=8 main_selfpatch.py --arch vit_small --data_path imagenet/train --output_dir runs/eight
     srun --ntasks-per-node=8 --gpus-per-node=8 python main_selfpatch.py ...                        # Slurm
 
-Run the same command again and it goes on from output_dir/checkpoint.pth.
+The same command again continues from output_dir/checkpoint.pth.
 """
 import argparse
 import importlib.util
-import json
 import os
 import shutil
-import sys
 from pathlib import Path
 
 import torch
 from torch import nn
-from torchvision.datasets import ImageFolder
 
-import utils
-from augmentations import DataAugmentationDINO, UnreadableImage  # noqa: F401 (people look for them here)
+from augmentations import DataAugmentationDINO, UnreadableImage  # noqa: F401 (DINO's users import it from here)
 from batchnorm import sync_batchnorms
 from data import CropLoader, build_dataset
+from distributed import Processes, init_distributed_mode, is_distributed, is_main_process, keep_freed_memory
 from engine import health_warnings, train_one_epoch
-from errors import run_main
+from errors import ArgumentParser, ConfigError, TrainingError, run_main
+from fused_loss import FusedDINOLoss
+from logger import RunLog
 from losses import DINOLoss
-from options import check_args, get_args_parser, images_per_step
-from selfpatch_head import MultiCropWrapper, SelfPatchHead
-from vision_transformer import ARCHS, DINOHead
+from optim import all_finite, build_optimizer
+from options import check_args, get_args_parser
+from selfpatch_head import MultiCropWrapper  # noqa: F401
+from training_run import TrainingRun, build_networks, build_schedules
+from utils import fix_random_seeds, restart_from_checkpoint, save_on_master
+
+# ----------------------------------------------------------------------------------------------------------------------
+# From options to what they mean on this machine
 
 
-def build_models(args: argparse.Namespace) -> tuple[MultiCropWrapper, MultiCropWrapper]:
-    """Student and teacher on args.device; the teacher is not yet a copy."""
-    def wrapper(drop_path_rate: float, norm_last_layer: bool) -> MultiCropWrapper:
-        backbone = ARCHS[args.arch](patch_size=args.patch_size, drop_path_rate=drop_path_rate)
-        heads = [DINOHead(backbone.embed_dim, out_dim, args.use_bn_in_head, norm_last_layer)
-                 for out_dim in (args.out_dim, args.out_dim_selfpatch)]
-        model = MultiCropWrapper(backbone, SelfPatchHead(backbone.embed_dim, backbone.num_heads, args.k_num), *heads)
-        if not args.patch_loss_weight:
-            model.p_head.requires_grad_(False)  # kept for the checkpoint's layout, but never run
-        if args.world_size > 1 and args.use_bn_in_head:
-            model = sync_batchnorms(model, args.device)
-        return model.to(args.device)
+def choose_augment(augment: str, device: torch.device) -> str:
+    """Where --augment auto augments: on the device, by benchmarks/data.py the faster place on CPUs too.
 
-    return wrapper(args.drop_path_rate, args.norm_last_layer), wrapper(0.0, True).requires_grad_(False)
+    MPS has not been measured, and stays with PIL.
+    """
+    if augment != "auto":
+        return augment
+    return "device" if device.type in ("cuda", "cpu") else "pil"
 
 
-def build_optimizer(args: argparse.Namespace, student: nn.Module) -> torch.optim.Optimizer:
-    groups = utils.get_params_groups(student)
-    if args.optimizer == "adamw":
-        return torch.optim.AdamW(groups, fused=args.device.type in ("cuda", "cpu"))
-    if args.optimizer == "sgd":
-        # not fused: that one stumbles over last layers whose momentum begins an epoch late
-        return torch.optim.SGD(groups, lr=0, momentum=0.9, foreach=True)
-    return utils.LARS(groups)
-
-
-def build_schedules(args: argparse.Namespace, steps: int) -> dict:
-    """Learning rate, weight decay and teacher momentum, one value an iteration, for epochs of so many steps."""
-    peak = args.lr * images_per_step(args) / 256
-    schedules = {"lr": utils.cosine_scheduler(peak, args.min_lr, args.epochs, steps, args.warmup_epochs),
-                 "wd": utils.cosine_scheduler(args.weight_decay, args.weight_decay_end, args.epochs, steps),
-                 "momentum": utils.cosine_scheduler(args.momentum_teacher, 1, args.epochs, steps)}
-    # plain floats: the optimiser's state takes them in, and numpy's would keep weights_only from reading it
-    return {name: values.tolist() for name, values in schedules.items()}
-
-
-def compiles(args: argparse.Namespace) -> bool:
-    """Whether --compile says so; auto: on CUDA, where there is what the compiler needs."""
-    if args.compile == "off" or (args.compile == "auto" and args.device.type != "cuda"):
-        return False
-    missing = ""
-    if not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
-        missing = "there is no C++ compiler here: install g++, or set CXX"
-    elif args.device.type == "cuda" and importlib.util.find_spec("triton") is None:
-        missing = "torch's Triton is not installed"
-    elif args.device.type == "cuda" and torch.cuda.get_device_capability(args.device) < (7, 0):
-        missing = "it needs a GPU of compute capability 7.0 or more"
-    if missing and args.compile == "on":
-        utils.fail(f"--compile on: {missing}")
-    if missing and utils.is_main_process():
-        print(f"not compiled, which is slower: {missing}")
-    return not missing
-
-
-def compile_parts(args: argparse.Namespace, *parts: nn.Module) -> None:
-    """Compile networks and loss in place: names in their state dicts stay."""
-    if args.checkpoint_activations:
-        torch._dynamo.config.optimize_ddp = False  # older torch cannot split a graph that has checkpoints in it
-    for part in parts:
-        part.compile(dynamic=False)  # the two resolutions never change
-
-
-def autocast_dtype(args: argparse.Namespace) -> torch.dtype:
-    """The precision of the networks' matrix products; float32 is no autocast at all."""
-    if args.precision == "fp16" and args.device.type == "mps":
-        utils.fail("--precision fp16 needs a GradScaler, which MPS has not: use fp32 or bf16")
-    if args.precision != "auto":
-        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.precision]
-    if not args.use_fp16 or args.device.type != "cuda":
+def choose_precision(precision: str, use_fp16: bool, device: torch.device) -> torch.dtype:
+    """Autocast's dtype for --precision and --use_fp16; float32 means no autocast."""
+    if precision == "fp16" and device.type == "mps":
+        raise ConfigError("--precision fp16 needs a GradScaler, which MPS does not have: use fp32 or bf16")
+    if precision != "auto":
+        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    if not use_fp16 or device.type != "cuda":
         return torch.float32
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
-def resume(path: Path, args: argparse.Namespace, **objects) -> int:
-    """Load what path has into the objects; the epoch to begin with."""
+def choose_compile(choice: str, device: torch.device) -> bool:
+    """Whether to compile, by --compile; auto does on CUDA, if the compiler has what it needs."""
+    if choice == "off" or (choice == "auto" and device.type != "cuda"):
+        return False
+    missing = ""
+    if not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
+        missing = "there is no C++ compiler here: install g++, or set CXX"
+    elif device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        missing = "torch's Triton is not installed"
+    elif device.type == "cuda" and torch.cuda.get_device_capability(device) < (7, 0):
+        missing = "it needs a GPU of compute capability 7.0 or more"
+    if missing and choice == "on":
+        raise ConfigError(f"--compile on: {missing}")
+    if missing and is_main_process():
+        print(f"not compiled, which is slower: {missing}")
+    return not missing
+
+
+def choose_loss(fused_loss: str, loss_class: type[DINOLoss] | None) -> type[DINOLoss]:
+    """The class of the loss, by --fused_loss; a class of the caller's own is used as it is."""
+    if loss_class is None:
+        return DINOLoss if fused_loss == "off" else FusedDINOLoss
+    if fused_loss == "on":
+        raise ConfigError(f"--fused_loss on: {loss_class.__name__} has no fused form, leave the option out")
+    return loss_class
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The job
+
+
+def images_per_step(args: argparse.Namespace, world_size: int) -> int:
+    """Images of one step of the optimiser, over all small batches and ranks."""
+    return args.batch_size_per_gpu * args.accum_steps * world_size
+
+
+def build_loader(args: argparse.Namespace, processes: Processes, compiled: bool) -> CropLoader:
+    dataset = build_dataset(args.data_path, args.global_crops_scale, args.local_crops_scale, args.local_crops_number,
+                            args.global_crops_size, args.local_crops_size,
+                            choose_augment(args.augment, processes.device))
+    if len(dataset) < images_per_step(args, processes.world_size):
+        raise ConfigError(
+            f"--data_path {args.data_path} has {len(dataset)} images, fewer than the "
+            f"{images_per_step(args, processes.world_size)} of one step ({args.batch_size_per_gpu} × "
+            f"{args.accum_steps} small batches × {processes.world_size} processes): lower --batch_size_per_gpu or "
+            "--accum_steps")
+    return CropLoader(dataset, args.batch_size_per_gpu, args.num_workers, processes.device, processes.rank,
+                      processes.world_size, args.seed, compiled)
+
+
+def build_run(args: argparse.Namespace, processes: Processes, steps_per_epoch: int, compiled: bool = False,
+              loss_class: type[DINOLoss] = FusedDINOLoss) -> TrainingRun:
+    """Networks, loss, optimiser and schedules of the options, at step 0, on the device."""
+    device, distributed = processes.device, processes.world_size > 1
+    networks = build_networks(args.arch, args.patch_size, args.out_dim, args.out_dim_selfpatch, args.k_num,
+                              args.norm_last_layer, args.use_bn_in_head, args.drop_path_rate,
+                              use_patches=args.patch_loss_weight > 0)
+    if distributed and args.use_bn_in_head:
+        networks = [sync_batchnorms(network, device) for network in networks]
+    student, teacher = (network.to(device) for network in networks)
+    student.backbone.checkpoint_activations = args.checkpoint_activations
+    dino_loss = loss_class(args.out_dim, args.out_dim_selfpatch, 2 + args.local_crops_number,
+                           args.warmup_teacher_temp, args.teacher_temp, args.warmup_teacher_temp_epochs, args.epochs,
+                           patch_loss_weight=args.patch_loss_weight).to(device)
+    optimizer = build_optimizer(student, args.optimizer)
+    if compiled:
+        if args.checkpoint_activations:
+            torch._dynamo.config.optimize_ddp = False  # older torch cannot split a graph that has checkpoints in it
+        # plain losses stay as they are: they would be compiled anew at every epoch
+        for part in (student, teacher, *[dino_loss] * isinstance(dino_loss, FusedDINOLoss)):
+            part.compile(dynamic=False)  # the two resolutions never change
+    if distributed:
+        student = nn.parallel.DistributedDataParallel(
+            student, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
+    schedules = build_schedules(args.epochs, steps_per_epoch,
+                                args.lr * images_per_step(args, processes.world_size) / 256, args.min_lr,
+                                args.warmup_epochs, args.weight_decay, args.weight_decay_end, args.momentum_teacher)
+    return TrainingRun(student, teacher, dino_loss, optimizer, schedules,
+                       choose_precision(args.precision, args.use_fp16, device), args.clip_grad,
+                       args.freeze_last_layer, args.accum_steps)
+
+
+def resume(run: TrainingRun, output_dir: str, world_size: int) -> None:
+    """Continue from output_dir/checkpoint.pth where there is one, on all ranks alike."""
     try:
-        start_epoch = utils.restart_from_checkpoint(path, **objects)
+        restart_from_checkpoint(Path(output_dir) / "checkpoint.pth", run)
     except ValueError as error:
-        utils.fail(f"{error}: give the options of that run, or another --output_dir")
-    if args.world_size > 1:
-        epochs = [0] * args.world_size
-        torch.distributed.all_gather_object(epochs, start_epoch)
+        raise ConfigError(f"{error}: give the options of that run, or another --output_dir") from None
+    if world_size > 1:
+        epochs = [0] * world_size
+        torch.distributed.all_gather_object(epochs, run.epoch)
         if len(set(epochs)) > 1:
-            utils.fail(f"the processes found checkpoints of different epochs ({sorted(set(epochs))}) in --output_dir "
-                       f"{args.output_dir}: it must be one folder that all machines share")
-    return start_epoch
+            raise ConfigError(f"the processes found checkpoints of different epochs ({sorted(set(epochs))}) in "
+                              f"--output_dir {output_dir}: it must be one folder that all machines share")
 
 
-def pretrain(args: argparse.Namespace) -> None:
+def pretrain(args: argparse.Namespace, loss_class: type[DINOLoss] | None = None) -> None:
     """Set up, resume, train, save."""
     check_args(args)
-    utils.init_distributed_mode(args)
-    dtype = autocast_dtype(args)
-    compiled = compiles(args)
-    loader = CropLoader(args, build_dataset(args), compiled)
-    utils.fix_random_seeds(args.seed)
+    loss_class = choose_loss(args.fused_loss, loss_class)
+    processes = init_distributed_mode(args.device, args.local_rank, args.port, args.dist_url)
+    compiled = choose_compile(args.compile, processes.device)
+    loader = build_loader(args, processes, compiled)
+    fix_random_seeds(args.seed)
     torch.backends.cudnn.benchmark = True
-    if args.device.type == "cpu":
-        utils.keep_freed_memory()
-
-    student, teacher = build_models(args)
-    student_alone = student
-    student.backbone.checkpoint_activations = args.checkpoint_activations
-    if args.world_size > 1:
-        student = nn.parallel.DistributedDataParallel(
-            student, device_ids=[args.device] if args.device.type == "cuda" else None, gradient_as_bucket_view=True)
-    teacher.load_state_dict(student_alone.state_dict())
-    dino_loss = DINOLoss(args.out_dim, args.out_dim_selfpatch, 2 + args.local_crops_number, args.warmup_teacher_temp,
-                         args.teacher_temp, args.warmup_teacher_temp_epochs, args.epochs,
-                         patch_loss_weight=args.patch_loss_weight).to(args.device)
-    if compiled:
-        compile_parts(args, student_alone, teacher, dino_loss)
-    optimizer = build_optimizer(args, student_alone)
-    scaler = torch.amp.GradScaler(args.device.type, enabled=dtype == torch.float16)
-    schedules = build_schedules(args, len(loader) // args.accum_steps)
+    if processes.device.type == "cpu":
+        keep_freed_memory()
+    run = build_run(args, processes, len(loader) // args.accum_steps, compiled, loss_class)
+    resume(run, args.output_dir, processes.world_size)
 
     output = Path(args.output_dir)
-    start_epoch = resume(output / "checkpoint.pth", args, student=student_alone, teacher=teacher, optimizer=optimizer,
-                         dino_loss=dino_loss, fp16_scaler=scaler)
-    announce(args, loader.dataset, student_alone, dtype, compiled, start_epoch)
-    log = RunLog(output, start_epoch, args.tensorboard) if utils.is_main_process() else None
-    for epoch in range(start_epoch, args.epochs):
+    if is_main_process():
+        print(start_line(args, processes, loader, run, compiled), flush=True)
+    log = RunLog(output, run.epoch, args.tensorboard) if is_main_process() else None
+    for epoch in range(run.epoch, args.epochs):
         # seeds that depend on the epoch alone: a resumed run draws what the uninterrupted one would have drawn
-        utils.fix_random_seeds(args.seed, args.rank, epoch)
+        fix_random_seeds(args.seed, processes.rank, epoch)
         loader.sampler.set_epoch(epoch)
-        stats = train_one_epoch(student, teacher, dino_loss, loader, optimizer, schedules, epoch, scaler, dtype, args)
-        if not utils.all_finite(student_alone):
-            sys.exit(f"the last step of epoch {epoch} made weights NaN or infinite, so they are not saved: "
-                     "the run goes on from the epoch before; try a smaller --lr or --clip_grad")
-        state = {"student": student.state_dict(), "teacher": teacher.state_dict(), "optimizer": optimizer.state_dict(),
-                 "epoch": epoch + 1, "args": plain_args(args), "dino_loss": dino_loss.state_dict(),
-                 "fp16_scaler": scaler.state_dict()}
-        utils.save_on_master(state, output / "checkpoint.pth")
+        stats = train_one_epoch(run, loader, args.log_every)
+        if not all_finite(run.student_module):
+            raise TrainingError(f"the last step of epoch {epoch} made weights NaN or infinite, so they are not saved: "
+                                "the same command continues from the epoch before; try a smaller --lr or --clip_grad")
+        state = run.state_dict() | {"args": plain_args(args, processes.world_size)}
+        save_on_master(state, output / "checkpoint.pth")
         if args.saveckp_freq and epoch % args.saveckp_freq == 0:
-            utils.save_on_master(state, output / f"checkpoint{epoch:04}.pth")
+            save_on_master(state, output / f"checkpoint{epoch:04}.pth")
         if log:
             log.write(stats, epoch)
-            for warning in health_warnings(stats, epoch, args):
+            for warning in health_warnings(stats, run.dino_loss, epoch >= args.warmup_epochs, args.batch_size_per_gpu):
                 print(f"warning: {warning}", flush=True)
     if log:
         print(f"done: {args.epochs} epochs, {output / 'checkpoint.pth'}")
 
 
-def train_dino(args: argparse.Namespace) -> None:
-    """The whole job, with the one error that only comes up on the way told in one line."""
+def train_dino(args: argparse.Namespace, loss_class: type[DINOLoss] | None = None) -> None:
+    """The whole job.
+
+    Args:
+        args: what get_args_parser gives.
+        loss_class: a subclass of DINOLoss to train with, in place of --fused_loss.
+
+    Raises:
+        ConfigError: options, data or machine do not fit together.
+        TrainingError: an image cannot be read, or a loss was not finite.
+    """
     try:
-        pretrain(args)
+        pretrain(args, loss_class)
     except UnreadableImage as error:
-        # a worker's error comes with its traceback, whose last line begins with the class
+        # a worker's error is a traceback, whose last line begins with the class
         line = str(error).splitlines()[-1].removeprefix("augmentations.UnreadableImage: ")
-        sys.exit(f"main_selfpatch.py: error: {line}")
+        raise TrainingError(line) from None
     finally:
-        if utils.is_distributed():
+        if is_distributed():
             torch.distributed.destroy_process_group()
 
 
-def announce(args: argparse.Namespace, dataset: ImageFolder, student: nn.Module, dtype: torch.dtype, compiled: bool,
-             start_epoch: int) -> None:
-    if utils.is_main_process():
-        small_batches = f" × {args.accum_steps}" if args.accum_steps > 1 else ""
-        size = sum(p.numel() for p in student.backbone.parameters()) / 1e6
-        print(f"{args.arch}/{args.patch_size} ({size:.1f} M parameters), {len(dataset)} images in "
-              f"{len(dataset.classes)} folders, {args.world_size} × {args.batch_size_per_gpu}{small_batches} images a "
-              f"step on {args.device.type} in {str(dtype).removeprefix('torch.')}"
-              f"{', compiled (the first steps take minutes)' if compiled else ''}; "
-              + (f"going on after epoch {start_epoch - 1}" if start_epoch else "starting anew"), flush=True)
+def start_line(args: argparse.Namespace, processes: Processes, loader: CropLoader, run: TrainingRun,
+               compiled: bool) -> str:
+    small_batches = f" × {args.accum_steps}" if args.accum_steps > 1 else ""
+    size = sum(p.numel() for p in run.student_module.backbone.parameters()) / 1e6
+    return (f"{args.arch}/{args.patch_size} ({size:.1f} M parameters), {len(loader.dataset)} images in "
+            f"{len(loader.dataset.classes)} folders, {processes.world_size} × {args.batch_size_per_gpu}"
+            f"{small_batches} images a step on {processes.device.type} in {str(run.dtype).removeprefix('torch.')}"
+            f"{', compiled (the first steps take minutes)' if compiled else ''}; "
+            + (f"resuming after epoch {run.epoch - 1}" if run.epoch else "starting from scratch"))
 
 
-def plain_args(args: argparse.Namespace) -> dict:
+def plain_args(args: argparse.Namespace, world_size: int) -> dict:
     """The options as plain values, which torch.load(weights_only=True) reads."""
-    return {name: str(value) if isinstance(value, (torch.device, Path)) else value
-            for name, value in vars(args).items()}
+    plain = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    return plain | {"world_size": world_size}
 
 
-class RunLog:
-    """log.txt, one JSON object a line and epoch, and TensorBoard curves where asked for."""
-
-    def __init__(self, output: Path, start_epoch: int, tensorboard: bool):
-        self.path, self.board = output / "log.txt", None
-        if self.path.is_file() and not self.path.read_text().endswith("\n"):
-            with open(self.path, "a") as file:  # a run that was killed while writing left half a line
-                file.write("\n")
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-            self.board = SummaryWriter(output / "tensorboard", purge_step=start_epoch)
-
-    def write(self, stats: dict[str, float], epoch: int) -> None:
-        with open(self.path, "a") as file:
-            file.write(json.dumps({f"train_{name}": value for name, value in stats.items()} | {"epoch": epoch}) + "\n")
-        if self.board:
-            for name, value in stats.items():
-                self.board.add_scalar(f"train/{name}", value, epoch)
-            self.board.flush()
-
-
-def main() -> None:
-    parser = utils.ArgumentParser(description=__doc__.split("\n\n")[0], parents=[get_args_parser()],
-                                  formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    train_dino(parser.parse_args())
+def main(loss_class: type[DINOLoss] | None = None) -> None:
+    """The command line, for a script with a loss of its own too: run_main(main, MyLoss)."""
+    parser = ArgumentParser(description=__doc__.split("\n\n")[0], parents=[get_args_parser()],
+                            formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    train_dino(parser.parse_args(), loss_class)
 
 
 if __name__ == "__main__":

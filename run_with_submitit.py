@@ -3,36 +3,35 @@
     python run_with_submitit.py --nodes 2 --ngpus 8 --partition gpu --arch vit_small --data_path imagenet/train \
         --output_dir /shared/runs/one
 
-The job is put back into the queue when its time is up and goes on from its last checkpoint.
+The job is requeued when its time is up, and continues from its last checkpoint.
 """
 import argparse
-import copy
 import os
 import sys
 from pathlib import Path
 
 import main_selfpatch
-import utils
+from errors import ArgumentParser, ConfigError, run_main
 
 
 def get_args() -> argparse.Namespace:
-    parser = utils.ArgumentParser(description=__doc__.split("\n\n")[0], parents=[main_selfpatch.get_args_parser()],
+    parser = ArgumentParser(description=__doc__.split("\n\n")[0], parents=[main_selfpatch.get_args_parser()],
                                   formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     group = parser.add_argument_group("Slurm")
-    group.add_argument("--ngpus", default=8, type=int, help="GPUs on each node, one process each; 0: one CPU process")
-    group.add_argument("--nodes", default=2, type=int, help="nodes; submitit's local executor knows one only")
-    group.add_argument("--timeout", default=2800, type=int, help="minutes, after which the job is queued again")
+    group.add_argument("--ngpus", default=8, type=int, help="GPUs per node, one process each; 0: one CPU process")
+    group.add_argument("--nodes", default=2, type=int, help="number of nodes; submitit's local executor uses one")
+    group.add_argument("--timeout", default=2800, type=int, help="minutes after which the job is requeued")
     group.add_argument("--partition", default="learnfair", help="Slurm's partition")
-    group.add_argument("--mem_gb_per_gpu", default=40, type=int, help="memory of the node for each GPU, in GB")
+    group.add_argument("--mem_gb_per_gpu", default=40, type=int, help="memory of a node per GPU, in GB")
     group.add_argument("--use_volta32", action="store_true", help="ask for V100s with 32 GB")
-    group.add_argument("--comment", default="", help="for Slurm's accounting")
-    group.add_argument("--cluster", default="slurm", choices=["slurm", "local"], help="local: start it here, to try it")
-    group.add_argument("--wait", action="store_true", help="stay until the job is done and say how it ended")
+    group.add_argument("--comment", default="", help="comment for Slurm's accounting")
+    group.add_argument("--cluster", default="slurm", choices=["slurm", "local"], help="local: run it here, as a trial")
+    group.add_argument("--wait", action="store_true", help="wait until the job ends, and report how")
     return parser.parse_args()
 
 
 class Trainer:
-    """The job that submitit pickles and runs in each process."""
+    """The callable that submitit pickles, and runs in each process."""
 
     def __init__(self, args: argparse.Namespace):
         self.args, self.code = args, str(Path(__file__).resolve().parent)
@@ -44,13 +43,13 @@ class Trainer:
         import main_selfpatch
 
         job = submitit.JobEnvironment()
-        # main_selfpatch reads the launcher's variables, which submitit's local executor does not set by itself
+        # main_selfpatch reads a launcher's variables, which submitit's local executor does not set
         os.environ.update(RANK=str(job.global_rank), WORLD_SIZE=str(job.num_tasks), LOCAL_RANK=str(job.local_rank))
         os.environ.setdefault("MASTER_ADDR", job.hostnames[0])
-        main_selfpatch.train_dino(copy.copy(self.args))  # which writes rank and device into it: checkpoint() must not
+        main_selfpatch.train_dino(self.args)
 
     def checkpoint(self):
-        """Called when the time is up: the same job again, which resumes by itself."""
+        """Called when the time is up: submit the same job again, which resumes from its checkpoint."""
         import submitit
 
         return submitit.helpers.DelayedSubmission(type(self)(self.args))
@@ -61,7 +60,7 @@ def main() -> None:
     try:
         import submitit
     except ImportError:
-        utils.fail("run_with_submitit.py needs submitit: pip install submitit")
+        raise ConfigError("run_with_submitit.py needs submitit: pip install submitit") from None
     main_selfpatch.check_args(args)
     folder = Path(args.output_dir).absolute()
     args.output_dir, args.data_path = str(folder), os.path.abspath(args.data_path)
@@ -78,4 +77,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

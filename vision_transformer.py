@@ -28,14 +28,17 @@ def init_weights(module: nn.Module) -> None:
 
 
 def add_branch(x: torch.Tensor, branch: Callable, drop_rate: float) -> torch.Tensor:
-    """x + branch(x) with stochastic depth, as timm's DropPath has it, computed for the samples that are not dropped."""
-    keep = 1 - drop_rate
-    kept = x.new_empty(len(x), 1, 1).bernoulli_(keep).flatten().nonzero()[:, 0]
-    return x.index_add(0, kept, branch(x.index_select(0, kept)).to(x.dtype), alpha=1 / keep)
+    """x + branch(x) with stochastic depth as in timm's DropPath, computed only for the samples that are kept."""
+    keep_prob = 1 - drop_rate
+    kept = x.new_empty(len(x), 1, 1).bernoulli_(keep_prob).flatten().nonzero()[:, 0]
+    return x.index_add(0, kept, branch(x.index_select(0, kept)).to(x.dtype), alpha=1 / keep_prob)
 
 
 def run_block(block: Block, tokens: torch.Tensor) -> torch.Tensor:
-    """A block on tokens [B, N, D]. A CPU leaves out what stochastic depth drops; a GPU would have to wait to know."""
+    """Apply a block to tokens [B, N, D].
+
+    On a CPU, samples that stochastic depth drops are not computed; on a GPU, choosing them would be a host sync.
+    """
     rate = getattr(block.drop_path1, "drop_prob", 0.0) if block.training else 0.0
     if not rate or tokens.device.type != "cpu" or torch.compiler.is_compiling():
         return block(tokens)
@@ -50,8 +53,8 @@ class VisionTransformer(nn.Module):
         img_size: side in pixels of the images that the position embedding is laid out for.
         patch_size: side of a patch in pixels.
         embed_dim, depth, num_heads, mlp_ratio, qkv_bias: the usual ones.
-        drop_path_rate: stochastic depth of the last block; it rises linearly from 0 in the first.
-        class_token, final_norm: what DINO's own and timm's ViTs have and SelfPatch's have not.
+        drop_path_rate: stochastic depth of the last block; the rate rises linearly from 0 in the first.
+        class_token, final_norm: as in DINO's and timm's ViTs; SelfPatch's backbone has neither.
     """
 
     def __init__(self, img_size: int = 224, patch_size: int = 16, in_chans: int = 3, embed_dim: int = 768,
@@ -61,7 +64,7 @@ class VisionTransformer(nn.Module):
         self.embed_dim = self.num_features = embed_dim
         self.patch_size, self.num_heads = patch_size, num_heads
         norm_layer = partial(nn.LayerNorm, eps=1e-6)
-        self.patch_embed = PatchEmbed(None, patch_size, in_chans, embed_dim)  # no fixed size: any image goes
+        self.patch_embed = PatchEmbed(None, patch_size, in_chans, embed_dim)  # no fixed image size
         num_patches = (img_size // patch_size) ** 2
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if class_token else None
         self.pos_embed = nn.Parameter(torch.zeros(1, num_patches + class_token, embed_dim))
@@ -73,7 +76,7 @@ class VisionTransformer(nn.Module):
         if class_token:
             trunc_normal_(self.cls_token, std=0.02)
         self.apply(init_weights)
-        self.checkpoint_activations = False  # keep each block's input only and compute it anew in the backward pass
+        self.checkpoint_activations = False  # True: store block inputs only, and recompute in the backward pass
 
     def grid_size(self, x: torch.Tensor) -> tuple[int, int]:
         """Rows and columns of patches in images x [B, 3, H, W]."""
@@ -86,7 +89,7 @@ class VisionTransformer(nn.Module):
         if grid == (side, side):
             return pos
         pos = pos.reshape(1, side, side, -1).permute(0, 3, 1, 2)
-        # DINO scales by a factor with 0.1 added, not to a size; released weights were trained on that sampling grid
+        # DINO resizes by a factor with 0.1 added, not to a size: released weights were trained on that sampling grid
         scale = tuple((n + 0.1) / side for n in grid)
         pos = F.interpolate(pos, scale_factor=scale, mode="bicubic", align_corners=False)
         assert pos.shape[-2:] == grid, f"position embedding came out as {tuple(pos.shape[-2:])}, not {grid}"
@@ -148,10 +151,10 @@ ARCHS = {"vit_tiny": vit_tiny, "vit_small": vit_small, "vit_base": vit_base,
 
 
 class WeightNormLinear(nn.Module):
-    """Linear layer without bias, rows of unit length times a gain (Salimans & Kingma 2016).
+    """Linear layer without bias whose rows are unit vectors times a gain (Salimans & Kingma 2016).
 
-    torch.nn.utils.parametrizations.weight_norm computes the same under other state-dict keys;
-    DINO's checkpoints have weight_g [out, 1] and weight_v [out, in].
+    State-dict keys are those of DINO's checkpoints, weight_g [out, 1] and weight_v [out, in], which
+    torch.nn.utils.parametrizations.weight_norm names differently.
     """
 
     def __init__(self, in_dim: int, out_dim: int):
@@ -161,7 +164,7 @@ class WeightNormLinear(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """[out, in], the rows that the forward multiplies by."""
+        """The normalised weight, [out, in]."""
         return torch._weight_norm(self.weight_v, self.weight_g, 0)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -169,24 +172,35 @@ class WeightNormLinear(nn.Module):
 
 
 class Logits(NamedTuple):
-    """Logits as the product that they are, not yet formed: 87,000 patches times 4,096 prototypes are much to hold.
+    """Logits in factored form, z · prototypesᵀ: dense ones for 87,000 patches × 4,096 prototypes take 1.4 GB.
 
-    z [..., bottleneck] are unit vectors, weight [out, bottleneck] the prototypes.
+    z [..., bottleneck] are unit vectors, prototypes [out, bottleneck] the rows of the last layer.
     """
     z: torch.Tensor
-    weight: torch.Tensor
+    prototypes: torch.Tensor
 
     def dense(self) -> torch.Tensor:
         """The logits themselves, [..., out]."""
-        return F.linear(self.z, self.weight)
+        return F.linear(self.z, self.prototypes)
+
+
+class CropLogits(NamedTuple):
+    """What a network predicts for V crops of B images, view by view.
+
+    image: [V·B, out_dim]. patches: [V_r·B, N_r, out_dim_selfpatch] for each run of V_r crops of one size; empty
+    without a patch loss.
+    """
+    image: Logits
+    patches: list[Logits]
 
 
 class DINOHead(nn.Module):
     """Projection to prototypes: MLP, L2 normalisation, weight-normalised Linear (Caron et al. 2021, Sec. 3.1).
 
     Args:
+        use_bn: BatchNorm after each hidden Linear.
         norm_last_layer: keep the prototypes at unit length (their gain is frozen at 1).
-        nlayers: Linear layers before the normalisation, the bottleneck's included.
+        nlayers: Linear layers before the normalisation, including the one to the bottleneck.
     """
 
     def __init__(self, in_dim: int, out_dim: int, use_bn: bool = False, norm_last_layer: bool = True,
@@ -206,12 +220,12 @@ class DINOHead(nn.Module):
         self.last_layer = WeightNormLinear(bottleneck_dim, out_dim)
         self.last_layer.weight_g.requires_grad_(not norm_last_layer)
 
-    def forward(self, x: torch.Tensor, dense: bool = True) -> torch.Tensor | Logits:
-        """Tokens [..., in_dim] -> logits [..., out_dim], or their factors where they are not to be dense.
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Tokens [..., in_dim] -> logits [..., out_dim]."""
+        return self.factors(x).dense()
 
-        BatchNorm counts every token of x alike.
-        """
+    def factors(self, x: torch.Tensor) -> Logits:
+        """The same logits in factored form. BatchNorm, if any, normalises over all tokens of x."""
         z = self.mlp(x.flatten(0, -2))
-        z = F.normalize(z.float(), dim=-1)  # its eps of 1e-12 would be 0 in half precision
-        z = z.unflatten(0, x.shape[:-1])
-        return self.last_layer(z) if dense else Logits(z, self.last_layer.weight)
+        z = F.normalize(z.float(), dim=-1)  # in float32: the eps of 1e-12 would be 0 in half precision
+        return Logits(z.unflatten(0, x.shape[:-1]), self.last_layer.weight)

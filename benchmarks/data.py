@@ -30,8 +30,8 @@ from pictures import make_images
 import data
 from augmentations import DataAugmentationDINO, load_rgb
 from device_augmentations import DeviceAugmentation, RandomCrops, load_uint8
-from options import get_args_parser
-from utils import fail, pick_device
+from distributed import pick_device
+from errors import ConfigError, run_main
 
 
 def find_images(folder: Path, count: int) -> list[str]:
@@ -39,7 +39,7 @@ def find_images(folder: Path, count: int) -> list[str]:
     paths = sorted(os.path.join(where, name) for where, _, names in os.walk(folder) for name in names
                    if is_image_file(name))
     if not paths:
-        fail(f"--data_path {folder} has no images in it: give a folder of images")
+        raise ConfigError(f"--data_path {folder} has no images in it: give a folder of images")
     return random.Random(0).sample(paths, min(count, len(paths)))
 
 
@@ -89,11 +89,9 @@ def loader_rates(folder: Path, args: argparse.Namespace, device: torch.device) -
     """Images a second, by the clock, of --augment pil and device, one value a round; a third of the batches warm up."""
     loaders = {}
     for augment in ("pil", "device"):
-        options = get_args_parser().parse_args(["--data_path", str(folder), "--augment", augment, "--num_workers",
-                                                str(args.workers), "--batch_size_per_gpu", str(args.batch_size)])
-        options.device, options.rank, options.world_size = device, 0, 1
-        loaders[f"{augment}, {args.workers} workers"] = data.CropLoader(options, data.build_dataset(options),
-                                                                        compiled=device.type == "cuda")
+        loaders[f"{augment}, {args.workers} workers"] = data.CropLoader(
+            data.build_dataset(folder, augment=augment), args.batch_size, args.workers, device,
+            compiled=device.type == "cuda")
     rates = {name: [] for name in loaders}
     for _ in tqdm(range(args.rounds), "loaders", leave=False):
         for name, loader in loaders.items():
@@ -105,7 +103,8 @@ def loader_rates(folder: Path, args: argparse.Namespace, device: torch.device) -
                 if number == batches - 1:
                     break
             if start is None or number == batches // 3:
-                fail(f"--data_path {folder} has {len(loader.dataset)} images, under 3 batches: lower --batch_size")
+                raise ConfigError(f"--data_path {folder} has {len(loader.dataset)} images, under 3 batches: "
+                                  "lower --batch_size")
             rates[name].append((number - batches // 3) * args.batch_size / (read_clock(device) - start))
     return rates
 
@@ -166,4 +165,4 @@ if __name__ == "__main__":
     parser.add_argument("--workers", type=int, default=0, help="also time the loader with so many workers")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
     parser.add_argument("--json", metavar="FILE", help="write the figures there as well")
-    main(parser.parse_args())
+    run_main(main, parser.parse_args())

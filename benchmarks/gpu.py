@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from pictures import make_images
 from train_step import PARTS as ORDERS
 
-from utils import fail
+from errors import ConfigError, TrainingError, run_main
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("tests", "step", *ORDERS, "no_compile", "checkpointed", "data", "jpegs", "davis", "davis_patch8")
@@ -120,11 +120,11 @@ def main() -> None:
     parser.add_argument("--data_path", type=Path, help="folder of class folders of images")
     args = parser.parse_args()
     if not torch.cuda.is_available():
-        fail("torch sees no CUDA GPU here: benchmarks/train_step.py, data.py and davis.py measure CPUs")
+        raise ConfigError("torch sees no CUDA GPU here: benchmarks/train_step.py, data.py and davis.py measure CPUs")
     args.output = args.output.resolve()
     args.output.mkdir(parents=True, exist_ok=True)
     if "jpegs" in args.only and (args.output / "run").exists():
-        fail(f"{args.output / 'run'} is there already, and training would go on from it: give another --output")
+        raise ConfigError(f"{args.output / 'run'} exists, and training would resume from it: give another --output")
     with tempfile.TemporaryDirectory() as folder:
         images = args.data_path and args.data_path.resolve()
         if not images and {"data", "jpegs"} & set(args.only):
@@ -134,8 +134,8 @@ def main() -> None:
         failed = [name for name in args.only if not run(name, jobs[name], args.output)]
     table(args.output)
     if failed:
-        sys.exit(f"failed: {', '.join(failed)}; what they said is in {args.output}")
+        raise TrainingError(f"failed: {', '.join(failed)}; their output is in {args.output}")
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -19,144 +19,67 @@ import time
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from published_order import PARTS, PlainBackbone, PlainHead, PlainLoss, fused_update, plain_update
+
 import engine
 import main_selfpatch as job
-import utils
-from losses import DINOLoss, Losses
+from distributed import init_distributed_mode, keep_freed_memory, peak_memory_gb, pick_device
+from errors import TrainingError, run_main
+from fused_loss import FusedDINOLoss
+from optim import get_params_groups
 from options import get_args_parser as pretraining_options
-from selfpatch_head import SelfPatchHead
-from vision_transformer import VisionTransformer
+from vision_transformer import ARCHS
 
-PARTS = ("backbone", "head", "loss", "update")
 GLOBAL, LOCAL = 224, 96
-
-
-# ---------------------------------------------------------------- the published order of work, part by part
-
-class PlainBackbone(VisionTransformer):
-    """Stochastic depth by multiplication with 0."""
-
-    def _run(self, block, tokens):
-        return block(tokens)
-
-
-class PlainHead(SelfPatchHead):
-    """Neighbours gathered before they are compared, keys and values projected after the gather."""
-
-    def forward(self, x, loc=False, grid=None, patches=True):
-        B, N, D = x.shape
-        c = self.summarise(x)
-        if not loc:
-            return self.norm(torch.cat([c, x], dim=1))
-        rows = torch.arange(N, device=x.device).view(grid)
-        around = [rows.roll((-dy, -dx), (0, 1)).flatten() for dy in (-1, 0, 1) for dx in (-1, 0, 1) if dy or dx]
-        neighbours = x[:, torch.stack(around, dim=1)]  # [B, N, 8, D]
-        unit, others = F.normalize(x.float(), dim=-1), F.normalize(neighbours.float(), dim=-1)
-        best = (others @ unit[..., None])[..., 0].topk(self.k_num, dim=-1).indices
-        positives = neighbours.gather(2, best[..., None].expand(-1, -1, -1, D)).flatten(0, 1)
-        return self.norm(torch.cat([c, self.summarise(positives).view(B, N, D)], dim=1))
-
-    def summarise(self, x):
-        """x [B, M, D] -> what the class token gathers from it, [B, 1, D]."""
-        c = self.cls_token.expand(len(x), -1, -1)
-        for block in self.cls_blocks:
-            u, heads = block.norm1(torch.cat([c, x], dim=1)), block.attn.num_heads
-            q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2)
-                       for t in (block.attn.q(u[:, :1]), block.attn.k(u), block.attn.v(u)))
-            weights = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(-1)
-            c = c + block.attn.proj((weights @ v).transpose(1, 2).flatten(2))
-            c = c + block.mlp(block.norm2(c))
-        return c
-
-
-class PlainLoss(DINOLoss):
-    """All logits formed, the teacher's of local images too, and compared pair by pair and view by view."""
-
-    def forward(self, student, teacher, epoch, last=True):
-        temp = float(self.teacher_temp_schedule[epoch])
-        (s_image, s_patch), (t_image, t_patch) = ((image.dense().float(), [p.dense().float() for p in patches])
-                                                  for image, patches in (student, teacher))
-        targets = ((t_image - self.center[0]) / temp).softmax(-1).chunk(self.ncrops)[:2]
-        views = (s_image / self.student_temp).chunk(self.ncrops)
-        pairs = [torch.sum(-q * F.log_softmax(s, dim=-1), dim=-1).mean()
-                 for a, q in enumerate(targets) for v, s in enumerate(views) if v != a]
-        patches, count = [], 0
-        for s, t in zip(s_patch, t_patch, strict=True):
-            q = ((t - self.patch_center) / temp).softmax(-1)
-            patches += [torch.sum(-one_q * F.log_softmax(one_s / self.student_temp, dim=-1), dim=-1).mean()
-                        for one_s, one_q in zip(s.chunk(count or 2), q.chunk(count or 2), strict=True)]
-            count = self.ncrops - 2
-        self.center.mul_(0.9).add_(t_image.mean(0), alpha=0.1)
-        self.patch_center.mul_(0.9).add_(torch.cat([t.flatten(0, 1) for t in t_patch]).mean(0), alpha=0.1)
-        image, patch = sum(pairs) / len(pairs), sum(patches) / len(patches)
-        return Losses(image + 0.1 * patch, image, patch, image.new_zeros(()), image.new_zeros(()))
-
-
-def plain_clip(model, clip):
-    for p in model.parameters():
-        if p.grad is not None:
-            factor = clip / (p.grad.norm().item() + 1e-6)
-            if factor < 1:
-                p.grad.mul_(factor)
-
-
-@torch.no_grad()
-def plain_ema(student, teacher, momentum):
-    for p, q in zip(student.parameters(), teacher.parameters(), strict=True):
-        q.mul_(momentum).add_((1 - momentum) * p)
 
 
 # ---------------------------------------------------------------- a way to step
 
 class Way:
-    """Networks, loss and optimiser of the job, with the parts named in plain in the published order."""
+    """The job's training run on synthetic crops, with the parts named in `plain` in the published order of work.
+
+    Args:
+        plain: None for the job's own step, [] for all parts as published, or some of PARTS.
+    """
 
     def __init__(self, args: argparse.Namespace, plain: list[str] | None):
         self.plain = PARTS if plain == [] else plain or ()
-        self.options = pretraining_options().parse_args([
-            "--arch", args.arch, "--patch_size", str(args.patch_size), "--batch_size_per_gpu", str(args.batch_size),
-            "--local_crops_number", str(args.local_crops_number), "--precision", args.precision,
-            "--compile", args.compile, "--device", args.device])
-        options = self.options
+        options = self.options(args, as_published=plain == [])
         if not self.plain and args.device != "cuda":
-            utils.keep_freed_memory()
-        options.checkpoint_activations = args.checkpoint_activations and not self.plain
-        utils.init_distributed_mode(options)
-        if plain == []:
-            options.compile = "off"
-            if options.device.type == "cuda" and args.precision == "auto":
-                options.precision = "fp16"
-            if options.device.type == "cpu":
-                options.precision = "fp32"
-        self.device, self.dtype = options.device, job.autocast_dtype(options)
+            keep_freed_memory()
+        processes = init_distributed_mode(options.device)
+        self.device, self.compiled = processes.device, job.choose_compile(options.compile, processes.device)
         torch.manual_seed(0)
-        self.student, self.teacher = job.build_models(options)
-        self.teacher.load_state_dict(self.student.state_dict())
-        self.student.backbone.checkpoint_activations = options.checkpoint_activations
-        for model in (self.student, self.teacher):
+        self.run = job.build_run(options, processes, 1000, self.compiled,
+                                 PlainLoss if "loss" in self.plain else FusedDINOLoss)
+        for model in (self.run.student, self.run.teacher):
             if "backbone" in self.plain:  # attention weights formed whole, dropped samples computed
                 for block in model.backbone.blocks:
                     block.attn.fused_attn = False
                 model.backbone.__class__ = PlainBackbone
             if "head" in self.plain:
                 model.ca_head.__class__ = PlainHead
-        crops = 2 + options.local_crops_number
-        kind = PlainLoss if "loss" in self.plain else DINOLoss
-        self.loss = kind(options.out_dim, options.out_dim_selfpatch, crops, 0.04, 0.04, 0, 1).to(self.device)
-        self.compiled = job.compiles(options)
-        if self.compiled:
-            job.compile_parts(options, self.student, self.teacher, self.loss)
-        plain_update = "update" in self.plain
-        self.optimizer = (torch.optim.AdamW(utils.get_params_groups(self.student)) if plain_update
-                          else job.build_optimizer(options, self.student))
-        self.clip, self.ema = (plain_clip, plain_ema) if plain_update else (utils.clip_gradients, utils.update_teacher)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        if "update" in self.plain:
+            self.run.optimizer = torch.optim.AdamW(get_params_groups(self.run.student))
+        self.update = plain_update if "update" in self.plain else fused_update
         torch.manual_seed(1)
         self.crops = [torch.randn(args.batch_size, 3, size, size, device=self.device)
-                      for size in [GLOBAL] * 2 + [LOCAL] * (crops - 2)]
+                      for size in [GLOBAL] * 2 + [LOCAL] * options.local_crops_number]
+
+    def options(self, args: argparse.Namespace, as_published: bool) -> argparse.Namespace:
+        """The job's options; as published: not compiled, in float16 on a GPU."""
+        options = pretraining_options().parse_args([
+            "--arch", args.arch, "--patch_size", str(args.patch_size), "--batch_size_per_gpu", str(args.batch_size),
+            "--local_crops_number", str(args.local_crops_number), "--precision", args.precision,
+            "--compile", args.compile, "--device", args.device, "--freeze_last_layer", "0"])
+        options.checkpoint_activations = args.checkpoint_activations and not self.plain
+        if as_published:
+            options.compile = "off"
+            on_gpu = pick_device(args.device).type == "cuda"
+            options.precision = "fp32" if not on_gpu else "fp16" if args.precision == "auto" else args.precision
+        return options
 
     def wait(self) -> float:
         if self.device.type == "cuda":
@@ -164,52 +87,51 @@ class Way:
         return time.perf_counter()
 
     def step(self) -> float:
-        """Seconds of a whole step: the job's own, unless a part is as published. On a GPU the mean of five steps, as
-        training does not wait between them either."""
+        """Seconds of a whole step, the job's own unless a part is as published. On a GPU the mean of five steps,
+        since training does not wait between them either."""
         steps = 5 if self.device.type == "cuda" else 1
         start = self.wait()
         for _ in range(steps):
             if self.plain:
                 self.staged(lambda _: None)
             else:
-                engine.train_step(self.student, self.teacher, self.loss, self.optimizer, [self.crops], 0, 0.996, 3.0,
-                                  0, self.dtype, self.scaler)
+                engine.train_step(self.run, [self.crops])
         return (self.wait() - start) / steps
 
-    def forget_peak(self) -> None:
-        """Begin peak memory anew, where that can be: on a GPU."""
+    def reset_peak(self) -> None:
+        """Start measuring peak memory from here, where that is possible: on a GPU."""
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
 
     def staged(self, mark) -> float:
         """The step in pieces, mark(name) being called after each; the loss."""
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+        run = self.run
+        run.optimizer.zero_grad(set_to_none=True)
+        run.set_rates()
+        with torch.autocast(self.device.type, run.dtype, enabled=run.dtype != torch.float32):
             with torch.no_grad():
-                targets = self.teacher(self.crops, loc=True)
+                targets = run.teacher.targets(self.crops)
             mark("teacher")
-            output = self.student(self.crops)
+            output = run.student(self.crops)
             mark("student")
-            loss = self.loss(output, targets, 0).total
-            mark("loss")
-        self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()
+            loss = run.dino_loss(output, targets, 0).total
+        run.dino_loss.update_centers([run.dino_loss.batch_means(targets)])
+        mark("loss")
+        run.scaler.scale(loss).backward()
         mark("backward")
-        self.scaler.unscale_(self.optimizer)
-        self.clip(self.student, 3.0)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        mark("clip, step")
-        self.ema(self.student, self.teacher, 0.996)
-        mark("teacher's move")
+        run.scaler.unscale_(run.optimizer)
+        self.update(run)
+        mark("update")
+        run.step += 1
         return loss
 
     def first_loss(self) -> float:
-        """Of a step that all ways begin with, on the same crops and draws."""
+        """The loss of a first step that all ways take, on the same crops and random draws."""
         torch.manual_seed(1)
         return self.staged(lambda _: None).item()
 
     def stages(self) -> dict[str, float]:
-        """Seconds by stage, the device's queue emptied after each."""
+        """Seconds by stage, waiting for the device after each."""
         seconds, last = {}, self.wait()
 
         def mark(name):
@@ -221,21 +143,21 @@ class Way:
 
     def matrix_rate(self) -> float:
         """FLOP/s of a large product in this way's precision: the best of several."""
-        n = 8192 if self.device.type == "cuda" else 2048
-        a, b = (torch.randn(n, n, device=self.device, dtype=self.dtype) for _ in range(2))
+        n, repeats = (8192, 10) if self.device.type == "cuda" else (2048, 1)
+        a, b = (torch.randn(n, n, device=self.device, dtype=self.run.dtype) for _ in range(2))
         best = float("inf")
         for _ in range(6):
             start = self.wait()
-            for _ in range(10 if self.device.type == "cuda" else 1):
+            for _ in range(repeats):
                 a @ b
-            best = min(best, (self.wait() - start) / (10 if self.device.type == "cuda" else 1))
+            best = min(best, (self.wait() - start) / repeats)
         return 2 * n ** 3 / best
 
     def peak_memory(self) -> float:
-        return utils.peak_memory_gb(self.device)
+        return peak_memory_gb(self.device)
 
     def describe(self) -> str:
-        return (f"{self.device.type} in {str(self.dtype).removeprefix('torch.')}"
+        return (f"{self.device.type} in {str(self.run.dtype).removeprefix('torch.')}"
                 f"{', compiled' if self.compiled else ''}"
                 f"{', as published: ' + ', '.join(self.plain) if self.plain else ''}")
 
@@ -256,7 +178,7 @@ def flops_per_image(backbone: torch.nn.Module, local_crops: int) -> float:
 # ---------------------------------------------------------------- processes that take turns
 
 def serve(pipe, args: argparse.Namespace, plain: list[str] | None) -> None:
-    """A way in a process of its own, which does what it is told by the method's name."""
+    """A way in a process of its own, which runs the methods whose names arrive."""
     way = Way(args, plain)
     while order := pipe.recv():
         pipe.send(getattr(way, order)())
@@ -275,7 +197,7 @@ def start(args: argparse.Namespace, plain: list[str] | None):
         try:
             return pipe.recv() if order else process.join()
         except EOFError:
-            sys.exit("a way's process has ended; its error stands above")
+            raise TrainingError("a way's process has ended; see its error above") from None
     return ask
 
 
@@ -289,12 +211,12 @@ def measure(args: argparse.Namespace) -> dict[str, dict]:
         print(f"{name}: {results[name]['way']}; loss of the first step {results[name]['first_loss']:.5f}", flush=True)
         for _ in range(args.warmup):
             ask("step")
-        ask("forget_peak")
+        ask("reset_peak")
     for _ in range(args.steps):
         for name, ask in ways.items():
             time.sleep(0.3)  # the other way's threads spin for a while after their work
             seconds[name].append(ask("step"))
-    backbone = job.ARCHS[args.arch](args.patch_size)
+    backbone = ARCHS[args.arch](args.patch_size)
     flops = flops_per_image(backbone, args.local_crops_number)
     for name, ask in ways.items():
         memory, median = ask("peak_memory"), statistics.median(seconds[name])
@@ -324,7 +246,7 @@ def show(results: dict[str, dict]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--arch", default="vit_small", choices=list(job.ARCHS))
+    parser.add_argument("--arch", default="vit_small", choices=list(ARCHS))
     parser.add_argument("--patch_size", default=16, type=int)
     parser.add_argument("--batch_size", default=4, type=int)
     parser.add_argument("--local_crops_number", default=8, type=int)
@@ -349,4 +271,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

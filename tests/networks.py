@@ -1,10 +1,49 @@
-"""A small network for tests that need no figures of the published one."""
+"""Small networks for tests that need no figures of the published one."""
+from functools import partial
+
+import torch
+
+from losses import DINOLoss
+from optim import build_optimizer
 from selfpatch_head import MultiCropWrapper, SelfPatchHead
-from vision_transformer import DINOHead, VisionTransformer
+from training_run import Schedules, TrainingRun
+from vision_transformer import ARCHS, DINOHead, VisionTransformer
 
 
-def small_wrapper(patch_size=8, use_bn=False, drop_path_rate=0.0):
+def small_wrapper(patch_size=8, use_bn=False, drop_path_rate=0.0, use_patches=True):
     """A MultiCropWrapper 24 wide, 2 deep, of 12 image and 10 patch prototypes, for crops of 32 pixels."""
     backbone = VisionTransformer(32, patch_size, embed_dim=24, depth=2, num_heads=3, drop_path_rate=drop_path_rate)
     heads = (DINOHead(24, out_dim, use_bn, hidden_dim=16, bottleneck_dim=8) for out_dim in (12, 10))
-    return MultiCropWrapper(backbone, SelfPatchHead(24, 3), *heads)
+    return MultiCropWrapper(backbone, SelfPatchHead(24, 3), *heads, use_patches)
+
+
+def constant_run(student, teacher, dino_loss: DINOLoss, optimizer="sgd", lr=0.1, weight_decay=0.0, momentum=0.9,
+                 steps_per_epoch=1, freeze_last_layer=0, **kwargs) -> TrainingRun:
+    """A TrainingRun whose schedules are constants."""
+    if isinstance(optimizer, str):
+        optimizer = build_optimizer(student, optimizer)
+    schedules = Schedules(10, steps_per_epoch, lambda _: lr, lambda _: weight_decay, lambda _: momentum)
+    return TrainingRun(student, teacher, dino_loss, optimizer, schedules, freeze_last_layer=freeze_last_layer, **kwargs)
+
+
+def shrink_job(patch, width=24, depth=3, hidden_dim=32, bottleneck_dim=16):
+    """Give the pretraining job a narrow, shallow vit_tiny and narrow heads, by a MonkeyPatch."""
+    patch.setitem(ARCHS, "vit_tiny", partial(VisionTransformer, embed_dim=width, depth=depth, num_heads=3))
+    patch.setattr("training_run.DINOHead", partial(DINOHead, hidden_dim=hidden_dim, bottleneck_dim=bottleneck_dim))
+
+
+def assert_same(ours, other, where="checkpoint"):
+    """Equal to the bit, through dicts and lists."""
+    assert type(ours) is type(other), where
+    if isinstance(ours, dict):
+        assert ours.keys() == other.keys(), where
+        for key in ours:
+            assert_same(ours[key], other[key], f"{where}.{key}")
+    elif isinstance(ours, list):
+        assert len(ours) == len(other), where
+        for i, (a, b) in enumerate(zip(ours, other, strict=True)):
+            assert_same(a, b, f"{where}[{i}]")
+    elif isinstance(ours, torch.Tensor):
+        assert torch.equal(ours, other), where
+    else:
+        assert ours == other, where

@@ -2,25 +2,18 @@
 import pytest
 import torch
 
-from data import CropLoader, augments_on_device, build_dataset, prefetch
-from main_selfpatch import get_args_parser
+from data import CropLoader, build_dataset, prefetch
+from main_selfpatch import choose_augment
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")
 
 
-def options(*words):
-    return get_args_parser().parse_args(["--global_crops_size", "48", "--local_crops_size", "48", "--num_workers", "0",
-                                         "--local_crops_number", "1", "--batch_size_per_gpu", "4", *map(str, words)])
-
-
-def test_ranks_share_the_images_out_and_epochs_shuffle_them(image_folder):
+def test_ranks_share_the_images_and_epochs_shuffle_them(image_folder):
     def paths(rank, epoch):
-        args = options("--data_path", image_folder, "--seed", 3)
-        args.world_size, args.rank, args.device = 2, rank, torch.device("cpu")
-        dataset = build_dataset(args)
+        dataset = build_dataset(image_folder)
         dataset.transform = torch.nn.Identity()
         dataset.loader = str
-        loader = CropLoader(args, dataset)
+        loader = CropLoader(dataset, batch_size=4, rank=rank, world_size=2, seed=3)
         loader.sampler.set_epoch(epoch)
         return [path for batch, _ in loader.batches for path in batch]
 
@@ -31,21 +24,17 @@ def test_ranks_share_the_images_out_and_epochs_shuffle_them(image_folder):
 
 
 @pytest.mark.parametrize("device, augment, expected", [
-    ("cuda", "auto", True), ("cpu", "auto", True), ("mps", "auto", False), ("cuda", "pil", False),
-    ("cpu", "pil", False), ("mps", "device", True)])
+    ("cuda", "auto", "device"), ("cpu", "auto", "device"), ("mps", "auto", "pil"), ("cuda", "pil", "pil"),
+    ("cpu", "pil", "pil"), ("mps", "device", "device")])
 def test_where_crops_are_augmented(device, augment, expected):
-    args = options("--augment", augment)
-    args.device = torch.device(device)
-    assert augments_on_device(args) is expected
+    assert choose_augment(augment, torch.device(device)) == expected
 
 
 @pytest.mark.parametrize("augment", ["pil", "device"])
 def test_loader_gives_normalised_crops(image_folder, augment):
-    """Views in order, of their sizes, in the range that normalisation leaves."""
-    args = options("--data_path", image_folder, "--augment", augment, "--local_crops_number", 3,
-                   "--local_crops_size", 64)
-    args.world_size, args.rank, args.device = 1, 0, torch.device("cpu")
-    loader = CropLoader(args, build_dataset(args))
+    """Views in order, of their sizes, with values in the range that normalisation gives."""
+    loader = CropLoader(build_dataset(image_folder, local_crops_number=3, global_crops_size=48, local_crops_size=64,
+                                      augment=augment), batch_size=4)
     batches = list(loader)
     assert len(batches) == len(loader) == 3
     for crops in batches:
@@ -54,11 +43,10 @@ def test_loader_gives_normalised_crops(image_folder, augment):
     assert not torch.equal(batches[0][0], batches[0][1])
 
 
-
 def test_prefetch_gives_every_batch_once_and_in_order():
     batches = [[torch.full((2,), i), torch.full((3,), -i)] for i in range(5)]
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
-        side = torch.cuda.Stream() if device == "cuda" else None
-        found = [[crop.tolist() for crop in crops] for crops in prefetch(iter(batches), torch.device(device), side)]
+        stream = torch.cuda.Stream() if device == "cuda" else None
+        found = [[crop.tolist() for crop in crops] for crops in prefetch(iter(batches), torch.device(device), stream)]
         assert found == [[crop.tolist() for crop in crops] for crops in batches]
-        assert list(prefetch([], torch.device(device), side)) == []
+        assert list(prefetch([], torch.device(device), stream)) == []

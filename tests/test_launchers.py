@@ -9,23 +9,23 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from golden_rules import set_weights
-from networks import small_wrapper
+from networks import constant_run, small_wrapper
 from torch import nn
 
-import utils
 from batchnorm import sync_batchnorms
 from checkpoints import load_backbone
 from engine import train_step
+from fused_loss import FusedDINOLoss
 from losses import DINOLoss
-from main_selfpatch import MultiCropWrapper
-from selfpatch_head import SelfPatchHead
+from optim import get_params_groups
+from selfpatch_head import MultiCropWrapper, SelfPatchHead
 from vision_transformer import DINOHead, vit_tiny
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.slow
 
 
-def run_step(batch, use_bn, accum_steps=1, compiled=False, rank=0, world_size=1):
+def run_step(batch, use_bn=False, accum_steps=1, compiled=False, loss_class=FusedDINOLoss, rank=0, world_size=1):
     """One SGD step on this rank's share of the batch: losses, centres, gradients and BatchNorm's statistics."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -37,22 +37,28 @@ def run_step(batch, use_bn, accum_steps=1, compiled=False, rank=0, world_size=1)
 
     student, teacher = wrapper(), wrapper().requires_grad_(False)
     model = nn.parallel.DistributedDataParallel(student, gradient_as_bucket_view=True) if world_size > 1 else student
-    dino_loss = DINOLoss(12, 10, 4, 0.04, 0.04, 0, 1)
+    dino_loss = loss_class(12, 10, 4)
     for part in (student, teacher, dino_loss) if compiled else ():
         part.compile(dynamic=False, backend="aot_eager")
-    optimizer = torch.optim.SGD(utils.get_params_groups(student), lr=0.1)
+    run = constant_run(model, teacher, dino_loss, torch.optim.SGD(get_params_groups(student)), clip_grad=0,
+                       accum_steps=accum_steps)
     share = [crop.chunk(world_size)[rank].chunk(accum_steps) for crop in batch]
-    losses = train_step(model, teacher, dino_loss, optimizer, zip(*share, strict=True), epoch=0, momentum=0.9,
-                        clip_grad=0, freeze_last_layer=0, accum_steps=accum_steps)
+    losses = train_step(run, zip(*share, strict=True))
     return {"losses": torch.stack(losses[:3]), "centres": dino_loss.state_dict(), "weights": student.state_dict(),
             "buffers": dict(student.named_buffers()),
             "grads": {name: p.grad for name, p in student.named_parameters() if p.grad is not None}}
 
 
-def worker(rank, world_size, port, batch, use_bn, accum_steps, compiled, folder):
+CASES = {"fused": {}, "plain": {"loss_class": DINOLoss}, "BatchNorm": {"use_bn": True},
+         "small batches": {"accum_steps": 2}, "plain, small batches": {"loss_class": DINOLoss, "accum_steps": 2},
+         "compiled, small batches": {"accum_steps": 2, "compiled": True}}
+
+
+def worker(rank, world_size, port, batch, folder):
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     torch.distributed.init_process_group("gloo")
-    torch.save(run_step(batch, use_bn, accum_steps, compiled, rank, world_size), f"{folder}/{rank}.pth")
+    for case, options in CASES.items():
+        torch.save(run_step(batch, **options, rank=rank, world_size=world_size), f"{folder}/{case}.{rank}.pth")
     torch.distributed.destroy_process_group()
 
 
@@ -63,12 +69,20 @@ def free_port():
         return str(s.getsockname()[1])
 
 
-@pytest.mark.parametrize("use_bn, accum_steps, compiled", [
-    (False, 1, False), (True, 1, False), (False, 2, False), (False, 2, True)])
-def test_two_processes_equal_one_with_all_the_images(tmp_path, use_bn, accum_steps, compiled):
-    batch = [torch.randn(4, 3, size, size) for size in (32, 32, 24, 24)]
-    mp.spawn(worker, (2, free_port(), batch, use_bn, accum_steps, compiled, str(tmp_path)), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pth") for rank in (0, 1))
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    """The batch, and the folder of what two processes made of it in every case."""
+    torch.manual_seed(0)
+    batch, folder = [torch.randn(4, 3, size, size) for size in (32, 32, 24, 24)], tmp_path_factory.mktemp("ranks")
+    mp.spawn(worker, (2, free_port(), batch, str(folder)), nprocs=2)
+    return batch, folder
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_equal_one_with_all_the_images(two_processes, case):
+    batch, folder = two_processes
+    first, second = (torch.load(folder / f"{case}.{rank}.pth") for rank in (0, 1))
+    use_bn = CASES[case].get("use_bn", False)
     one = run_step(batch, use_bn)
     torch.testing.assert_close((first["losses"] + second["losses"]) / 2, one["losses"], rtol=1e-5, atol=1e-6)
     assert set(first["grads"]) == set(one["grads"])

@@ -8,15 +8,17 @@ from selfpatch_head import MultiCropWrapper, SelfPatchHead, positive_matching
 from vision_transformer import DINOHead, vit_tiny
 
 
-@pytest.mark.parametrize("key, n, k, loc", [
-    ("loc_k1_n196", 196, 1, True), ("loc_k4_n196", 196, 4, True), ("loc_k8_n196", 196, 8, True),
-    ("loc_k1_n36", 36, 1, True), ("loc_k4_n36", 36, 4, True), ("loc_k8_n36", 36, 8, True),
-    ("noloc_n196", 196, 4, False), ("noloc_n36", 36, 4, False)])
+@pytest.mark.parametrize("fast", [True, False], ids=["fast", "plain"])
+@pytest.mark.parametrize("key, n, k", [
+    ("loc_k1_n196", 196, 1), ("loc_k4_n196", 196, 4), ("loc_k8_n196", 196, 8), ("loc_k1_n36", 36, 1),
+    ("loc_k4_n36", 36, 4), ("loc_k8_n36", 36, 8), ("noloc_n196", 196, 4), ("noloc_n36", 36, 4)])
 @torch.no_grad()
-def test_golden_selfpatch_head(key, n, k, loc):
+def test_golden_selfpatch_head(key, n, k, fast):
     golden = load("selfpatch_head.npz")
     head = set_weights(SelfPatchHead(192, 3, k), golden["salt"]).eval()
-    out = head(rand(n, 2, n, 192, salt=golden["salt"]), loc=loc)
+    head.fast = fast
+    x = rand(n, 2, n, 192, salt=golden["salt"])
+    out = head(x) if key.startswith("noloc") else head.targets(x)
     assert_close(out[:, ::3] if n == 196 else out, golden[key])
 
 
@@ -56,12 +58,27 @@ def test_aggregation_is_class_attention_over_the_positives_alone():
     torch.manual_seed(0)
     head, grid = SelfPatchHead(24, 3, 4).eval(), (5, 9)
     x = torch.randn(2, 45, 24)
-    targets = head(x, loc=True, grid=grid)
+    targets = head.targets(x, grid)
     positives = positive_matching(x, grid, 4)
     for patch in (0, 8, 22, 44):
         own = torch.stack([x[b, positives[b, patch]] for b in range(2)])
         torch.testing.assert_close(targets[:, 1 + patch], head(own)[:, 0])
     torch.testing.assert_close(targets[:, 0], head(x)[:, 0])
+
+
+def test_fast_and_plain_forms_are_the_same():
+    """Outputs, and gradients of the input and of every parameter, of the student's and of the teacher's call."""
+    torch.manual_seed(0)
+    head, x = set_weights(SelfPatchHead(24, 3, 4), salt=0), torch.randn(2, 45, 24, requires_grad=True)
+    for call in (head, lambda x: head.targets(x, (5, 9)), head.image_token):
+        outputs, gradients = [], []
+        for head.fast in (True, False):
+            outputs.append(call(x))
+            leaves = [x, *head.parameters()]
+            gradients.append(torch.autograd.grad(outputs[-1].square().mean(), leaves, allow_unused=True))
+        torch.testing.assert_close(*outputs)
+        for fast, plain in zip(*gradients, strict=True):
+            torch.testing.assert_close(fast, plain, rtol=1e-4, atol=1e-6)
 
 
 @torch.no_grad()
@@ -81,7 +98,7 @@ def test_k_num_out_of_range(k):
 @pytest.mark.parametrize("n, grid", [(16, (2, 8)), (16, (4, 3)), (4, None), (15, None)])
 def test_grid_too_small_or_wrong(n, grid):
     with pytest.raises(ValueError, match="grid"):
-        SelfPatchHead(24, 3)(torch.randn(1, n, 24), loc=True, grid=grid)
+        SelfPatchHead(24, 3).targets(torch.randn(1, n, 24), grid)
 
 
 def dense(output):
@@ -105,37 +122,39 @@ def test_wrapper_state_dict():
     assert {k: tuple(v.shape) for k, v in wrapper.state_dict().items()} == expected
 
 
-@pytest.mark.parametrize("loc", [False, True])
+@pytest.mark.parametrize("call", [MultiCropWrapper.forward, MultiCropWrapper.targets], ids=["student", "teacher"])
 @torch.no_grad()
-def test_wrapper_batches_each_resolution(loc):
+def test_wrapper_batches_each_resolution(call):
     torch.manual_seed(0)
     wrapper = small_wrapper().eval()
     crops = [torch.randn(2, 3, s, w) for s, w in ((32, 32), (32, 32), (24, 40), (24, 40), (24, 40))]
     sizes = []
     wrapper.backbone.register_forward_pre_hook(lambda _, inputs: sizes.append(tuple(inputs[0].shape)))
-    image, patches = dense(wrapper(crops, loc))
+    image, patches = dense(call(wrapper, crops))
     assert sizes == [(4, 3, 32, 32), (6, 3, 24, 40)]
     assert image.shape == (10, 12) and [tuple(p.shape) for p in patches] == [(4, 16, 10), (6, 15, 10)]
     for view, crop in enumerate(crops):
-        one_image, one_patches = dense(wrapper([crop], loc))
+        one_image, one_patches = dense(call(wrapper, [crop]))
         torch.testing.assert_close(image[2 * view:2 * view + 2], one_image)
         part = patches[0][2 * view:2 * view + 2] if view < 2 else patches[1][2 * view - 4:2 * view - 2]
         torch.testing.assert_close(part, one_patches[0])
 
 
 def test_wrapper_without_patches_does_no_patch_work(monkeypatch):
-    wrapper = small_wrapper()
+    """DINO's teacher sees the two global crops only."""
+    wrapper, full = small_wrapper(use_patches=False), small_wrapper()
+    full.load_state_dict(wrapper.state_dict())
+    crops = [torch.randn(2, 3, 32, 32)] * 2 + [torch.randn(2, 3, 24, 24)]
+    expected = full(crops).image.dense()
     monkeypatch.setattr("selfpatch_head.positive_matching", lambda *_: pytest.fail("matched patches"))
-    wrapper.p_head.register_forward_pre_hook(lambda *_: pytest.fail("ran the patch head"))
-    wrapper.ca_head.norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[1]))
-    seen, crops = [], [torch.randn(2, 3, 32, 32)] * 2
-    reference = small_wrapper()
-    reference.load_state_dict(wrapper.state_dict())
-    for loc in (False, True):
-        image, patches = wrapper(crops, loc, patches=False)
+    monkeypatch.setattr(wrapper.p_head, "factors", lambda _: pytest.fail("ran the patch head"))
+    normalised = []
+    wrapper.ca_head.norm.register_forward_pre_hook(lambda _, inputs: normalised.append(tuple(inputs[0].shape)))
+    for call, views in ((wrapper, 3), (wrapper.targets, 2)):
+        image, patches = call(crops)
         assert patches == []
-        torch.testing.assert_close(image.dense(), reference(crops)[0].dense())
-    assert seen == [1, 1]
+        torch.testing.assert_close(image.dense(), expected[:2 * views])
+    assert normalised == [(4, 1, 24), (2, 1, 24), (4, 1, 24)]
 
 
 def test_batchnorm_counts_all_tokens_of_a_forward():

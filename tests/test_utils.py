@@ -1,6 +1,7 @@
-"""Schedules and LARS against the published figures; clipping, freezing, logging, processes' environment, safe files."""
-import argparse
+"""Schedules and LARS against the published figures; clipping, freezing, logging, safe files, errors."""
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -9,8 +10,10 @@ from golden_rules import load, rand
 from torch import nn
 
 import utils
-from errors import ConfigError, report
+from errors import ConfigError
 from losses import DINOLoss
+from optim import update_teacher
+from schedules import cosine_schedule
 
 
 def test_golden_schedules():
@@ -19,8 +22,14 @@ def test_golden_schedules():
             "lr": utils.cosine_scheduler(0.002, 1e-6, 10, 7, warmup_epochs=3),
             "wd": utils.cosine_scheduler(0.04, 0.4, 10, 7),
             "momentum": utils.cosine_scheduler(0.996, 1, 10, 7),
-            "teacher_temp": DINOLoss(8, 8, 4, 0.04, 0.07, 3, 10).teacher_temp_schedule}.items():
+            "teacher_temp": [DINOLoss(8, 8, 4, 0.04, 0.07, 3, 10).teacher_temp(i) for i in range(10)]}.items():
         np.testing.assert_allclose(schedule, golden[key], rtol=1e-12, atol=1e-15, err_msg=key)
+
+
+def test_schedules_are_plain_floats():
+    """The optimizer's state keeps them, and weights_only loading refuses numpy's."""
+    schedule = cosine_schedule(np.float64(1), 0, steps=10, warmup_steps=3)
+    assert all(type(schedule(step)) is float for step in range(10))
 
 
 def test_warmup_as_long_as_the_run():
@@ -74,7 +83,7 @@ def test_teacher_follows_frozen_parameters_too():
     student, teacher = nn.Linear(2, 2), nn.Linear(2, 2)
     student.bias.requires_grad_(False)
     expected = [0.9 * t + 0.1 * s for t, s in zip(teacher.parameters(), student.parameters(), strict=True)]
-    utils.update_teacher(student, teacher, 0.9)
+    update_teacher(student, teacher, 0.9)
     for ours, p in zip(teacher.parameters(), expected, strict=True):
         torch.testing.assert_close(ours.detach(), p.detach())
 
@@ -101,72 +110,6 @@ def test_bool_flag(word, value):
     assert utils.bool_flag(word) is value
 
 
-@pytest.fixture
-def clean_env(monkeypatch):
-    for name in list(os.environ):
-        if name.startswith("SLURM_") or name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-            monkeypatch.delenv(name)
-    return monkeypatch
-
-
-def process_args(**kwargs):
-    return argparse.Namespace(**{"local_rank": 0, "device": "cpu", "port": 29500, "dist_url": "env://"} | kwargs)
-
-
-def test_plain_python_is_one_process(clean_env):
-    args = process_args()
-    utils.init_distributed_mode(args)
-    assert (args.rank, args.world_size, args.device.type) == (0, 1, "cpu") and not utils.is_distributed()
-
-
-@pytest.mark.parametrize("env, option, expected", [({"LOCAL_RANK": "2"}, 0, 2), ({}, 3, 3)])
-def test_local_rank_from_either_launcher(clean_env, env, option, expected):
-    for name, value in {"RANK": "0", "WORLD_SIZE": "1", **env}.items():
-        clean_env.setenv(name, value)
-    args = process_args(local_rank=option)
-    utils.init_distributed_mode(args)
-    assert args.local_rank == expected
-
-
-@pytest.mark.parametrize("nodes, first", [("node7", "node7"), ("a,b", "a"), ("n[01-04,7],m3", "n01"),
-                                          ("rack[3]-x[2,5]", "rack3-x2")])
-def test_first_slurm_host_without_scontrol(clean_env, nodes, first, tmp_path):
-    clean_env.setenv("PATH", str(tmp_path))
-    clean_env.setenv("SLURM_JOB_NODELIST", nodes)
-    assert utils.first_slurm_host() == first
-
-
-def test_slurm_script_without_srun_is_one_process(clean_env):
-    for name, value in {"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_LOCALID": "0", "ENVIRONMENT": "BATCH"}.items():
-        clean_env.setenv(name, value)
-    args = process_args()
-    utils.init_distributed_mode(args)
-    assert (args.rank, args.world_size) == (0, 1)
-
-
-@pytest.mark.parametrize("env, index", [({"SLURM_LOCALID": "3"}, 0), ({"LOCAL_RANK": "0"}, 0)])
-def test_one_visible_gpu(clean_env, env, index):
-    for name, value in env.items():
-        clean_env.setenv(name, value)
-    clean_env.setattr(torch.cuda, "device_count", lambda: 1)
-    clean_env.setattr(torch.cuda, "set_device", lambda index: None)
-    assert utils.pick_device("cuda", local_rank=int(next(iter(env.values())))) == torch.device("cuda", index)
-
-
-def test_gpu_by_number(clean_env):
-    clean_env.setattr(torch.cuda, "device_count", lambda: 3)
-    clean_env.setattr(torch.cuda, "set_device", lambda index: None)
-    assert utils.pick_device("cuda:2") == torch.device("cuda", 2)
-
-
-def test_missing_gpu_is_a_clear_error(clean_env, capsys):
-    clean_env.setenv("LOCAL_RANK", "1")  # only such a rank can meet it, so it must speak
-    clean_env.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(ConfigError, match="needs GPU 1, but torch sees 1") as error:
-        utils.pick_device("cuda", local_rank=1)
-    assert report(error.value) == 2 and "needs GPU 1" in capsys.readouterr().err
-
-
 def test_checkpoint_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "checkpoint.pth"
     utils.save_on_master({"epoch": 1}, path)
@@ -182,13 +125,41 @@ def test_checkpoint_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pth"]
 
 
-def test_restart_is_strict(tmp_path):
-    path, model = tmp_path / "checkpoint.pth", nn.Linear(2, 2)
-    assert utils.restart_from_checkpoint(path, student=model) == 0
-    torch.save({"student": {"module.weight": torch.ones(2, 2), "module.bias": torch.zeros(2)}, "epoch": 3}, path)
-    assert utils.restart_from_checkpoint(path, student=model) == 3
-    assert (model.weight == 1).all()
-    with pytest.raises(ValueError, match="student.*does not fit.*size mismatch"):
-        utils.restart_from_checkpoint(path, student=nn.Linear(3, 2))
-    with pytest.raises(ValueError, match="has no 'teacher'"):
-        utils.restart_from_checkpoint(path, teacher=model)
+class Run:
+    """What restart_from_checkpoint needs."""
+
+    def load_state_dict(self, state):
+        if "epoch" not in state:
+            raise ConfigError("has no 'epoch'")
+        self.epoch = state["epoch"]
+
+
+def test_restart_loads_what_is_there_and_names_a_file_that_does_not_fit(tmp_path):
+    path, run = tmp_path / "checkpoint.pth", Run()
+    assert not utils.restart_from_checkpoint(path, run) and not hasattr(run, "epoch")
+    torch.save({"epoch": 3}, path)
+    assert utils.restart_from_checkpoint(path, run) and run.epoch == 3
+    torch.save({"step": 3}, path)
+    with pytest.raises(ConfigError, match="checkpoint.pth: has no 'epoch'"):
+        utils.restart_from_checkpoint(path, run)
+
+
+MAIN = """
+import errors, sys
+def main(word):
+    if word == "config":
+        raise errors.ConfigError("--lr is nan")
+    if word == "training":
+        raise errors.TrainingError("the loss was nan")
+    return 3
+errors.run_main(main, sys.argv[1])
+"""
+
+
+@pytest.mark.parametrize("word, local_rank, status, line", [
+    ("config", "0", 2, "-c: error: --lr is nan\n"), ("config", "1", 2, ""),
+    ("training", "1", 1, "-c: error: the loss was nan\n"), ("none", "0", 3, "")])
+def test_a_main_ends_with_one_line_and_a_status(word, local_rank, status, line):
+    result = subprocess.run([sys.executable, "-c", MAIN, word], capture_output=True, text=True,
+                            env=os.environ | {"LOCAL_RANK": local_rank})
+    assert (result.returncode, result.stderr) == (status, line)

@@ -1,0 +1,149 @@
+"""A pretraining run as one object: networks, loss, optimiser, scaler, schedules and step counter.
+
+    student, teacher = build_networks("vit_small")
+    run = TrainingRun(student, teacher, FusedDINOLoss(65536, 4096, ncrops=10), build_optimizer(student),
+                      build_schedules(epochs=100, steps_per_epoch=1000))
+    losses = train_step(run, [crops])               # engine.py
+    torch.save(run.state_dict(), "checkpoint.pth")  # the published layout
+"""
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from errors import ConfigError
+from losses import DINOLoss
+from optim import load_optimizer
+from schedules import Schedule, cosine_schedule
+from selfpatch_head import MultiCropWrapper, SelfPatchHead
+from vision_transformer import ARCHS, DINOHead
+
+
+class Schedules(NamedTuple):
+    """Length of a run, in epochs and in steps of the optimiser, and what changes from step to step."""
+    epochs: int
+    steps_per_epoch: int
+    lr: Schedule
+    weight_decay: Schedule
+    momentum: Schedule  # of the teacher
+
+
+def build_schedules(epochs: int, steps_per_epoch: int, lr: float = 0.0005, min_lr: float = 1e-6,
+                    warmup_epochs: int = 10, weight_decay: float = 0.04, weight_decay_end: float = 0.4,
+                    momentum_teacher: float = 0.996) -> Schedules:
+    """The published schedules: cosines over the whole run, of the learning rate after a linear warm-up.
+
+    Args:
+        lr: the peak itself; the job's --lr is for 256 images a step.
+    """
+    steps = epochs * steps_per_epoch
+    return Schedules(epochs, steps_per_epoch, lr=cosine_schedule(lr, min_lr, steps, warmup_epochs * steps_per_epoch),
+                     weight_decay=cosine_schedule(weight_decay, weight_decay_end, steps),
+                     momentum=cosine_schedule(momentum_teacher, 1.0, steps))
+
+
+def build_networks(arch: str, patch_size: int = 16, out_dim: int = 65536, out_dim_selfpatch: int = 4096,
+                   k_num: int = 4, norm_last_layer: bool = True, use_bn_in_head: bool = False,
+                   drop_path_rate: float = 0.1, use_patches: bool = True) -> tuple[MultiCropWrapper, MultiCropWrapper]:
+    """Student, and teacher: a copy without stochastic depth and gradients.
+
+    Args:
+        arch: a key of vision_transformer.ARCHS.
+        out_dim, out_dim_selfpatch: prototypes of the image and of the patch head.
+        k_num: positives of a patch.
+        norm_last_layer: freeze the gain of the student's prototypes; the teacher's always is.
+        use_patches: False for DINO. The patch head then stays for the checkpoint's layout, but is neither run nor
+            trained.
+    """
+    def wrapper(drop_path_rate: float, norm_last_layer: bool) -> MultiCropWrapper:
+        backbone = ARCHS[arch](patch_size=patch_size, drop_path_rate=drop_path_rate)
+        c_head, p_head = (DINOHead(backbone.embed_dim, prototypes, use_bn_in_head, norm_last_layer)
+                          for prototypes in (out_dim, out_dim_selfpatch))
+        if not use_patches:
+            p_head.requires_grad_(False)
+        return MultiCropWrapper(backbone, SelfPatchHead(backbone.embed_dim, backbone.num_heads, k_num), c_head, p_head,
+                                use_patches)
+
+    student, teacher = wrapper(drop_path_rate, norm_last_layer), wrapper(0.0, True).requires_grad_(False)
+    teacher.load_state_dict(student.state_dict())
+    return student, teacher
+
+
+class TrainingRun:
+    """All that a run carries from one step to the next.
+
+    Args:
+        student: a MultiCropWrapper, or DistributedDataParallel around one.
+        teacher: a MultiCropWrapper without gradients.
+        dino_loss: DINOLoss, or one with its methods.
+        optimizer: over optim.get_params_groups(student).
+        schedules: what build_schedules gives.
+        dtype: of autocast; float32 for none. float16 brings a GradScaler.
+        clip_grad: largest norm of each gradient tensor, 0 for no clipping.
+        freeze_last_layer: epochs in which the heads' last layers do not change.
+        accum_steps: small batches per step.
+
+    Attributes:
+        step: steps done, of the whole run.
+        epoch: epochs done, the current one not counted.
+    """
+
+    def __init__(self, student: nn.Module, teacher: MultiCropWrapper, dino_loss: DINOLoss,
+                 optimizer: torch.optim.Optimizer, schedules: Schedules, dtype: torch.dtype = torch.float32,
+                 clip_grad: float = 3.0, freeze_last_layer: int = 1, accum_steps: int = 1):
+        self.student, self.teacher, self.dino_loss, self.optimizer = student, teacher, dino_loss, optimizer
+        self.schedules, self.step = schedules, 0
+        self.dtype, self.clip_grad, self.freeze_last_layer = dtype, clip_grad, freeze_last_layer
+        self.accum_steps = accum_steps
+        self.device = next(student.parameters()).device
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.schedules.steps_per_epoch
+
+    @property
+    def epoch(self) -> int:
+        return self.step // self.steps_per_epoch
+
+    @property
+    def student_module(self) -> MultiCropWrapper:
+        """The student without DistributedDataParallel around it."""
+        return self.student.module if isinstance(self.student, DistributedDataParallel) else self.student
+
+    def set_rates(self) -> None:
+        """Give the optimiser this step's learning rate and weight decay."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.schedules.lr(self.step)
+        # the second group, biases and norms, is never decayed
+        self.optimizer.param_groups[0]["weight_decay"] = self.schedules.weight_decay(self.step)
+
+    def state_dict(self) -> dict:
+        """The published layout; the student's keys begin with module. under DistributedDataParallel."""
+        return {"student": self.student.state_dict(), "teacher": self.teacher.state_dict(),
+                "optimizer": self.optimizer.state_dict(), "epoch": self.epoch,
+                "dino_loss": self.dino_loss.state_dict(), "fp16_scaler": self.scaler.state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continue from state, strictly; with or without DistributedDataParallel, and with or without a scaler.
+
+        Raises:
+            ConfigError: an entry is missing or does not fit.
+        """
+        parts = {"student": self.student_module, "teacher": self.teacher, "optimizer": self.optimizer,
+                 "dino_loss": self.dino_loss}
+        if missing := [name for name in (*parts, "epoch") if name not in state]:
+            raise ConfigError(f"has no {missing[0]!r}, only {', '.join(map(str, state))}")
+        for name, part in parts.items():
+            try:
+                if name == "optimizer":
+                    load_optimizer(part, state[name])
+                else:
+                    part.load_state_dict({key.removeprefix("module."): value for key, value in state[name].items()})
+            except (RuntimeError, ValueError, KeyError) as error:
+                lines = [line.strip() for line in str(error).splitlines()[:4]]
+                raise ConfigError(f"its {name} does not fit this run's options: {'; '.join(lines)}") from None
+        if state.get("fp16_scaler") and self.scaler.is_enabled():  # empty where that run was not in float16
+            self.scaler.load_state_dict(state["fp16_scaler"])
+        self.step = state["epoch"] * self.steps_per_epoch
