@@ -1,10 +1,11 @@
-"""Shared material: a tiny ImageFolder of photograph-like noise."""
+"""Shared fixtures: a tiny ImageFolder of photograph-like noise, the pretraining job made small, a run of it."""
 import os
 import sys
 
 import numpy as np
 import pytest
 import torch
+from networks import shrink_job
 from PIL import Image, ImageFilter
 
 # tensors here are small: on a busy machine threads cost more than they give, in the jobs that tests start too
@@ -30,3 +31,22 @@ def image_folder(tmp_path_factory):
         pixels = rng.integers(0, 256, (48, 64, 3), dtype=np.uint8)
         Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(2)).save(folder / f"{i:02}.jpg")
     return root
+
+
+@pytest.fixture
+def small_network(monkeypatch):
+    """The pretraining job with a narrow, shallow vit_tiny and narrow heads; test_launchers.py runs the real ones."""
+    shrink_job(monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def two_epochs(image_folder, tmp_path_factory):
+    """A whole run of the small network, its checkpoint after the first epoch kept as checkpoint0000.pth."""
+    from small_job import options
+
+    from main_selfpatch import train_dino
+    output = tmp_path_factory.mktemp("run")
+    with pytest.MonkeyPatch.context() as patch:
+        shrink_job(patch)
+        train_dino(options("--epochs", 2, "--data_path", image_folder, "--output_dir", output, "--tensorboard"))
+    return output

@@ -1,0 +1,121 @@
+"""The options: published names and defaults, what auto means on which device, and what is refused."""
+import pytest
+import torch
+from small_job import SMALL, options
+
+import main_selfpatch
+from errors import ConfigError, run_main
+from fused_loss import FusedDINOLoss
+from losses import DINOLoss
+from main_selfpatch import get_args_parser
+
+pytestmark = [pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning"),
+              pytest.mark.usefixtures("small_network")]
+
+
+def test_published_defaults():
+    args = vars(get_args_parser().parse_args([]))
+    assert {k: args[k] for k in args if k != "data_path"} == {
+        "arch": "deit_tiny", "patch_size": 16, "out_dim": 65536, "out_dim_selfpatch": 4096, "norm_last_layer": True,
+        "momentum_teacher": 0.996, "use_bn_in_head": False, "k_num": 4, "warmup_teacher_temp": 0.04,
+        "teacher_temp": 0.04, "warmup_teacher_temp_epochs": 0, "use_fp16": True, "weight_decay": 0.04,
+        "weight_decay_end": 0.4, "clip_grad": 3.0, "batch_size_per_gpu": 64, "epochs": 300, "freeze_last_layer": 1,
+        "lr": 0.0005, "warmup_epochs": 10, "min_lr": 1e-6, "optimizer": "adamw", "global_crops_scale": (0.25, 1.0),
+        "local_crops_number": 8, "local_crops_scale": (0.05, 0.25), "output_dir": ".", "saveckp_freq": 10, "seed": 0,
+        "num_workers": 10, "dist_url": "env://", "local_rank": 0, "port": 29500,
+        "patch_loss_weight": 0.1, "drop_path_rate": 0.1, "global_crops_size": 224, "local_crops_size": 96,
+        "log_every": 10, "device": "auto", "precision": "auto", "tensorboard": False,
+        "accum_steps": 1, "compile": "auto", "checkpoint_activations": False, "augment": "auto", "fused_loss": "auto"}
+
+
+def test_published_command_and_launchers_options():
+    words = ("--arch vit_small --data_path /path/to/imagenet/train --output_dir /path/to/saving_dir --epoch 200 "
+             "--local_crops_number 8 --patch_size 16 --batch_size_per_gpu 128 --out_dim_selfpatch 4096 --k_num 4")
+    args = get_args_parser().parse_args(words.split())
+    assert (args.epochs, args.arch, args.out_dim_selfpatch) == (200, "vit_small", 4096)
+    for spelling in ("--local-rank=3", "--local_rank=3"):
+        assert get_args_parser().parse_args([spelling]).local_rank == 3
+    assert get_args_parser().parse_args(["--use_fp16", "off"]).use_fp16 is False
+
+
+@pytest.mark.parametrize("way, device, triton, capability, on", [
+    ("auto", "cuda", True, (8, 0), True), ("auto", "cuda", True, (6, 1), False), ("auto", "cuda", False, (8, 0), False),
+    ("auto", "cpu", True, None, False), ("off", "cuda", True, (8, 0), False), ("on", "cpu", False, None, True)])
+def test_where_to_compile(monkeypatch, capsys, way, device, triton, capability, on):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: triton or None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
+    assert main_selfpatch.choose_compile(way, torch.device(device)) is on
+    assert ("not compiled" in capsys.readouterr().out) == (way == "auto" and device == "cuda" and not on)
+
+
+def test_compiling_without_a_compiler_is_refused(monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    with pytest.raises(ConfigError, match="--compile on: there is no C\\+\\+ compiler"):
+        main_selfpatch.choose_compile("on", torch.device("cpu"))
+
+
+@pytest.mark.parametrize("device, has_bf16, words, dtype", [
+    ("cuda", True, [], torch.bfloat16), ("cuda", False, [], torch.float16),
+    ("cuda", True, ["--use_fp16", "false"], torch.float32), ("cpu", True, [], torch.float32),
+    ("cpu", False, ["--precision", "bf16"], torch.bfloat16), ("cuda", True, ["--precision", "fp32"], torch.float32)])
+def test_precision_by_device(monkeypatch, device, has_bf16, words, dtype):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16)
+    args = options(*words)
+    assert main_selfpatch.choose_precision(args.precision, args.use_fp16, torch.device(device)) == dtype
+
+
+@pytest.mark.parametrize("words, says", [
+    (["--data_path", "nowhere"], "no folder nowhere"),
+    (["--data_path", "{empty}"], "no folders in it"),
+    (["--data_path", "{hollow}"], "no images"),
+    (["--arch", "resnet50"], "invalid choice: 'resnet50'"),
+    (["--k_num", "9"], "--k_num is 9"),
+    (["--k_num", "0"], "--k_num is 0"),
+    (["--global_crops_size", "50"], "not a multiple of --patch_size 16: try 48"),
+    (["--local_crops_size", "40"], "not a multiple of --patch_size 16"),
+    (["--local_crops_size", "32"], "under 3 patches a side"),
+    (["--batch_size_per_gpu", "13"], "12 images, fewer than the 13"),
+    (["--accum_steps", "4"], "12 images, fewer than the 16 of one step (4 × 4 small batches"),
+    (["--warmup_epochs", "3"], "longer than the run of --epochs 2"),
+    (["--warmup_teacher_temp_epochs", "3"], "longer than the run of --epochs 2"),
+    (["--output_dir", "{file}/run"], "cannot write to --output_dir"),
+    (["--epochs", "0", "--warmup_epochs", "0"], "--epochs is 0"),
+    (["--global_crops_scale", "0.5", "0.25"], "--global_crops_scale"),
+    (["--use_fp16", "maybe"], "'maybe' is neither"),
+    (["--seed", "-1"], "--seed is -1"),
+    (["--lr", "nan"], "--lr is nan"),
+    (["--teacher_temp", "0"], "--teacher_temp is 0.0"),
+    (["--drop_path_rate", "1"], "--drop_path_rate is 1.0"),
+    (["--optimizer", "sgd", "--output_dir", "{resumed}"], "another kind of optimizer, one with betas"),
+    (["--out_dim", "63", "--output_dir", "{resumed}"], "does not fit this run's options")])
+def test_bad_input_is_one_line_and_status_2(image_folder, two_epochs, tmp_path, capsys, monkeypatch, words, says):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "hollow" / "class").mkdir(parents=True)
+    (tmp_path / "file").write_text("in the way")
+    places = {name: tmp_path / name for name in ("empty", "hollow", "file")} | {"resumed": two_epochs}
+    words = [word.format(**places) for word in words]
+    monkeypatch.setattr("sys.argv", ["main_selfpatch.py", *SMALL, "--epochs", "2", "--data_path", str(image_folder),
+                                     "--output_dir", str(tmp_path / "out"), *words])
+    monkeypatch.setattr(main_selfpatch, "train_one_epoch", lambda *_: pytest.fail("training began"))
+    with pytest.raises(SystemExit) as stop:
+        run_main(main_selfpatch.main)
+    assert stop.value.code == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and says in err
+
+
+class Variant(DINOLoss):
+    """A loss of the user's own."""
+
+
+@pytest.mark.parametrize("fused_loss, loss_class, expected", [
+    ("auto", None, FusedDINOLoss), ("on", None, FusedDINOLoss), ("off", None, DINOLoss), ("auto", Variant, Variant),
+    ("off", Variant, Variant)])
+def test_which_loss(fused_loss, loss_class, expected):
+    assert main_selfpatch.choose_loss(fused_loss, loss_class) is expected
+
+
+def test_a_loss_of_ones_own_has_no_fused_form():
+    with pytest.raises(ConfigError, match="--fused_loss on: Variant has no fused form"):
+        main_selfpatch.choose_loss("on", Variant)
