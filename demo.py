@@ -1,4 +1,4 @@
-"""The two-minute tour: make a small data set of moving objects, pretrain a ViT-Tiny on it, and see what it does.
+"""A two-minute demo: make a small data set of moving objects, pretrain a ViT-Tiny on it, and see what it does.
 
     python demo.py                  # everything goes to runs/demo
 """
@@ -15,20 +15,21 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from davis_data import imwrite_indexed
+from errors import run_main
 
 ROOT = Path(__file__).resolve().parent
 SIZE = (160, 120)  # of a training image, width and height
 SCENES, FRAMES = 64, 5  # clips, and training images from each
 CLIP_SEED, CLIP_FRAMES, CLIP_SIZE = 1001, 15, (426, 240)
-LIGHT = 0.45  # radians a frame by which the light's colour moves
+LIGHT = 0.45  # radians per frame by which the colour of the light moves
 PROTOTYPES, PATCH_PROTOTYPES = 1024, 256
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The data: textured blobs that drift over a textured ground
+# The data: textured blobs drifting over a textured background
 
 
 def texture(rng: np.random.Generator, width: int, height: int) -> Image.Image:
-    """Two colours mixed by smooth noise of a random grain, as an RGB image."""
+    """Two colours mixed by smooth noise of random scale, as an RGB image."""
     low, high = rng.integers(0, 256, (2, 3))
     grain = int(rng.choice([4, 8, 16, 32]))
     noise = rng.random((grain * height // width + 2, grain + 2)).astype(np.float32)
@@ -37,11 +38,11 @@ def texture(rng: np.random.Generator, width: int, height: int) -> Image.Image:
 
 
 class Blob:
-    """An object: a wavy outline with a texture, a place, a speed and a spin. Lengths are shares of the width."""
+    """An object with a wavy outline, a texture, a position, a speed and a spin."""
 
     def __init__(self, rng: np.random.Generator, width: int):
         self.radius = rng.uniform(0.1, 0.2) * width
-        self.place = rng.uniform(0.25, 0.75, 2) * width
+        self.position = rng.uniform(0.25, 0.75, 2) * width
         self.speed = rng.uniform(-0.02, 0.02, 2) * width
         self.spin, self.lobes, self.waviness = rng.uniform(-0.1, 0.1), rng.integers(2, 6), rng.uniform(0.05, 0.35)
         self.texture = texture(rng, int(2.8 * self.radius), int(2.8 * self.radius))
@@ -55,21 +56,21 @@ class Blob:
     def paint(self, frame: Image.Image, mask: Image.Image, number: int, time_step: int) -> None:
         degrees = math.degrees(self.spin) * time_step
         stencil = self.stencil.rotate(degrees, Image.Resampling.BILINEAR)
-        corner = tuple((self.place + self.speed * time_step - self.texture.width / 2).round().astype(int).tolist())
+        corner = tuple((self.position + self.speed * time_step - self.texture.width / 2).round().astype(int).tolist())
         frame.paste(self.texture.rotate(degrees, Image.Resampling.BILINEAR), corner, stencil)
         mask.paste(number, corner, stencil.point(lambda v: 255 * (v > 127)))
 
 
 def clip(seed: int, frames: int, width: int, height: int) -> tuple[list[Image.Image], list[Image.Image]]:
-    """Frames (RGB) and masks (indices, 0 the ground) of a scene with two or three objects."""
+    """Frames (RGB) and masks (object ids, 0 the background) of a scene with two or three objects."""
     rng = np.random.default_rng(seed)
-    ground, blobs = texture(rng, width, height), [Blob(rng, width) for _ in range(rng.integers(2, 4))]
+    background, blobs = texture(rng, width, height), [Blob(rng, width) for _ in range(rng.integers(2, 4))]
     images, masks, phase = [], [], rng.uniform(0, 2 * math.pi, 3)
     for t in range(frames):
-        frame, mask = ground.copy(), Image.new("L", ground.size)
+        frame, mask = background.copy(), Image.new("L", background.size)
         for number, blob in enumerate(blobs, 1):
             blob.paint(frame, mask, number, t)
-        # the light changes, channel by channel, and the camera has noise: raw colours are no help for long
+        # light that changes by channel, and sensor noise: raw colours help for a few frames only
         light = 0.75 + 0.25 * np.cos(phase + LIGHT * t)
         noise = rng.normal(0, 12, (height, width, 3))
         pixels = (np.asarray(frame) * light + noise).clip(0, 255).astype(np.uint8)
@@ -79,7 +80,7 @@ def clip(seed: int, frames: int, width: int, height: int) -> tuple[list[Image.Im
 
 
 def make_data(folder: Path) -> None:
-    """Training images as an ImageFolder in folder/images, unless an earlier run has made them."""
+    """Training images as an ImageFolder in folder/images, unless they exist."""
     images = folder / "images" / "scenes"
     images.mkdir(parents=True, exist_ok=True)
     if len(list(images.iterdir())) == SCENES * FRAMES:
@@ -90,7 +91,7 @@ def make_data(folder: Path) -> None:
 
 
 def make_clip(folder: Path) -> None:
-    """A clip that the training never sees, with its masks, as a DAVIS data set in folder/davis."""
+    """A clip that is not trained on, with its masks, as a DAVIS data set in folder/davis."""
     davis = folder / "davis"
     paths = [davis / kind / "480p" / "scene" for kind in ("JPEGImages", "Annotations")]
     for path in (*paths, davis / "ImageSets" / "2017"):
@@ -106,11 +107,13 @@ def make_clip(folder: Path) -> None:
 
 
 def run(*words: str | Path) -> None:
-    """Start a job of this folder, showing the command; ends the demo where the job fails."""
+    """Run a job of this project, showing the command.
+
+    Raises:
+        subprocess.CalledProcessError: the job failed.
+    """
     print(f"\n$ python {' '.join(map(str, words))}", flush=True)
-    status = subprocess.run([sys.executable, str(ROOT / words[0]), *map(str, words[1:])]).returncode
-    if status:
-        sys.exit(status)
+    subprocess.run([sys.executable, str(ROOT / words[0]), *map(str, words[1:])], check=True)
 
 
 def pretrain(folder: Path, epochs: int) -> None:
@@ -128,34 +131,42 @@ def evaluate(folder: Path, name: str, *weights: str | Path) -> None:
 
 def report_losses(log: Path) -> None:
     rows = [json.loads(line) for line in log.read_text().splitlines()]
-    print(f"\nthe losses, epoch by epoch (a head that learns nothing stays at ln K: {math.log(PROTOTYPES):.2f} for "
-          f"images, {math.log(PATCH_PROTOTYPES):.2f} for patches):")
+    print(f"\nlosses by epoch (a head that learns nothing stays at ln K: {math.log(PROTOTYPES):.2f} for images, "
+          f"{math.log(PATCH_PROTOTYPES):.2f} for patches):")
     for row in rows:
         print(f"  epoch {row['epoch']}: image {row['train_clsloss']:.3f}, patch {row['train_patchloss']:.3f}")
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"), help="where everything goes")
     parser.add_argument("--epochs", type=int, default=5, help="passes through the training images")
     args = parser.parse_args()
-    start, folder = time.time(), args.output_dir
+    try:
+        show(args.output_dir, args.epochs)
+    except subprocess.CalledProcessError as error:
+        return error.returncode  # the job has said why
+    return 0
 
+
+def show(folder: Path, epochs: int) -> None:
+    """The whole demo, in a folder of its own."""
+    start = time.time()
     make_data(folder)
     make_clip(folder)
     evaluate(folder, "before", "--random_weights")
-    pretrain(folder, args.epochs)
+    pretrain(folder, epochs)
     evaluate(folder, "after", "--pretrained_weights", folder / "vit_tiny" / "checkpoint.pth")
     for drawing, output in (("scores", folder / "scores.png"), ("overlay", folder / "overlay.gif")):
         run("visualize.py", drawing, "--davis_path", folder / "davis", "--results", folder / "masks" / "before",
             folder / "masks" / "after", "--labels", "before", "after", "--output", output, "--overwrite")
 
     report_losses(folder / "vit_tiny" / "log.txt")
-    print("both losses should stand below ln K by now. The J&F above falls: an untrained network follows these blobs "
-          "by their colours, and two minutes unlearn more of that than they teach")
+    print("both losses should be below ln K by now. The J&F above falls: an untrained network follows these blobs by "
+          "their colours, and two minutes of training unlearn more of that than they teach")
     print(f"look at {folder}: images (the data), vit_tiny (log.txt, checkpoint.pth), overlay.gif (the clip, and its "
           f"masks before and after), scores.png. {time.time() - start:.0f} s in all")
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)
