@@ -5,7 +5,7 @@ from torch import nn
 
 
 class AllReduce(torch.autograd.Function):
-    """Sum over all ranks whose gradient is summed over all ranks too."""
+    """Sum over all ranks; the gradient is summed over all ranks as well."""
 
     @staticmethod
     def forward(ctx, x: torch.Tensor) -> torch.Tensor:
@@ -17,12 +17,12 @@ class AllReduce(torch.autograd.Function):
 
 
 class GlooSyncBatchNorm(nn.BatchNorm1d):
-    """BatchNorm over the rows [R, C] of all ranks, equally many on each; torch's own SyncBatchNorm is GPU only."""
+    """BatchNorm over the rows [R, C] of all ranks, the same number on each; torch's SyncBatchNorm is for GPUs only."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training:
             return super().forward(x)
-        x = x.float()  # under autocast too: means in half precision are too coarse
+        x = x.float()  # under autocast too: means in half precision are too imprecise
         mean = AllReduce.apply(x.mean(0)) / dist.get_world_size()
         var = AllReduce.apply((x - mean).square().mean(0)) / dist.get_world_size()
         with torch.no_grad():

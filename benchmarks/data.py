@@ -1,14 +1,14 @@
-"""Images a second of a core, for each way from a file to crops: 2 global ones of 224² and 8 local ones of 96².
+"""Images per second and core, for each way from a file to crops: 2 global ones of 224² and 8 local ones of 96².
 
     python benchmarks/data.py                                           # on JPEGs of 500×375 made here, one thread
     python benchmarks/data.py --data_path /path/to/imagenet/train --json data.json
     python benchmarks/data.py --device cuda --workers 16 --data_path /path/to/imagenet/train
 
-`pil` is the whole of --augment pil. `decode and crop` is what --augment device leaves to the workers, `photometric`
-what it does on the device (on the CPU in one thread), `device, whole` the sum of the two where one core does both.
-Times of the CPU are its own seconds, which other programs lengthen little; a GPU's are by the clock. Each round runs
-every way once, in turn, so that what else the machine does hits all of them; the first round warms up and is not
-counted. With --workers also images a second, by the clock, of the loader that training uses.
+`pil` is all of --augment pil. `decode and crop` is what --augment device does in the workers, `photometric` what it
+does on the device (on a CPU in one thread), `device, whole` the sum of the two where one core does both. CPU times are
+process times, which other programs affect little; GPU times are wall-clock. Each round runs every way once, so that
+other load affects all of them; the first round is a warm-up and not counted. With --workers, also images per second
+(wall-clock) of the loader that training uses.
 """
 import argparse
 import json
@@ -35,7 +35,7 @@ from errors import ConfigError, run_main
 
 
 def find_images(folder: Path, count: int) -> list[str]:
-    """So many images of the folder and what is below it, drawn with a fixed seed."""
+    """A sample of count images from the folder and its subfolders, drawn with a fixed seed."""
     paths = sorted(os.path.join(where, name) for where, _, names in os.walk(folder) for name in names
                    if is_image_file(name))
     if not paths:
@@ -46,7 +46,7 @@ def find_images(folder: Path, count: int) -> list[str]:
 # ---------------------------------------------------------------- ways from a file to crops, on one core
 
 def time_of(function, device: torch.device) -> float:
-    """Seconds of the CPU that function takes, or, with a GPU, seconds until that has done its work."""
+    """CPU seconds that function takes, or wall-clock seconds until a GPU has finished it."""
     if device.type != "cuda":
         start = time.process_time()
         function()
@@ -59,7 +59,7 @@ def time_of(function, device: torch.device) -> float:
 
 
 def measure(paths: list[str], device: torch.device, rounds: int, batch_size: int) -> dict[str, list[float]]:
-    """Milliseconds an image of each way, one value a round."""
+    """Milliseconds per image of each way, one value per round."""
     sizes = ((0.25, 1.0), (0.05, 0.25), 8)
     pil, crop = DataAugmentationDINO(*sizes), RandomCrops(*sizes)
     photometric = DeviceAugmentation(8, compiled=device.type == "cuda").to(device)
@@ -86,7 +86,7 @@ def measure(paths: list[str], device: torch.device, rounds: int, batch_size: int
 # ---------------------------------------------------------------- the loader that training uses
 
 def loader_rates(folder: Path, args: argparse.Namespace, device: torch.device) -> dict[str, list[float]]:
-    """Images a second, by the clock, of --augment pil and device, one value a round; a third of the batches warm up."""
+    """Images per second of --augment pil and device, one value per round; a third of the batches are a warm-up."""
     loaders = {}
     for augment in ("pil", "device"):
         loaders[f"{augment}, {args.workers} workers"] = data.CropLoader(
@@ -145,7 +145,7 @@ def main(args: argparse.Namespace) -> None:
         times = measure(paths, device, args.rounds, args.batch_size)
         results = {"device": where, "torch": torch.__version__, "images": len(paths), "rounds": args.rounds,
                    "ms_per_image": {name: mean_and_spread(values) for name, values in times.items()},
-                   # of the same round, so that the two had the same company
+                   # pairs of the same round, which had the same other load
                    "crop_speedup": statistics.median(a / b for a, b in zip(times["pil"], times["decode and crop"],
                                                                            strict=True))}
         if args.workers:
@@ -157,12 +157,12 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Images a second of a core, for each way from a file to crops")
-    parser.add_argument("--data_path", help="folder of class folders of images; without it some are made")
-    parser.add_argument("--images", type=int, default=64, help="how many of them to take")
+    parser = argparse.ArgumentParser(description="Images per second and core, for each way from a file to crops")
+    parser.add_argument("--data_path", help="folder of class folders of images; made here if not given")
+    parser.add_argument("--images", type=int, default=64, help="number of images to use")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch_size", type=int, default=16, help="of the photometric part and of the loaders")
-    parser.add_argument("--workers", type=int, default=0, help="also time the loader with so many workers")
+    parser.add_argument("--workers", type=int, default=0, help="also time the loader with this many workers")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
-    parser.add_argument("--json", metavar="FILE", help="write the figures there as well")
+    parser.add_argument("--json", metavar="FILE", help="also write the figures to this file")
     run_main(main, parser.parse_args())

@@ -1,11 +1,11 @@
-"""All figures that need a GPU, in one command: the step, its parts, the data path, training from JPEGs, DAVIS.
+"""All figures that need a GPU in one command: the step, its parts, the data path, training from JPEGs, DAVIS.
 
     python benchmarks/gpu.py --output gpu_figures                     # all of it, with several compilations
     python benchmarks/gpu.py --output gpu_figures --only step jpegs   # some of it
     python benchmarks/gpu.py --output gpu_figures --data_path /path/to/imagenet/train
 
-Each part is a command that can be run by itself; it is printed, and what it says goes to <output>/<part>.txt. The table
-at the end sets the figures beside what is asked of them. Without --data_path the JPEGs are made here.
+Each part is a command that can be run by itself; it is printed, and its output goes to <output>/<part>.txt. The table
+at the end compares the figures with their targets. Without --data_path the JPEGs are made here.
 """
 import argparse
 import json
@@ -50,7 +50,7 @@ def commands(args: argparse.Namespace, images: Path) -> dict[str, list[str]]:
 
 
 def many_images(folder: Path, count: int) -> None:
-    """A folder of count JPEGs, most of them links to the few that are made: the work is in decoding them."""
+    """A folder of count JPEGs, most of them links to a few: decoding them is the same work."""
     folder.mkdir()
     make_images(folder, 512)
     made = sorted((folder / "made").iterdir())
@@ -59,7 +59,7 @@ def many_images(folder: Path, count: int) -> None:
 
 
 def run(name: str, words: list[str], output: Path) -> bool:
-    """Run one part with its output shown and kept; whether it went well."""
+    """Run one part, showing its output and writing it to a file; whether it succeeded."""
     print(f"\n== {name}: python {' '.join(words)}", flush=True)
     with open(output / f"{name}.txt", "w") as kept:
         process = subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=subprocess.PIPE,
@@ -76,22 +76,22 @@ def read(output: Path, name: str) -> dict:
 
 
 def jpeg_rate(output: Path) -> float:
-    """Images/s of training from JPEGs: median over the second epoch, in which all is compiled, but for its first 40
-    steps, whose batches the workers had ready."""
+    """Images/s of training from JPEGs: median over the second epoch, when all is compiled, without its first 40 steps,
+    whose batches the workers had prefetched."""
     path = output / "jpegs.txt"
     rates = re.findall(r"^epoch 1/.* ([\d.]+) images/s", path.read_text(), re.MULTILINE) if path.is_file() else []
     return statistics.median(map(float, rates[4:])) if len(rates) > 4 else float("nan")
 
 
 def table(output: Path) -> None:
-    """The figures of all parts that have been run, now or before."""
+    """Print the figures of all parts that have been run, now or earlier."""
     step = read(output, "step")
     ours, plain = step.get("ours"), step.get("plain")
     if ours and plain:
-        print(f"\n{'':<44}{'here':>10}{'asked':>10}")
+        print(f"\n{'':<44}{'measured':>10}{'target':>10}")
         rows = [("images/s", f"{ours['images_per_second']:.0f}", ""),
                 ("model-FLOPs utilisation", f"{ours['utilisation']:.1%}", "45 %"),
-                ("times the published order of work", f"{plain['seconds'] / ours['seconds']:.2f}", "3"),
+                ("speed-up over the published order of work", f"{plain['seconds'] / ours['seconds']:.2f}", "3"),
                 ("share of its peak memory", f"{ours['peak_gib'] / plain['peak_gib']:.0%}", "60 %"),
                 ("from JPEGs, share of the synthetic rate", f"{jpeg_rate(output) / ours['images_per_second']:.0%}",
                  "90 %")]
@@ -101,7 +101,7 @@ def table(output: Path) -> None:
         said = (output / f"{name}.txt").read_text() if (output / f"{name}.txt").is_file() else ""
         figures = re.findall(r"^end to end: ([\d.]+ s)|^most GPU memory held: ([\d.]+ GiB)", said, re.MULTILINE)
         if len(figures) == 2:
-            print(f"{name + ', 50 frames':<44}{figures[0][0]:>10}{figures[1][1]:>10}  (asked: under {asked})")
+            print(f"{name + ', 50 frames':<44}{figures[0][0]:>10}{figures[1][1]:>10}  (target: under {asked})")
     for name in (*ORDERS, "no_compile", "checkpointed"):
         result = read(output, name)
         if result:
@@ -112,7 +112,7 @@ def table(output: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--output", required=True, type=Path, help="folder for what the parts say")
+    parser.add_argument("--output", required=True, type=Path, help="folder for the output of all parts")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--arch", default="vit_small")
     parser.add_argument("--batch_size", default="128")

@@ -1,13 +1,12 @@
-"""Speed of one training step on synthetic crops: images/s, milliseconds a stage, peak memory, model-FLOPs utilisation.
+"""Speed of one training step on synthetic crops: images/s, ms per stage, peak memory, model-FLOPs utilisation.
 
     python benchmarks/train_step.py --plain                                # beside the published order of work
     python benchmarks/train_step.py --plain loss --json loss.json          # ours with one part in the published order
     python benchmarks/train_step.py --batch_size 128 --device cuda --plain
 
-Each way runs in a process of its own, so that peak memory is its own, and the two take turns, step by step, so that
-whatever else the machine does hits both. Warm-up steps (compilation, clocks, caches) are not timed. Utilisation is
-model FLOPs (multiply and add counted as two, nothing for what is computed twice) over the rate of a large matrix
-product measured in the same run, by the same process.
+Each way runs in its own process, so that peak memory is its own, and the two take turns, step by step, so that other
+load affects both. Warm-up steps (compilation, clocks, caches) are not timed. Utilisation is model FLOPs (multiply and
+add counted as two, nothing for recomputation) over the rate of a large matrix product, measured in the same process.
 """
 import argparse
 import json
@@ -163,7 +162,7 @@ class Way:
 
 
 def flops_per_image(backbone: torch.nn.Module, local_crops: int) -> float:
-    """Model FLOPs of one image: the student's forward three times (backward is twice as much), the teacher's once."""
+    """Model FLOPs per image: the student's forward pass three times (backward is twice as much), the teacher's once."""
     D, depth, patch = backbone.embed_dim, len(backbone.blocks), backbone.patch_size
     tokens = [(size // patch) ** 2 for size in [GLOBAL] * 2 + [LOCAL] * local_crops]
     rows = sum(tokens)
@@ -192,7 +191,7 @@ def start(args: argparse.Namespace, plain: list[str] | None):
     other.close()
 
     def ask(order):
-        """What the way's method of that name returns; an empty order ends the process."""
+        """Result of the method of that name; an empty name ends the process."""
         pipe.send(order)
         try:
             return pipe.recv() if order else process.join()
@@ -255,11 +254,11 @@ def main() -> None:
     parser.add_argument("--compile", default="auto", choices=["auto", "on", "off"])
     parser.add_argument("--checkpoint_activations", action="store_true")
     parser.add_argument("--plain", nargs="*", choices=PARTS,
-                        help="also the published order of work: all of it (in float16 on a GPU, not compiled), or the "
-                             "parts that are named")
+                        help="also time the published order of work: all of it (on a GPU in float16, not compiled), or "
+                             "the given parts")
     parser.add_argument("--warmup", default=2, type=int, help="steps before the first timed one")
     parser.add_argument("--steps", default=8, type=int)
-    parser.add_argument("--json", help="write the figures there as well")
+    parser.add_argument("--json", help="also write the figures to this file")
     args = parser.parse_args()
     print(f"{args.arch}/{args.patch_size}, {args.batch_size} images, 2×{GLOBAL} + {args.local_crops_number}×{LOCAL}, "
           f"heads 65536/4096, torch {torch.__version__}, {torch.get_num_threads()} threads, "
