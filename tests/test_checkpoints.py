@@ -44,8 +44,9 @@ def training_checkpoint(network: nn.Module, teacher: nn.Module | None = None) ->
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
     student = {f"module.{name}": tensor for name, tensor in network.state_dict().items()}
     args = argparse.Namespace(arch="vit_tiny", patch_size=16, k_num=2, global_crops_scale=(0.25, 1.0), lr=5e-4)
+    centers = {"center": torch.zeros(1, 1, 24), "patch_center": torch.zeros(1, 16)}
     return {"student": student, "teacher": (teacher or network).state_dict(), "optimizer": optimizer.state_dict(),
-            "epoch": 200, "args": args, "dino_loss": {"center": torch.zeros(1, 24), "patch_center": torch.zeros(1, 16)},
+            "epoch": 200, "args": args, "dino_loss": centers,
             "fp16_scaler": {"scale": 65536.0, "growth_factor": 2.0, "_growth_tracker": 7}}
 
 

@@ -2,8 +2,11 @@
 import argparse
 import os
 import pickle
+import sys
+import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -127,6 +130,35 @@ def test_pickled_code_is_not_executed(tmp_path, zipped, wrap):
     assert not made.exists()
     torch.load(path, weights_only=False)
     assert made.exists()  # the payload does work
+
+
+class Getattr:
+    """Pickles as getattr(owner, name)."""
+
+    def __init__(self, owner, name):
+        self.owner, self.name = owner, name
+
+    def __reduce__(self):
+        return getattr, (self.owner, self.name)
+
+
+def test_mmengine_histories_load_as_placeholders(tmp_path, monkeypatch):
+    """mmengine's training checkpoints have NumPy histories and refer to their methods through getattr."""
+    class History:
+        def __init__(self):
+            self.values = np.arange(3.0)
+
+    History.__module__, History.__qualname__ = "mmengine.logging.history_buffer", "HistoryBuffer"
+    with monkeypatch.context() as patch:
+        for name in ("mmengine", "mmengine.logging", History.__module__):
+            patch.setitem(sys.modules, name, types.ModuleType(name))
+        sys.modules[History.__module__].HistoryBuffer = History
+        torch.save({"history": History(), "method": Getattr(History, "mean")}, tmp_path / "mmengine.pth")
+        torch.save({"method": Getattr(argparse.Namespace, "__init__")}, tmp_path / "evil.pth")
+    content = read_checkpoint(tmp_path / "mmengine.pth")
+    assert content["method"] == "mean" and np.array_equal(content["history"].values, np.arange(3.0))
+    with pytest.raises(CheckpointError, match="evil.pth is .*requires __init__ of Namespace"):
+        read_checkpoint(tmp_path / "evil.pth")
 
 
 def test_plain_pickles_are_not_executed(tmp_path):
