@@ -1,83 +1,91 @@
-"""Convert a checkpoint of any kind that loads here into the form that another library reads.
+"""Convert any checkpoint that this project loads to the format of another library.
 
     python convert_checkpoint.py checkpoint.pth backbone.safetensors --to backbone
-    python convert_checkpoint.py checkpoint.pth timm.pth --to timm      # prints the timm.create_model line for it
+    python convert_checkpoint.py checkpoint.pth timm.pth --to timm      # prints the timm.create_model call for it
     python convert_checkpoint.py checkpoint.pth vit.pth --to mmseg      # layers.{i}.ln1, layers.{i}.attn.attn.…
     python convert_checkpoint.py segmenter.pth backbone.pth --to backbone               # and back to our names
     python convert_checkpoint.py segmenter.pth ours.pth --to mmdet --keep_heads         # the whole model, our names
 
-What is written is read back and compared before the job says so. Nothing is overwritten without --overwrite.
+The output is read back and compared before the job reports success. Existing files are kept without --overwrite.
 """
 import argparse
-import sys
 from pathlib import Path
 
 import torch
 
 from checkpoint_files import CheckpointError, write_checkpoint
-from checkpoints import CheckpointInfo, checkpoint_file, read_backbone, to_mmseg_names
+from checkpoints import CheckpointInfo, read_backbone, resolve_path, to_mmseg_names
+from errors import ArgumentParser, run_main
 
 FORMATS = {
     "backbone": "the backbone's tensors alone",
-    "timm": "the same, with the line that loads it",
-    "mmdet": "our names in mmdet's and mmseg's state_dict wrapper",
+    "timm": "the same, and the call that loads it",
+    "mmdet": "our names in the state_dict wrapper of mmdet and mmseg",
     "mmseg": "the names of mmseg's own VisionTransformer in that wrapper",
 }
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Convert a checkpoint for another library.")
-    parser.add_argument("input", help="checkpoint of any kind: a training run, a backbone, a detector, a segmenter")
+    parser = ArgumentParser(description="Convert a checkpoint for another library.")
+    parser.add_argument("input", help="any checkpoint: a training run, a backbone, a detector, a segmenter")
     parser.add_argument("output", help="file to write: .pth, or .safetensors for backbone and timm")
     parser.add_argument("--to", required=True, choices=list(FORMATS),
                         help="; ".join(f"{name}: {text}" for name, text in FORMATS.items()))
     parser.add_argument("--checkpoint_key", default="teacher", help="network of a training run: teacher or student")
     parser.add_argument("--keep_heads", action="store_true",
-                        help="with mmdet or mmseg, from a detector or segmenter: keep its neck and heads as they are")
-    parser.add_argument("--overwrite", action="store_true", help="replace the output file if it is there")
+                        help="with mmdet or mmseg, from a detector or segmenter: keep its neck and heads unchanged")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing output file")
     return parser
 
 
-def check_args(args: argparse.Namespace) -> None:
-    """Refuse what cannot be written before anything is read."""
-    output = Path(args.output)
-    wrapped = args.to in ("mmdet", "mmseg")
-    suffixes = (".pth", ".pt") if wrapped else (".pth", ".pt", ".safetensors")
+def check_paths(source: Path, output: Path, to: str, keep_heads: bool = False, overwrite: bool = False) -> None:
+    """Reject an output that cannot or should not be written, before the input is read.
+
+    Raises:
+        CheckpointError: see the messages.
+    """
+    with_wrapper = to in ("mmdet", "mmseg")
+    suffixes = (".pth", ".pt") if with_wrapper else (".pth", ".pt", ".safetensors")
     if output.suffix not in suffixes:
-        raise CheckpointError(f"{output}: --to {args.to} is written as {' or '.join(suffixes)}")
+        raise CheckpointError(f"{output}: --to {to} is written as {' or '.join(suffixes)}")
     if not output.parent.is_dir():
-        raise CheckpointError(f"{output.parent} is no folder: make it first")
-    source = checkpoint_file(args.input)
+        raise CheckpointError(f"{output.parent} is not a directory: create it first")
     if output.exists() and source.exists() and output.samefile(source):
         raise CheckpointError(f"{output} is the input: give the output another name")
-    if output.exists() and not args.overwrite:
-        raise CheckpointError(f"{output} is already there: give another name, or --overwrite")
-    if args.keep_heads and not wrapped:
-        raise CheckpointError(f"--keep_heads goes with --to mmdet or mmseg, not with {args.to}")
+    if output.exists() and not overwrite:
+        raise CheckpointError(f"{output} exists already: give another name, or --overwrite")
+    if keep_heads and not with_wrapper:
+        raise CheckpointError(f"--keep_heads requires --to mmdet or mmseg, not {to}")
 
 
 def convert(state: dict[str, torch.Tensor], info: CheckpointInfo, to: str, keep_heads: bool = False) -> dict:
-    """What to save: a backbone's state dict under our names, in the form that `to` names.
+    """Convert a backbone to the content of a file in another format.
 
     Args:
-        keep_heads: with mmdet and mmseg, the whole detector or segmenter that the backbone stands in.
+        state, info: as checkpoints.read_backbone returns them.
+        to: one of FORMATS.
+        keep_heads: with mmdet and mmseg, convert the whole detector or segmenter that contains the backbone.
+
+    Raises:
+        CheckpointError: keep_heads, but the file is neither a detector nor a segmenter.
     """
     if to == "mmseg":
         state = to_mmseg_names(state)
     if to in ("backbone", "timm"):
         return state
     if keep_heads:
-        if not any(name.startswith(("neck.", "decode_head.", "rpn_head.", "roi_head.")) for name in info.beside):
+        heads = ("neck.", "decode_head.", "rpn_head.", "roi_head.")
+        if not any(name.startswith(heads) for name in info.other_tensors):
             raise CheckpointError(f"--keep_heads: {info.path} is a {info.kind}, not a detector or a segmenter")
-        state = {f"backbone.{name}": tensor for name, tensor in state.items()} | info.beside
+        state = {f"backbone.{name}": tensor for name, tensor in state.items()} | info.other_tensors
     meta = {"source": info.path.name, "arch": info.arch, "patch_size": info.patch_size, "epoch": info.epoch}
     return {"meta": meta, "state_dict": state}
 
 
-def how_to_load(info: CheckpointInfo, to: str, keep_heads: bool, output: Path) -> str:
-    """The line of code or config that reads the output."""
+def loading_code(info: CheckpointInfo, to: str, keep_heads: bool, output: Path) -> str:
+    """The line of Python or of a config that loads the output."""
     if to == "timm":
-        options = ["num_classes=0", "global_pool=''"]  # the tokens [B, N, D], not a pooled vector
+        options = ["num_classes=0", "global_pool=''"]  # tokens [B, N, D] instead of a pooled vector
         if not info.class_token:
             options.append("class_token=False")
         if not info.final_norm:
@@ -94,22 +102,39 @@ def how_to_load(info: CheckpointInfo, to: str, keep_heads: bool, output: Path) -
     return f"backbone=dict(init_cfg=dict(type='Pretrained', checkpoint='{output}'))"
 
 
+def convert_file(source: str | Path, output: str | Path, to: str, key: str = "teacher", keep_heads: bool = False,
+                 overwrite: bool = False) -> None:
+    """Convert a file, verify the result, and print how to load it.
+
+    Args:
+        source: any checkpoint, see checkpoints.read_backbone.
+        output: file to write.
+        to: one of FORMATS.
+        key: network of a training run, teacher or student.
+        keep_heads: see convert.
+        overwrite: replace an existing output.
+
+    Raises:
+        CheckpointError: the input cannot be read, or the output cannot be written.
+    """
+    output = Path(output)
+    try:
+        check_paths(resolve_path(source), output, to, keep_heads, overwrite)
+        state, info = read_backbone(source, key)
+        print(f"loaded {info}")
+        write_checkpoint(convert(state, info, to, keep_heads), output)
+    except OSError as error:
+        raise CheckpointError(str(error)) from None
+    written, written_info = read_backbone(output)
+    if written.keys() != state.keys() or not all(torch.equal(written[name], state[name]) for name in state):
+        raise CheckpointError(f"{output} differs from what was written to it: the disk may be full or failing")
+    print(f"wrote {written_info}")
+    print(f"load it with: {loading_code(info, to, keep_heads, output)}")
+
+
 def main(args: argparse.Namespace) -> None:
-    check_args(args)
-    state, info = read_backbone(args.input, args.checkpoint_key)
-    print(f"loaded {info}")
-    output = Path(args.output)
-    write_checkpoint(convert(state, info, args.to, args.keep_heads), output)
-    again, written = read_backbone(output)
-    if again.keys() != state.keys() or not all(torch.equal(again[name], state[name]) for name in state):
-        raise CheckpointError(f"{output} does not read back as it was written: the disk may be full or failing")
-    print(f"wrote {written}")
-    print(f"load it with: {how_to_load(info, args.to, args.keep_heads, output)}")
+    convert_file(args.input, args.output, args.to, args.checkpoint_key, args.keep_heads, args.overwrite)
 
 
 if __name__ == "__main__":
-    try:
-        main(get_args_parser().parse_args())
-    except (CheckpointError, OSError) as error:
-        print(f"convert_checkpoint.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_main(main, get_args_parser().parse_args())

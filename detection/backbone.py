@@ -1,4 +1,4 @@
-"""SelfPatch's backbone as mmdet's detectors take it: four taps, brought to strides 4, 8, 16 and 32.
+"""SelfPatch's backbone for mmdet's detectors: four feature maps at strides 4, 8, 16 and 32.
 
     from detection import backbone    # registers ViTPyramid and CategoriesHook with mmdet
 """
@@ -13,28 +13,31 @@ from mmengine.runner import Runner
 from torch import nn
 from torch.utils.data import Dataset
 
+from errors import ConfigError
 from openmmlab import load_pretrained
-from utils import fail
 from vision_transformer import VisionTransformer
 
 
-def double(dim: int) -> nn.ConvTranspose2d:
-    """Maps [B, dim, H, W] to twice the height and width."""
+def upsample(dim: int) -> nn.ConvTranspose2d:
+    """Transposed convolution from [B, dim, H, W] to [B, dim, 2H, 2W]."""
     return nn.ConvTranspose2d(dim, dim, kernel_size=2, stride=2)
 
 
 @MODELS.register_module()
 class ViTPyramid(VisionTransformer):
-    """The backbone and what resizes its taps, fpn1 to fpn4, for mmdet's FPN.
+    """Vision Transformer whose intermediate features are resampled by fpn1 to fpn4, as input of mmdet's FPN.
 
     Args:
-        img_size: side in pixels that the position embedding is laid out for; it is resized for every input as in
-            pretraining, by a scale factor with 0.1 added.
+        img_size: side in pixels of the images that the position embedding is made for; it is interpolated for every
+            input as in pretraining, by a scale factor with 0.1 added.
         patch_size: 16 or 8.
-        out_indices: blocks (from 0) whose outputs are returned, for strides 4, 8, 16 and 32.
-        norm_cfg: the norm between fpn1's two convolutions.
-        init_cfg: dict(type='Pretrained', checkpoint=…), what --pretrained sets.
-        kwargs: VisionTransformer's own: embed_dim, num_heads, drop_path_rate, class_token (DINO's).
+        out_indices: blocks (from 0) whose outputs become the maps at strides 4, 8, 16 and 32.
+        norm_cfg: the norm layer in fpn1, between its two convolutions.
+        init_cfg: dict(type='Pretrained', checkpoint=…), which --pretrained sets.
+        kwargs: further arguments of VisionTransformer: embed_dim, num_heads, drop_path_rate, class_token (for DINO).
+
+    Raises:
+        ConfigError: another patch size.
     """
 
     def __init__(self, img_size: int = 224, patch_size: int = 16, out_indices: Sequence[int] = (3, 5, 7, 11),
@@ -44,51 +47,53 @@ class ViTPyramid(VisionTransformer):
         dim = self.embed_dim
         if patch_size == 16:
             norm = build_norm_layer(norm_cfg or {"type": "SyncBN"}, dim)[1]
-            self.fpn1 = nn.Sequential(double(dim), norm, nn.GELU(), double(dim))
-            self.fpn2 = nn.Sequential(double(dim))
+            self.fpn1 = nn.Sequential(upsample(dim), norm, nn.GELU(), upsample(dim))
+            self.fpn2 = nn.Sequential(upsample(dim))
             self.fpn3, self.fpn4 = nn.Identity(), nn.MaxPool2d(2)
         elif patch_size == 8:
-            self.fpn1 = nn.Sequential(double(dim))
+            self.fpn1 = nn.Sequential(upsample(dim))
             self.fpn2, self.fpn3, self.fpn4 = nn.Identity(), nn.MaxPool2d(2), nn.MaxPool2d(4)
         else:
-            raise ValueError(f"patch_size {patch_size}: strides 4 to 32 are made from patches of 16 or 8 pixels")
+            raise ConfigError(f"patch_size {patch_size} is not supported: strides 4 to 32 need patches of 16 or 8 "
+                              "pixels")
 
     def init_weights(self) -> None:
-        """Start from the checkpoint of init_cfg; mmengine calls this."""
+        """Load the checkpoint of init_cfg, if any; called by mmengine."""
         if self.init_cfg is not None:
             load_pretrained(self, self.init_cfg)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Images [B, 3, H, W], padded to 32 by mmdet -> maps [B, D, H/s, W/s] for s = 4, 8, 16, 32."""
-        taps = self.get_intermediate_layers(x, self.out_indices)
-        maps = [tap.transpose(1, 2).unflatten(2, self.grid_size(x)) for tap in taps]
-        resize = (self.fpn1, self.fpn2, self.fpn3, self.fpn4)
-        return tuple(fpn(tap.contiguous()) for fpn, tap in zip(resize, maps, strict=True))
+        """Images [B, 3, H, W], padded by mmdet to multiples of 32 -> maps [B, D, H/s, W/s] for s = 4, 8, 16, 32."""
+        features = self.get_intermediate_layers(x, self.out_indices)
+        maps = [tokens.transpose(1, 2).unflatten(2, self.grid_size(x)) for tokens in features]
+        layers = (self.fpn1, self.fpn2, self.fpn3, self.fpn4)
+        return tuple(layer(m.contiguous()) for layer, m in zip(layers, maps, strict=True))
 
 
-def check_widths(cfg: Config) -> None:
-    """End the job in one line unless a config's neck takes the backbone's width."""
-    width, widths = cfg.model.backbone.embed_dim, list(cfg.model.neck.in_channels)
-    if widths != [width] * 4:
-        fail(f"model.neck.in_channels is {widths}, but the backbone's four maps are {width} wide: set it with "
-             f"--cfg-options 'model.neck.in_channels={str([width] * 4).replace(' ', '')}'")
+def check_channels(cfg: Config) -> None:
+    """Raise ConfigError unless the neck's input channels equal the backbone's embedding dimension."""
+    dim, in_channels = cfg.model.backbone.embed_dim, list(cfg.model.neck.in_channels)
+    if in_channels != [dim] * 4:
+        raise ConfigError(
+            f"model.neck.in_channels is {in_channels}, but the backbone's four maps have {dim} channels: set it with "
+            f"--cfg-options 'model.neck.in_channels={str([dim] * 4).replace(' ', '')}'")
 
 
 @HOOKS.register_module()
 class CategoriesHook(Hook):
-    """End the job where a COCO file lacks some of the classes: mmdet would shift the labels of the others silently."""
+    """Raise ConfigError if a COCO file does not list all classes, since mmdet would silently shift the labels."""
 
     def _check(self, dataset: Dataset) -> None:
-        while hasattr(dataset, "dataset"):  # RepeatDataset and the like hold the real one
+        while hasattr(dataset, "dataset"):  # unwrap RepeatDataset and similar
             dataset = dataset.dataset
-        found, wanted = len(dataset.cat_ids), len(dataset.metainfo["classes"])
-        if found != wanted:
-            fail(f"{dataset.ann_file} lists {found} of the {wanted} categories of COCO: it has to list all of them, "
-                 "those without an object too")
+        listed, expected = len(dataset.cat_ids), len(dataset.metainfo["classes"])
+        if listed != expected:
+            raise ConfigError(f"{dataset.ann_file} lists {listed} of the {expected} categories of COCO: it must list "
+                              "all of them, including those without objects")
 
     def before_train(self, runner: Runner) -> None:
         self._check(runner.train_dataloader.dataset)
-        if runner.val_loop is not None:  # now, not after an epoch
+        if runner.val_loop is not None:  # report it now rather than after an epoch
             self._check(runner.val_dataloader.dataset)
 
     def before_val(self, runner: Runner) -> None:

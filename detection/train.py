@@ -5,10 +5,22 @@
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import openmmlab
-from detection.backbone import check_widths
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root
+from errors import run_main
+
+
+def main() -> None:
+    # imported here so that missing packages are reported in one line
+    import openmmlab
+    from detection.backbone import check_channels
+    from openmmlab_config import config_from_args, get_train_parser
+
+    args = get_train_parser(__doc__.split("\n\n")[0]).parse_args()
+    cfg = config_from_args(args)
+    check_channels(cfg)
+    openmmlab.train(cfg, args.pretrained, args.checkpoint_key, args.random_weights, args.resume, args.amp,
+                    keep_grid=True)
+
 
 if __name__ == "__main__":
-    openmmlab.train(openmmlab.get_train_parser(__doc__.split("\n\n")[0]).parse_args(), own_grid=True,
-                    check=check_widths)
+    run_main(main)

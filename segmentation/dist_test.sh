@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Evaluate on several GPUs: ./dist_test.sh CONFIG CHECKPOINT GPUS [options of test.py]; NNODES, NODE_RANK, MASTER_ADDR,
-# PORT from the environment for several machines.
+# Evaluate on several GPUs: ./dist_test.sh CONFIG CHECKPOINT GPUS [options of test.py]
+# For several machines, set NNODES, NODE_RANK, MASTER_ADDR and PORT in the environment.
 set -euo pipefail
 if [ $# -lt 3 ]; then echo "usage: $0 CONFIG CHECKPOINT GPUS [options of test.py]" >&2; exit 2; fi
 config=$1 checkpoint=$2 gpus=$3

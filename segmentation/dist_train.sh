@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Train on several GPUs: ./dist_train.sh CONFIG GPUS [options of train.py]; NNODES, NODE_RANK, MASTER_ADDR, PORT
-# from the environment for several machines.
+# Train on several GPUs: ./dist_train.sh CONFIG GPUS [options of train.py]
+# For several machines, set NNODES, NODE_RANK, MASTER_ADDR and PORT in the environment.
 set -euo pipefail
 if [ $# -lt 2 ]; then echo "usage: $0 CONFIG GPUS [options of train.py]" >&2; exit 2; fi
 config=$1 gpus=$2

@@ -5,12 +5,22 @@
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the backbone and what the jobs share
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root
+from errors import run_main
 
-import openmmlab
-from segmentation.backbone import annotation_errors, check_widths
+
+def main() -> None:
+    # imported here so that missing packages are reported in one line
+    import openmmlab
+    from openmmlab_config import config_from_args, get_train_parser
+    from segmentation.backbone import check_channels
+
+    args = get_train_parser(__doc__.split("\n\n")[0]).parse_args()
+    cfg = config_from_args(args)
+    check_channels(cfg)
+    openmmlab.train(cfg, args.pretrained, args.checkpoint_key, args.random_weights, args.resume, args.amp,
+                    keep_grid=False)
+
 
 if __name__ == "__main__":
-    args = openmmlab.get_train_parser(__doc__.split("\n\n")[0]).parse_args()
-    with annotation_errors():
-        openmmlab.train(args, own_grid=False, check=check_widths)
+    run_main(main)

@@ -1,4 +1,4 @@
-"""Every kind of checkpoint, built as its makers write it, gives the source's features; bad ones are refused."""
+"""Every supported format, built as its authors write it, loads with the features of its source network."""
 import argparse
 import re
 import zipfile
@@ -13,24 +13,24 @@ from torch import nn
 
 from checkpoint_files import CheckpointError, read_checkpoint, write_checkpoint
 from checkpoints import build_head, from_mmseg_names, load_backbone, read_backbone, to_mmseg_names
-from losses import DINOLoss
 from selfpatch_head import MultiCropWrapper, SelfPatchHead
 from vision_transformer import DINOHead, vit_base, vit_small, vit_tiny
+
+HIDDEN_DIM, BOTTLENECK_DIM = 32, 16
+IMAGES = torch.randn(1, 3, 48, 64, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.fixture(scope="module")
 def ours():
-    wrapper = MultiCropWrapper(vit_tiny(), SelfPatchHead(192, 3, 2), DINOHead(192, 24), DINOHead(192, 16))
-    return set_weights(wrapper, 0).eval()
+    """A SelfPatch network; the MLPs of its projection heads are narrow so that the files are small."""
+    heads = (DINOHead(192, out_dim, hidden_dim=HIDDEN_DIM, bottleneck_dim=BOTTLENECK_DIM) for out_dim in (24, 16))
+    return set_weights(MultiCropWrapper(vit_tiny(), SelfPatchHead(192, 3, 2), *heads), 0).eval()
 
 
 @pytest.fixture(scope="module")
 def dino():
-    return set_weights(nn.ModuleDict({"backbone": vit_tiny(class_token=True, final_norm=True),
-                                     "head": DINOHead(192, 24)}), 0).eval()
-
-
-IMAGES = torch.randn(1, 3, 48, 64, generator=torch.Generator().manual_seed(1))
+    head = DINOHead(192, 24, hidden_dim=HIDDEN_DIM, bottleneck_dim=BOTTLENECK_DIM)
+    return set_weights(nn.ModuleDict({"backbone": vit_tiny(class_token=True, final_norm=True), "head": head}), 0).eval()
 
 
 @torch.no_grad()
@@ -40,18 +40,19 @@ def assert_same_features(model, source):
 
 
 def training_checkpoint(network: nn.Module, teacher: nn.Module | None = None) -> dict:
-    """What a training script saves: Namespace, optimizer, loss, scaler; the student wrapped by DDP."""
+    """The layout of a training run in float16: the student wrapped by DDP, options as a Namespace."""
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
     student = {f"module.{name}": tensor for name, tensor in network.state_dict().items()}
     args = argparse.Namespace(arch="vit_tiny", patch_size=16, k_num=2, global_crops_scale=(0.25, 1.0), lr=5e-4)
+    centers = {"center": torch.zeros(1, 1, 24), "patch_center": torch.zeros(1, 16)}
     return {"student": student, "teacher": (teacher or network).state_dict(), "optimizer": optimizer.state_dict(),
-            "epoch": 200, "args": args, "dino_loss": DINOLoss(24, 16, 4, 0.04, 0.04, 0, 10).state_dict(),
+            "epoch": 200, "args": args, "dino_loss": centers,
             "fp16_scaler": {"scale": 65536.0, "growth_factor": 2.0, "_growth_tracker": 7}}
 
 
-@pytest.mark.parametrize("core", [b"numpy._core.", b"numpy.core."])  # numpy 2's name and numpy 1's
+@pytest.mark.parametrize("core", [b"numpy._core.", b"numpy.core."])  # as NumPy 2 and NumPy 1 write it
 def test_numpy_learning_rates_of_published_runs(tmp_path, ours, core):
-    """The published loop sets each group's lr to an np.float64, which the optimizer's state takes along."""
+    """The published loop sets each group's lr to an np.float64, which becomes part of the optimizer's state."""
     state = training_checkpoint(ours)
     state["optimizer"]["param_groups"][0]["lr"] = np.float64(2.5e-4)
     torch.save(state, tmp_path / "new.pth")
@@ -70,28 +71,29 @@ def test_selfpatch_run(tmp_path, ours, capsys):
     assert_same_features(load_backbone(tmp_path / "checkpoint.pth", "student"), ours.backbone)
     assert capsys.readouterr().out == (
         f"loaded {tmp_path}/checkpoint.pth: SelfPatch run, key student, vit_tiny, patch size 16, 147 tensors, "
-        "epoch 200, left out c_head ca_head p_head\n")
+        "epoch 200, ignored c_head ca_head p_head\n")
     assert_same_features(load_backbone(tmp_path / "checkpoint.pth"), other)
     assert "key teacher" in capsys.readouterr().out
-    assert_same_features(load_backbone(tmp_path), other)  # a run's folder
+    assert_same_features(load_backbone(tmp_path), other)  # the run's folder
 
 
-def test_head_of_a_run(tmp_path, ours):
+def test_selfpatch_head(tmp_path, ours):
     write_checkpoint(training_checkpoint(ours), tmp_path / "run.pth")
     state, info = read_backbone(tmp_path / "run.pth", "student")
     head = build_head(info)
     assert head.k_num == 2 and build_head(info, 5).k_num == 5
-    x = torch.randn(2, 25, 192)
-    torch.testing.assert_close(head(x, loc=True), ours.ca_head(x, loc=True))
-    info.beside["ca_head.norm.bias"] = info.beside.pop("ca_head.norm.weight")[:7]
-    with pytest.raises(CheckpointError, match=r"missing \(1\): norm.weight; of another shape.*norm.bias \[7\] not"):
+    assert not head.training
+    assert_equal(head.state_dict(), ours.ca_head.state_dict())
+    others = info.other_tensors
+    others["ca_head.norm.bias"] = others.pop("ca_head.norm.weight")[:7]
+    with pytest.raises(CheckpointError, match=r"missing \(1\): norm.weight; wrong shape.*norm.bias is \[7\], expected"):
         build_head(info)
-    info.beside.clear()
+    others.clear()
     with pytest.raises(CheckpointError, match="no ca_head"):
         build_head(info)
 
 
-def test_run_with_args_as_a_dictionary(tmp_path, ours):
+def test_args_as_a_dictionary(tmp_path, ours):
     checkpoint = training_checkpoint(ours)
     checkpoint["args"] = vars(checkpoint["args"])
     write_checkpoint(checkpoint, tmp_path / "run.pth")
@@ -111,7 +113,7 @@ def bare(model, dtype=torch.float32):
     (lambda ours: {"classy_state_dict": {"base_model": {"model": {
         "trunk": bare(ours.backbone), "heads": {"0.clf.0.weight": torch.zeros(5, 192)}}}, "train": True}}, "VISSL run"),
 ], ids=["bare", "wrapper", "state_dict", "model", "compiled", "vissl"])
-def test_kinds_of_our_backbone(tmp_path, ours, make, kind):
+def test_wrappers_of_a_selfpatch_backbone(tmp_path, ours, make, kind):
     torch.save(make(ours), tmp_path / "file.pth")
     state, info = read_backbone(tmp_path / "file.pth")
     assert (info.kind, info.key, info.arch, info.patch_size, len(state)) == (kind, None, "vit_tiny", 16, 147)
@@ -124,7 +126,7 @@ def test_vissl_trunk_with_class_token(tmp_path, dino):
     assert_same_features(load_backbone(tmp_path / "f.pth"), dino["backbone"])
 
 
-def test_released_detectors_say_how_many_heads(tmp_path, capsys):
+def test_number_of_heads_of_a_detector(tmp_path, capsys):
     source = set_weights(vit_tiny(num_heads=4), 0).eval()
     state = {f"backbone.{k}": v for k, v in source.state_dict().items()}
     torch.save({"state_dict": state | {"rpn_head.rpn_conv.weight": torch.zeros(1)}}, tmp_path / "detector.pth")
@@ -135,7 +137,7 @@ def test_released_detectors_say_how_many_heads(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("number", [np.float32(1), np.int32(2), np.bool_(True), np.float64(3)])
-def test_numpy_numbers_in_args(tmp_path, ours, number):
+def test_numpy_scalars_in_args(tmp_path, ours, number):
     state = training_checkpoint(ours)
     state["args"].lr = number
     torch.save(state, tmp_path / "run.pth")
@@ -143,7 +145,7 @@ def test_numpy_numbers_in_args(tmp_path, ours, number):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_other_number_types_become_float32(tmp_path, ours, dtype):
+def test_other_float_types_become_float32(tmp_path, ours, dtype):
     torch.save(bare(ours.backbone, dtype), tmp_path / "file.pth")
     source = vit_tiny().eval()
     source.load_state_dict(bare(ours.backbone, dtype))
@@ -152,7 +154,7 @@ def test_other_number_types_become_float32(tmp_path, ours, dtype):
     assert_same_features(model, source)
 
 
-def test_safetensors_and_old_torch_format(tmp_path, ours):
+def test_safetensors_and_legacy_torch_format(tmp_path, ours):
     safetensors.torch.save_file(bare(ours.backbone), tmp_path / "model.safetensors")
     assert_same_features(load_backbone(tmp_path / "model.safetensors"), ours.backbone)
     assert read_backbone(tmp_path / "model.safetensors")[1].kind == "SelfPatch backbone (safetensors)"
@@ -172,7 +174,7 @@ def test_dino_backbone_and_run(tmp_path, dino):
         assert_same_features(load_backbone(tmp_path / "run.pth", key), dino["backbone"])
     state, info = read_backbone(tmp_path / "run.pth")
     assert (info.kind, info.epoch, info.class_token, info.final_norm) == ("DINO run", 200, True, True)
-    assert {"head.last_layer.weight_g", "head.last_layer.weight_v"} < info.beside.keys()
+    assert {"head.last_layer.weight_g", "head.last_layer.weight_v"} < info.other_tensors.keys()
 
 
 @pytest.mark.parametrize("options", [{}, {"global_pool": "avg"}, {"num_classes": 0, "final_norm": False}])
@@ -185,11 +187,11 @@ def test_timm(tmp_path, options):
                                rtol=1e-5, atol=1e-5)
     if "num_classes" not in options:
         info = read_backbone(tmp_path / "timm.pth")[1]
-        assert info.kind == "timm backbone" and "left out" in str(info) and "head" in str(info)
+        assert info.kind == "timm backbone" and "ignored" in str(info) and "head" in str(info)
 
 
 class MMSegLayer(nn.Module):
-    """A layer of mmseg's VisionTransformer, by its names."""
+    """A layer with the parameter names of mmseg's VisionTransformer."""
 
     def __init__(self, dim, num_heads):
         super().__init__()
@@ -238,7 +240,7 @@ def test_mmseg_names(tmp_path, class_token):
     assert to_mmseg_names(state).keys() == source.state_dict().keys()
     assert from_mmseg_names(to_mmseg_names(state)).keys() == state.keys()
     torch.save(source.state_dict(), tmp_path / "backbone.pth")
-    assert read_backbone(tmp_path / "backbone.pth")[1].kind == "backbone in mmseg's names"
+    assert read_backbone(tmp_path / "backbone.pth")[1].kind == "backbone with mmseg names"
     assert_equal(read_backbone(tmp_path / "backbone.pth")[0], state)
 
 
@@ -254,23 +256,25 @@ def test_mmdet_detector(tmp_path, ours):
     torch.save({"meta": {"epoch": 12}, "state_dict": detector}, tmp_path / "detector.pth")
     info = read_backbone(tmp_path / "detector.pth")[1]
     assert str(info).endswith("mmdet detector, no key, vit_tiny, patch size 16, 147 tensors, epoch 12, "
-                              "left out fpn1 fpn2 roi_head rpn_head")
+                              "ignored fpn1 fpn2 roi_head rpn_head")
     assert_same_features(load_backbone(tmp_path / "detector.pth"), ours.backbone)
     assert load_backbone(tmp_path / "detector.pth", num_heads=6).blocks[0].attn.num_heads == 6
 
 
 @pytest.mark.parametrize("make, arch", [(vit_small, "vit_small"), (vit_base, "vit_base")])
-def test_arch_patch_size_and_grid_come_from_the_shapes(tmp_path, make, arch):
+def test_arch_patch_size_and_grid_are_inferred(tmp_path, make, arch):
     with torch.device("meta"):
         source = make(patch_size=8, img_size=96)
-    torch.save({name: torch.zeros(t.shape) for name, t in source.state_dict().items()}, tmp_path / "file.pth")
+    # expanded scalars, of which torch.save writes one number each
+    state = {name: torch.zeros(()).expand(tensor.shape) for name, tensor in source.state_dict().items()}
+    torch.save(state, tmp_path / "file.pth")
     info = read_backbone(tmp_path / "file.pth")[1]
     assert (info.arch, info.patch_size, info.grid, info.class_token) == (arch, 8, 12, False)
     model = load_backbone(tmp_path / "file.pth", arch=arch.replace("vit", "deit"), patch_size=8, drop_path_rate=0.1)
     assert model.num_heads == source.num_heads and model.blocks[11].drop_path1.drop_prob == pytest.approx(0.1)
 
 
-def test_options_that_contradict_the_file(tmp_path, ours):
+def test_contradicting_options(tmp_path, ours):
     path = tmp_path / "file.pth"
     torch.save(bare(ours.backbone), path)
     with pytest.raises(CheckpointError, match=r"--arch vit_base contradicts .*file.pth.* vit_tiny"):
@@ -291,7 +295,7 @@ def test_empty_path_needs_random_weights(capsys):
 
 
 def published_layout(out_dim, out_dim_selfpatch):
-    """A MultiCropWrapper of the published code's keys and shapes, from timm's and torch's own parts."""
+    """A MultiCropWrapper with the published code's keys and shapes, made of timm's and torch's own modules."""
     dim = 192
 
     def attention_block():
@@ -303,9 +307,9 @@ def published_layout(out_dim, out_dim_selfpatch):
 
     def projection(out):
         head = nn.Module()
-        head.mlp = nn.Sequential(nn.Linear(dim, 2048), nn.GELU(), nn.Linear(2048, 2048), nn.GELU(),
-                                 nn.Linear(2048, 256))
-        head.last_layer = nn.utils.weight_norm(nn.Linear(256, out, bias=False))
+        head.mlp = nn.Sequential(nn.Linear(dim, HIDDEN_DIM), nn.GELU(), nn.Linear(HIDDEN_DIM, HIDDEN_DIM), nn.GELU(),
+                                 nn.Linear(HIDDEN_DIM, BOTTLENECK_DIM))
+        head.last_layer = nn.utils.weight_norm(nn.Linear(BOTTLENECK_DIM, out, bias=False))
         return head
 
     wrapper = nn.Module()
@@ -320,18 +324,18 @@ def published_layout(out_dim, out_dim_selfpatch):
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
-def test_our_run_goes_back_into_the_published_layout(tmp_path, ours):
+def test_compatible_with_the_published_layout_both_ways(tmp_path, ours):
     write_checkpoint(training_checkpoint(ours), tmp_path / "checkpoint.pth")
     checkpoint = read_checkpoint(tmp_path / "checkpoint.pth")
     published = published_layout(24, 16)
     published.load_state_dict(checkpoint["teacher"], strict=True)
-    nn.DataParallel(published).load_state_dict(checkpoint["student"], strict=True)  # module., as under DDP
-    # and what the published code saves is read as ours
+    nn.DataParallel(published).load_state_dict(checkpoint["student"], strict=True)  # prefix module., as under DDP
+    # the other way: a file saved by the published code
     torch.save({"teacher": published.state_dict(), "args": argparse.Namespace(k_num=4)}, tmp_path / "published.pth")
     assert_same_features(load_backbone(tmp_path / "published.pth"), ours.backbone)
 
 
-def test_write_is_whole_or_not_at_all(tmp_path, monkeypatch):
+def test_interrupted_write_keeps_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "checkpoint.pth"
     write_checkpoint({"epoch": 1}, path)
 

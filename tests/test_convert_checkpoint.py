@@ -1,4 +1,5 @@
-"""Converted checkpoints give the same features where they are read, and the job refuses what it cannot write."""
+"""Converted checkpoints give the same features in the other library; invalid requests are refused."""
+import errno
 import runpy
 import shutil
 import sys
@@ -8,9 +9,10 @@ import timm
 import torch
 from golden_rules import set_weights
 
-from checkpoint_files import read_checkpoint
+import convert_checkpoint
+from checkpoint_files import CheckpointError, read_checkpoint
 from checkpoints import load_backbone, read_backbone
-from convert_checkpoint import convert, get_args_parser, how_to_load, main
+from convert_checkpoint import convert, convert_file, get_args_parser, loading_code, main
 from vision_transformer import vit_small, vit_tiny
 
 
@@ -32,7 +34,7 @@ def run(*argv):
 
 
 def evaluate(line, **names):
-    """Run the line of code that the job prints."""
+    """Evaluate the line of code that the job prints."""
     return eval(line, names).eval()
 
 
@@ -52,8 +54,8 @@ def test_backbone(tmp_path, source, run_file, name, capsys):
 
 
 @pytest.mark.parametrize("make", [
-    lambda: (vit_small(), ".pth"), lambda: (vit_tiny(patch_size=8, img_size=96), ".safetensors"),
-    lambda: (vit_tiny(class_token=True, final_norm=True), ".pth")], ids=["small", "patch 8, 96 pixels", "DINO"])
+    lambda: (vit_tiny(), ".pth"), lambda: (vit_tiny(patch_size=8, img_size=96), ".safetensors"),
+    lambda: (vit_tiny(class_token=True, final_norm=True), ".pth")], ids=["SelfPatch", "patch 8, 96 pixels", "DINO"])
 @torch.no_grad()
 def test_timm_gives_the_same_features(tmp_path, capsys, make):
     source, suffix = make()
@@ -71,9 +73,12 @@ def test_timm_gives_the_same_features(tmp_path, capsys, make):
 
 
 def test_timm_line_is_the_one_in_the_readme(tmp_path):
-    torch.save(vit_small().state_dict(), tmp_path / "small.pth")
+    with torch.device("meta"):
+        shapes = vit_small().state_dict()
+    # expanded scalars, of which torch.save writes one number each
+    torch.save({name: torch.zeros(()).expand(tensor.shape) for name, tensor in shapes.items()}, tmp_path / "small.pth")
     info = read_backbone(tmp_path / "small.pth")[1]
-    assert how_to_load(info, "timm", False, "timm.pth") == (
+    assert loading_code(info, "timm", False, "timm.pth") == (
         "timm.create_model('vit_small_patch16_224', num_classes=0, global_pool='', class_token=False, "
         "final_norm=False, checkpoint_path='timm.pth')")
 
@@ -101,7 +106,7 @@ def test_mmdet(tmp_path, source, run_file):
     assert_same(load_backbone(tmp_path / "mmdet.pth"), source, torch.randn(1, 3, 48, 48))
 
 
-def test_a_whole_segmenter_keeps_its_heads(tmp_path, source, run_file):
+def test_segmenter_keeps_its_heads(tmp_path, source, run_file):
     run(run_file, tmp_path / "mmseg.pth", "--to", "mmseg")
     heads = {"neck.fpn.weight": torch.randn(3), "decode_head.conv_seg.weight": torch.randn(3).half()}
     released = {f"backbone.{k}": v for k, v in read_checkpoint(tmp_path / "mmseg.pth")["state_dict"].items()} | heads
@@ -115,15 +120,15 @@ def test_a_whole_segmenter_keeps_its_heads(tmp_path, source, run_file):
     assert again.keys() == released.keys() and all(torch.equal(again[name], released[name]) for name in released)
 
 
-def test_convert_leaves_its_input_alone(run_file):
+def test_convert_does_not_modify_its_input(run_file):
     state, info = read_backbone(run_file)
     names = list(state)
     convert(state, info, "mmseg")
     assert list(state) == names
 
 
-def refused(capsys, *argv):
-    """Run the job as a user does; its one line on stderr."""
+def error_of(capsys, *argv):
+    """Run the job as a script that fails; return its only line on stderr."""
     sys.argv[:] = ["convert_checkpoint.py", *map(str, argv)]
     with pytest.raises(SystemExit) as stop:
         runpy.run_module("convert_checkpoint", run_name="__main__")
@@ -133,25 +138,44 @@ def refused(capsys, *argv):
     return lines[0]
 
 
-def test_refusals(tmp_path, run_file, capsys, monkeypatch):
+def test_refused_requests(tmp_path, run_file, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", [])
     output = tmp_path / "out.pth"
     (tmp_path / "page.pth").write_text("<!DOCTYPE html>")
-    assert "page.pth is an HTML page" in refused(capsys, tmp_path / "page.pth", output, "--to", "backbone")
-    assert "none.pth cannot be read" in refused(capsys, tmp_path / "none.pth", output, "--to", "backbone")
-    assert "no network 'student'" in refused(capsys, run_file, output, "--to", "timm", "--checkpoint_key", "student")
-    assert "out.safetensors: --to mmseg" in refused(capsys, run_file, tmp_path / "out.safetensors", "--to", "mmseg")
-    assert "is no folder" in refused(capsys, run_file, tmp_path / "no" / "out.pth", "--to", "mmseg")
-    assert "is the input" in refused(capsys, run_file, run_file, "--to", "backbone", "--overwrite")
+    assert "page.pth is an HTML page" in error_of(capsys, tmp_path / "page.pth", output, "--to", "backbone")
+    assert "none.pth cannot be read" in error_of(capsys, tmp_path / "none.pth", output, "--to", "backbone")
+    assert "no network 'student'" in error_of(capsys, run_file, output, "--to", "timm", "--checkpoint_key", "student")
+    assert "out.safetensors: --to mmseg" in error_of(capsys, run_file, tmp_path / "out.safetensors", "--to", "mmseg")
+    assert "is not a directory" in error_of(capsys, run_file, tmp_path / "no" / "out.pth", "--to", "mmseg")
+    assert "is the input" in error_of(capsys, run_file, run_file, "--to", "backbone", "--overwrite")
     run_folder = run_file.parent / "run"
     run_folder.mkdir()
     shutil.copy(run_file, run_folder / "checkpoint.pth")
-    assert "is the input" in refused(capsys, run_folder, run_folder / "checkpoint.pth", "--to", "timm", "--overwrite")
-    assert "--keep_heads" in refused(capsys, run_file, output, "--to", "timm", "--keep_heads")
-    assert "not a detector" in refused(capsys, run_file, output, "--to", "mmdet", "--keep_heads")
+    assert "is the input" in error_of(capsys, run_folder, run_folder / "checkpoint.pth", "--to", "timm", "--overwrite")
+    assert "--keep_heads" in error_of(capsys, run_file, output, "--to", "timm", "--keep_heads")
+    assert "invalid choice: 'onnx'" in error_of(capsys, run_file, output, "--to", "onnx")
+    assert "not a detector" in error_of(capsys, run_file, output, "--to", "mmdet", "--keep_heads")
     assert not output.exists()
     output.write_text("mine")
-    assert "is already there" in refused(capsys, run_file, output, "--to", "backbone")
+    assert "exists already" in error_of(capsys, run_file, output, "--to", "backbone")
     assert output.read_text() == "mine"
     run(run_file, output, "--to", "backbone", "--overwrite")
     assert read_backbone(output)[1].arch == "vit_tiny"
+
+
+def test_full_disk_is_one_error(tmp_path, run_file, monkeypatch):
+    def no_space(state, path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(convert_checkpoint, "write_checkpoint", no_space)
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        convert_file(run_file, tmp_path / "out.pth", "timm")
+
+
+def test_output_that_differs_is_reported(tmp_path, run_file, monkeypatch):
+    def negate(state, path):
+        torch.save({name: -tensor for name, tensor in state.items()}, path)
+
+    monkeypatch.setattr(convert_checkpoint, "write_checkpoint", negate)
+    with pytest.raises(CheckpointError, match="differs from what was written"):
+        convert_file(run_file, tmp_path / "out.pth", "timm")

@@ -1,4 +1,4 @@
-# Mask R-CNN 1x with ViT-S/16 as it is pretrained, with 6 heads: the one to fine-tune
+# Mask R-CNN 1x with ViT-S/16 and 6 heads as in pretraining; recommended for fine-tuning
 _base_ = [
     '_base_/models/mask-rcnn_vit.py',
     '_base_/datasets/coco_instance.py',

@@ -1,4 +1,4 @@
-# the same with a ViT-B/16
+# UperNet with ViT-B/16
 _base_ = ['upernet_vit-small-16_160k_ade20k.py']
 model = dict(
     backbone=dict(embed_dim=768, num_heads=12),

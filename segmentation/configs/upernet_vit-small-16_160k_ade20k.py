@@ -1,4 +1,4 @@
-# UperNet, 160k iterations, 8 GPUs × 2 images, mmseg's standard for it: published mIoU 43.2 (DINO 42.3)
+# UperNet, 160k iterations, 8 GPUs × 2 images, mmseg's standard settings: published mIoU 43.2 (DINO 42.3)
 _base_ = [
     '_base_/models/upernet_vit.py',
     '_base_/datasets/ade20k.py',

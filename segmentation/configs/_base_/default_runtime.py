@@ -9,4 +9,4 @@ log_processor = dict(by_epoch=False)
 log_level = 'INFO'
 load_from = None
 resume = False
-randomness = dict(seed=0, diff_rank_seed=True)  # or all GPUs would drop the same branches
+randomness = dict(seed=0, diff_rank_seed=True)  # else all GPUs would drop the same residual branches

@@ -1,4 +1,4 @@
-# COCO 2017 with instance masks; training images in several sizes as in DETR
+# COCO 2017 with instance masks; multi-scale training as in DETR
 dataset_type = 'CocoDataset'
 data_root = 'data/coco/'
 
@@ -24,7 +24,7 @@ test_pipeline = [
     dict(type='PackDetInputs', meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor'))]
 
 train_dataloader = dict(
-    batch_size=1,  # a GPU
+    batch_size=1,  # per GPU
     num_workers=2,
     persistent_workers=True,
     sampler=dict(type='DefaultSampler', shuffle=True),

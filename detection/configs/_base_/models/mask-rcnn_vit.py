@@ -1,4 +1,4 @@
-# Mask R-CNN with the standard FPN, RPN and RoI heads, on SelfPatch's ViT-S/16
+# Mask R-CNN with the standard FPN, RPN and RoI heads on SelfPatch's ViT-S/16
 model = dict(
     type='MaskRCNN',
     data_preprocessor=dict(

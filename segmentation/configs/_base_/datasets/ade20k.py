@@ -1,4 +1,4 @@
-# ADE20K (ADEChallengeData2016): 150 classes, 0 in the annotations is nothing and is ignored
+# ADE20K (ADEChallengeData2016): 150 classes; id 0 in the annotations is unlabelled and ignored
 dataset_type = 'ADE20KDataset'
 data_root = 'data/ade/ADEChallengeData2016'
 crop_size = (512, 512)
@@ -14,7 +14,7 @@ train_pipeline = [
 test_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='Resize', scale=(2048, 512), keep_ratio=True),
-    dict(type='LoadADEAnnotations'),  # after Resize: predictions are scored at the photograph's own size
+    dict(type='LoadADEAnnotations'),  # after Resize, so that predictions are scored at the original size
     dict(type='PackSegInputs'),
 ]
 train_dataloader = dict(

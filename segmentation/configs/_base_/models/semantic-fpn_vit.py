@@ -1,4 +1,4 @@
-# Semantic FPN on four taps of a ViT-S/16
+# Semantic FPN on the features of four blocks of a ViT-S/16
 norm_cfg = dict(type='SyncBN', requires_grad=True)
 model = dict(
     type='EncoderDecoder',
@@ -23,7 +23,7 @@ model = dict(
         type='FPNHead',
         in_channels=[256, 256, 256, 256],
         in_index=[0, 1, 2, 3],
-        feature_strides=[4, 8, 16, 32],  # as published, though all four maps have the stride of the patches
+        feature_strides=[4, 8, 16, 32],  # as published, although all four maps have the patch size's stride
         channels=128,
         dropout_ratio=0.1,
         num_classes=150,

@@ -1,4 +1,4 @@
-# UperNet on four taps of a ViT-S/16, scaled to the strides of a pyramid, with an auxiliary FCN head
+# UperNet on the features of four blocks of a ViT-S/16, rescaled to a pyramid, with an auxiliary FCN head
 norm_cfg = dict(type='SyncBN', requires_grad=True)
 model = dict(
     type='EncoderDecoder',

@@ -1,4 +1,4 @@
-# the same for 160k iterations
+# AdamW for 160k iterations
 _base_ = ['schedule_40k.py']
 param_scheduler = [
     dict(type='LinearLR', start_factor=1e-6, by_epoch=False, begin=0, end=1500),

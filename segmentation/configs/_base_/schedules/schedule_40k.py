@@ -1,4 +1,4 @@
-# AdamW for 40k iterations; the position embedding, class token and norms are not decayed
+# AdamW for 40k iterations, without weight decay for the position embedding, class token and norms
 optim_wrapper = dict(
     type='OptimWrapper',
     optimizer=dict(type='AdamW', lr=6e-5, betas=(0.9, 0.999), weight_decay=0.01),
@@ -10,7 +10,7 @@ optim_wrapper = dict(
         }))
 param_scheduler = [
     dict(type='LinearLR', start_factor=1e-6, by_epoch=False, begin=0, end=1500),
-    # from the full rate on; mmseg 0.x counted from iteration 0, and so came out 3.75 % lower after the warm-up
+    # decays from the full rate; mmseg 0.x counted from iteration 0, which gave a 3.75 % lower rate after the warm-up
     dict(type='PolyLR', eta_min=0.0, power=1.0, by_epoch=False, begin=1500, end=40000),
 ]
 train_cfg = dict(type='IterBasedTrainLoop', max_iters=40000, val_interval=4000)
