@@ -139,7 +139,7 @@ def draw_attention(args: argparse.Namespace) -> None:
     else:
         if info is None:
             head = SelfPatchHead(backbone.embed_dim, backbone.num_heads).eval()
-        elif any(name.startswith("ca_head.") for name in info.beside):
+        elif any(name.startswith("ca_head.") for name in info.other_tensors):
             head = build_head(info)
         else:
             raise CheckpointError(f"{info.path} has neither a class token nor a SelfPatch head (ca_head): give a "
