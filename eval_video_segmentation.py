@@ -25,10 +25,10 @@ from PIL import Image
 from tqdm import tqdm
 
 import davis_data
-import utils
 from checkpoints import load_backbone
 from davis_data import SCALE_SIZE, VOID, DataError, Sequence, imwrite_indexed, load_frame, resized_shape
 from davis_metrics import format_scores, score_sequence
+from distributed import keep_freed_memory, pick_device
 from label_propagation import label_propagation, norm_mask, propagate, restrict_neighborhood, to_mask, to_one_hot  # noqa: F401
 from vision_transformer import ARCHS, VisionTransformer
 
@@ -283,9 +283,9 @@ def run(args: argparse.Namespace) -> int:
     sequences, failed = find_sequences(args)
     # an Apple GPU only where it is asked for, as it is untested; more processes than GPUs share them
     name = "cpu" if args.device == "auto" and not torch.cuda.is_available() else args.device
-    device = utils.pick_device(name, local_rank % max(torch.cuda.device_count(), 1))
+    device = pick_device(name, local_rank % max(torch.cuda.device_count(), 1))
     if device.type == "cpu":
-        utils.keep_freed_memory()
+        keep_freed_memory()
     torch.manual_seed(args.seed)
     with contextlib.redirect_stdout(sys.stdout if rank == 0 else None):
         model = load_backbone(args.pretrained_weights, args.checkpoint_key, args.arch, args.patch_size,

@@ -118,8 +118,8 @@ def head_attention(backbone: VisionTransformer, head: SelfPatchHead, x: torch.Te
     """The SelfPatch head's second block's attention from its class token to the patches of x, [heads, N]."""
     patches, c = backbone(x), head.cls_token[0]
     first, second = head.cls_blocks
-    c = second.norm1(first(c, *first.keys_values(patches)))
-    keys = second.keys_values(patches)[0][0]
+    c = second.norm1(first.attend_projected(c, *first.project(patches)))
+    keys = second.project(patches)[0][0]
     return attention_weights(second.attn.q(c), torch.cat([second.attn.k(c), keys]), backbone.num_heads)[:, 1:]
 
 

@@ -31,8 +31,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import davis_data
 import davis_metrics
 import eval_video_segmentation as job
-import utils
 from checkpoints import CheckpointError, load_backbone
+from distributed import keep_freed_memory, pick_device
 from vision_transformer import ARCHS
 
 HEIGHT, WIDTH = 480, 854
@@ -202,10 +202,10 @@ def time_plain(sequence, extract, args, folder: Path) -> tuple[dict, np.ndarray]
 
 
 def main(args: argparse.Namespace) -> None:
-    device = utils.pick_device(args.device)
+    device = pick_device(args.device)
     dtype = job.pick_dtype(args.precision, device)
     if device.type == "cpu":
-        utils.keep_freed_memory()  # as the job does; it holds for both ways
+        keep_freed_memory()  # as the job does; it holds for both ways
     torch.manual_seed(0)
     model = load_backbone(args.pretrained_weights, arch=args.arch, patch_size=args.patch_size,
                           random_weights=not args.pretrained_weights).to(device)
