@@ -1,36 +1,10 @@
 """An image becomes crops: DINO's multi-crop (Caron et al. 2021, Sec. 3.2, with BYOL's colour transforms), in PIL."""
-from pathlib import Path
-
-import numpy as np
 import torch
 from PIL import Image, ImageFilter
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-class UnreadableImage(RuntimeError):
-    """A file of the data set that cannot be decoded; the message names it."""
-
-
-def load_rgb(path: str | Path) -> Image.Image:
-    """The image at path as RGB, whatever it is stored as (grey, CMYK, palette, alpha).
-
-    Raises:
-        UnreadableImage: the file cannot be decoded.
-    """
-    try:
-        with Image.open(path) as image:
-            if image.mode == "F":
-                raise ValueError("floating point, with no known range")
-            if image.mode.startswith("I"):  # 16-bit grey: PIL would cut it off at 255
-                return Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
-            if image.mode == "P" and "transparency" in image.info:
-                image = image.convert("RGBA")  # the palette's colours stay; PIL would warn of bytes transparency
-            return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UnreadableImage(f"cannot read the image {path} ({error}): replace it or take it out") from error
 
 
 class GaussianBlur:

@@ -1,4 +1,6 @@
 """Files become batches of crops on the device: the data set, and the loader that copies the next batch meanwhile."""
+import os
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -6,14 +8,67 @@ import torch
 from torch.utils.data import DataLoader, DistributedSampler
 from torchvision.datasets import ImageFolder
 
-from augmentations import DataAugmentationDINO, load_rgb
-from device_augmentations import DeviceAugmentation, RandomCrops, load_uint8
-from errors import ConfigError
+from augmentations import DataAugmentationDINO
+from device_augmentations import DeviceAugmentation, RandomCrops
+from errors import ConfigError, TrainingError
+from image_files import (
+    IMAGE_SUFFIXES,
+    UnreadableImage,
+    is_hidden,
+    is_image_name,
+    load_rgb,
+    load_uint8,
+    unread_formats,
+    walk,
+)
+
+MAX_REPLACEMENTS = 100  # images in a row that cannot be read, before a sample is given up
+
+
+class ClassFolders(ImageFolder):
+    """torchvision's ImageFolder without hidden files and folders, each file once, replacing what cannot be read.
+
+    A sample is (crops, what is wrong with the image that they replace, or ""). The replacement is the next readable
+    image of the data set, and the order of all others stays the same.
+    """
+
+    def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
+        classes = sorted(entry.name for entry in Path(directory).iterdir()
+                         if entry.is_dir() and not is_hidden(entry.name))
+        if not classes:
+            raise FileNotFoundError(f"no class folders in {directory}")
+        return classes, {name: i for i, name in enumerate(classes)}
+
+    def make_dataset(self, directory: str, class_to_idx: dict[str, int], *_, **__) -> list[tuple[str, int]]:
+        """(path, class) of every image, in torchvision's order; counts images of formats that are not read."""
+        folders = [os.path.join(directory, name) for name in class_to_idx]
+        # a link below one class that leads to another, or back to the top, adds nothing to it
+        visited = {os.path.realpath(folder) for folder in (directory, *folders)}
+        samples, self.unread_formats = [], Counter()
+        for folder, label in zip(folders, class_to_idx.values(), strict=True):
+            paths = list(walk(folder, visited))
+            self.unread_formats.update(unread_formats(paths))
+            samples += [(path, label) for path in sorted(filter(is_image_name, paths), key=os.path.split)]
+        return samples
+
+    def unread(self) -> str:
+        """The files that look like images but are of formats that are not read, in words; empty if there are none."""
+        counts = ", ".join(f"{count} {suffix}" for suffix, count in sorted(self.unread_formats.items()))
+        return f"not read: {counts} (only {' '.join(IMAGE_SUFFIXES)} are)" if counts else ""
+
+    def __getitem__(self, index: int) -> tuple[list[torch.Tensor], str]:
+        error = ""
+        for i in range(index, index + min(MAX_REPLACEMENTS, len(self))):
+            try:
+                return self.transform(self.loader(self.samples[i % len(self)][0])), error
+            except UnreadableImage as unreadable:
+                error = error or str(unreadable)
+        raise UnreadableImage(f"{error}; nor the {i - index} images after it")
 
 
 def build_dataset(data_path: str | Path, global_crops_scale: tuple[float, float] = (0.25, 1.0),
                   local_crops_scale: tuple[float, float] = (0.05, 0.25), local_crops_number: int = 8,
-                  global_crops_size: int = 224, local_crops_size: int = 96, augment: str = "device") -> ImageFolder:
+                  global_crops_size: int = 224, local_crops_size: int = 96, augment: str = "device") -> ClassFolders:
     """The images of a folder of class folders, each as 2 global crops and local_crops_number local ones.
 
     Args:
@@ -28,12 +83,13 @@ def build_dataset(data_path: str | Path, global_crops_scale: tuple[float, float]
     transform = transform(global_crops_scale, local_crops_scale, local_crops_number, global_crops_size,
                           local_crops_size)
     try:
-        dataset = ImageFolder(data_path, transform, loader=loader, allow_empty=True)
+        dataset = ClassFolders(str(data_path), transform, loader=loader, allow_empty=True)
     except FileNotFoundError:
         raise ConfigError(f"--data_path {data_path} has no folders in it: images go into one folder for each class, "
                           f"such as {str(data_path).rstrip('/')}/all/0001.jpg") from None
     if not len(dataset):
-        raise ConfigError(f"--data_path {data_path} has class folders, but no images in them")
+        raise ConfigError(f"--data_path {data_path} has class folders, but no images in them: "
+                          + (dataset.unread() or f"files ending in {' '.join(IMAGE_SUFFIXES)}"))
     return dataset
 
 
@@ -61,6 +117,7 @@ class CropLoader:
     """Batches of this rank's share of the images, reshuffled by sampler.set_epoch.
 
     A batch is a list of V normalised crops, float32 [B, 3, H, W], on the device: 2 global ones, then the local ones.
+    Images that cannot be read are replaced; bad_images has the reasons.
 
     Args:
         dataset: from build_dataset.
@@ -69,12 +126,17 @@ class CropLoader:
         rank, world_size: which share of how many.
         seed: of the order of images.
         compiled: fuse the augmentation on the device with torch.compile.
+        max_bad_images: share of the images that may be unreadable.
+
+    Raises:
+        TrainingError: more are (while iterating).
     """
 
-    def __init__(self, dataset: ImageFolder, batch_size: int, num_workers: int = 0,
+    def __init__(self, dataset: ClassFolders, batch_size: int, num_workers: int = 0,
                  device: torch.device | str = "cpu", rank: int = 0, world_size: int = 1, seed: int = 0,
-                 compiled: bool = False):
+                 compiled: bool = False, max_bad_images: float = 0.001):
         self.dataset, self.batch_size, self.device = dataset, batch_size, torch.device(device)
+        self.max_bad_images, self.bad_images = max_bad_images, set()
         self.sampler = DistributedSampler(dataset, world_size, rank, shuffle=True, seed=seed)
         on_gpu = self.device.type == "cuda"
         # workers start anew each epoch: persistent ones would carry random state that a resumed run does not have
@@ -89,5 +151,16 @@ class CropLoader:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[list[torch.Tensor]]:
-        for crops in prefetch((crops for crops, _ in self.batches), self.device, self.copy_stream):
+        for crops in prefetch(self.readable(), self.device, self.copy_stream):
             yield self.augment(crops) if self.augment else crops
+
+    def readable(self) -> Iterator[list[torch.Tensor]]:
+        """The crops of each batch, on the CPU; what could not be read is counted."""
+        for crops, errors in self.batches:
+            self.bad_images.update(filter(None, errors))
+            if len(self.bad_images) > self.max_bad_images * len(self.dataset):
+                listed = sorted(self.bad_images)
+                raise TrainingError("; ".join(listed[:5]) + (f"; and {len(listed) - 5} more" if listed[5:] else "")
+                                    + f" ({len(listed)} of {len(self.dataset)} images, which is more than "
+                                    f"--max_bad_images {self.max_bad_images:g})")
+            yield crops

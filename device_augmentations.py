@@ -12,33 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2.functional import pil_to_tensor, resized_crop
+from torchvision.transforms.v2.functional import resized_crop
 
-from augmentations import IMAGENET_MEAN, IMAGENET_STD, load_rgb
-
-try:
-    from torchvision.io import decode_image, read_file
-except ImportError:  # torchvision 0.29 announces their end; PIL then decodes everything
-    decode_image = None
+from augmentations import IMAGENET_MEAN, IMAGENET_STD
 
 # ----------------------------------------------------------------------------------------------------------------------
-# In the workers: a file becomes uint8 crops
-
-
-def load_uint8(path: str) -> torch.Tensor:
-    """The image at path as RGB, uint8 [3, H, W]; the same pixels as load_rgb's.
-
-    Raises:
-        UnreadableImage: neither torchvision nor PIL can decode the file.
-    """
-    try:
-        image = decode_image(read_file(path)) if decode_image else torch.empty(0)
-        if image.dtype == torch.uint8 and image.ndim == 3 and len(image) == 3:
-            return image
-    except RuntimeError:
-        pass  # PIL reads it, or says what is wrong with it
-    # grey, CMYK, palettes, alpha, 16 bit and animation are PIL's as well: they are rare, and it knows their odd cases
-    return pil_to_tensor(load_rgb(path))
+# In the workers: an image becomes uint8 crops
 
 
 def draw_boxes(count: int, height: int, width: int, scale: tuple[float, float]) -> list[tuple[int, int, int, int]]:

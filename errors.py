@@ -24,6 +24,9 @@ class ConfigError(ValueError):
     """
 
     def __init__(self, message: str, every_rank: bool = False):
+        if "Traceback (most recent call last)" in message:
+            # a DataLoader rebuilds a worker's error from its traceback, whose last line is "module.Class: message"
+            message = message.rstrip().splitlines()[-1].split(f"{type(self).__name__}: ", 1)[-1]
         super().__init__(message)
         self.every_rank = every_rank
 

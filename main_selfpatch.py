@@ -15,13 +15,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from augmentations import DataAugmentationDINO, UnreadableImage  # noqa: F401 (DINO's users import it from here)
+from augmentations import DataAugmentationDINO  # noqa: F401 (DINO's users import it from here)
 from batchnorm import sync_batchnorms
 from data import CropLoader, build_dataset
 from distributed import Processes, init_distributed_mode, is_distributed, is_main_process, keep_freed_memory
 from engine import health_warnings, train_one_epoch
 from errors import ArgumentParser, ConfigError, TrainingError, run_main
 from fused_loss import FusedDINOLoss
+from image_files import UnreadableImage
 from logger import RunLog
 from losses import DINOLoss
 from optim import all_finite, build_optimizer
@@ -102,7 +103,7 @@ def build_loader(args: argparse.Namespace, processes: Processes, compiled: bool)
             f"{args.accum_steps} small batches × {processes.world_size} processes): lower --batch_size_per_gpu or "
             "--accum_steps")
     return CropLoader(dataset, args.batch_size_per_gpu, args.num_workers, processes.device, processes.rank,
-                      processes.world_size, args.seed, compiled)
+                      processes.world_size, args.seed, compiled, args.max_bad_images)
 
 
 def build_run(args: argparse.Namespace, processes: Processes, steps_per_epoch: int, compiled: bool = False,
@@ -181,12 +182,26 @@ def pretrain(args: argparse.Namespace, loss_class: type[DINOLoss] | None = None)
         save_on_master(state, output / "checkpoint.pth")
         if args.saveckp_freq and epoch % args.saveckp_freq == 0:
             save_on_master(state, output / f"checkpoint{epoch:04}.pth")
+        record_bad_images(loader, output / "bad_images.txt")
         if log:
             log.write(stats, epoch)
             for warning in health_warnings(stats, run.dino_loss, epoch >= args.warmup_epochs, args.batch_size_per_gpu):
                 print(f"warning: {warning}", flush=True)
     if log:
         print(f"done: {args.epochs} epochs, {output / 'checkpoint.pth'}")
+
+
+def record_bad_images(loader: CropLoader, path: Path) -> None:
+    """Write what all ranks could not read to path, one line per image, if there is anything; rank 0 says so."""
+    errors = [loader.bad_images]
+    if is_distributed():
+        errors = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(errors, loader.bad_images)
+    lines = sorted(set().union(*errors))
+    if lines and is_main_process():
+        path.write_text("".join(f"{line}\n" for line in lines))
+        print(f"warning: {len(lines)} of {len(loader.dataset)} images cannot be read and are replaced, see {path}",
+              flush=True)
 
 
 def train_dino(args: argparse.Namespace, loss_class: type[DINOLoss] | None = None) -> None:
@@ -203,9 +218,7 @@ def train_dino(args: argparse.Namespace, loss_class: type[DINOLoss] | None = Non
     try:
         pretrain(args, loss_class)
     except UnreadableImage as error:
-        # a worker's error is a traceback, whose last line begins with the class
-        line = str(error).splitlines()[-1].removeprefix("augmentations.UnreadableImage: ")
-        raise TrainingError(line) from None
+        raise TrainingError(str(error)) from None
     finally:
         if is_distributed():
             torch.distributed.destroy_process_group()
@@ -219,7 +232,8 @@ def start_line(args: argparse.Namespace, processes: Processes, loader: CropLoade
             f"{len(loader.dataset.classes)} folders, {processes.world_size} × {args.batch_size_per_gpu}"
             f"{small_batches} images a step on {processes.device.type} in {str(run.dtype).removeprefix('torch.')}"
             f"{', compiled (the first steps take minutes)' if compiled else ''}; "
-            + (f"resuming after epoch {run.epoch - 1}" if run.epoch else "starting from scratch"))
+            + (f"resuming after epoch {run.epoch - 1}" if run.epoch else "starting from scratch")
+            + (f"\n{loader.dataset.unread()}" if loader.dataset.unread() else ""))
 
 
 def plain_args(args: argparse.Namespace, world_size: int) -> dict:

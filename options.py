@@ -109,6 +109,9 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--log_every", default=10, type=int, help="steps between two lines of progress")
     group.add_argument("--tensorboard", action="store_true", help="write curves to output_dir/tensorboard as well")
     group.add_argument("--seed", default=0, type=int, help="of weights, order of images and crops")
+    group.add_argument("--max_bad_images", default=0.001, type=float,
+                       help="largest share of the images that may be unreadable; each is replaced by the next one, and "
+                            "listed in output_dir/bad_images.txt")
     group.add_argument("--num_workers", default=10, type=int, help="processes that load data, per GPU")
 
 
@@ -158,6 +161,7 @@ def check_ranges(args: argparse.Namespace) -> None:
         require(0 <= getattr(args, name) < math.inf, f"--{name} is {getattr(args, name)}: it must be 0 or more")
     for name in ("warmup_teacher_temp", "teacher_temp"):
         require(0 < getattr(args, name) < math.inf, f"--{name} is {getattr(args, name)}: it must be above 0")
+    require(0 <= args.max_bad_images <= 1, f"--max_bad_images is {args.max_bad_images}: it is a share, from 0 to 1")
     require(0 <= args.drop_path_rate < 1, f"--drop_path_rate is {args.drop_path_rate}: it must be from 0 to below 1")
     require(0 <= args.momentum_teacher <= 1, f"--momentum_teacher is {args.momentum_teacher}: it must be from 0 to 1")
     require(1 <= args.k_num <= 8, f"--k_num is {args.k_num}, but a patch has 8 neighbours: choose 1 to 8")

@@ -21,23 +21,22 @@ import time
 from pathlib import Path
 
 import torch
-from torchvision.datasets.folder import is_image_file
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from pictures import make_images
 
 import data
-from augmentations import DataAugmentationDINO, load_rgb
-from device_augmentations import DeviceAugmentation, RandomCrops, load_uint8
+from augmentations import DataAugmentationDINO
+from device_augmentations import DeviceAugmentation, RandomCrops
 from distributed import pick_device
 from errors import ConfigError, run_main
+from image_files import is_image_name, load_rgb, load_uint8, walk
 
 
 def find_images(folder: Path, count: int) -> list[str]:
     """A sample of count images from the folder and its subfolders, drawn with a fixed seed."""
-    paths = sorted(os.path.join(where, name) for where, _, names in os.walk(folder) for name in names
-                   if is_image_file(name))
+    paths = sorted(filter(is_image_name, walk(folder)))
     if not paths:
         raise ConfigError(f"--data_path {folder} has no images in it: give a folder of images")
     return random.Random(0).sample(paths, min(count, len(paths)))

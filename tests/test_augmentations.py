@@ -5,7 +5,7 @@ import torch
 from PIL import Image, ImageFilter
 from torchvision import transforms
 
-from augmentations import DataAugmentationDINO, GaussianBlur, UnreadableImage, load_rgb
+from augmentations import DataAugmentationDINO, GaussianBlur
 
 
 def picture(width=80, height=60):
@@ -70,41 +70,3 @@ def test_one_seed_gives_the_same_crops():
         draws.append(augment(picture()))
     assert all(torch.equal(a, b) for a, b in zip(draws[0], draws[1], strict=True))
     assert not torch.equal(draws[0][0], draws[2][0])
-
-
-@pytest.mark.parametrize("mode, suffix", [("L", "png"), ("LA", "png"), ("RGBA", "png"), ("P", "png"), ("P", "gif"),
-                                          ("1", "png"), ("CMYK", "jpg"), ("L", "jpg"), ("RGB", "jpg")])
-def test_every_kind_of_image_becomes_rgb(tmp_path, mode, suffix):
-    path = tmp_path / f"image.{suffix}"
-    picture().convert(mode).save(path)
-    image = load_rgb(path)
-    assert image.mode == "RGB" and image.size == (80, 60)
-    error = np.abs(np.asarray(image).astype(int) - np.asarray(picture().convert(mode).convert("RGB")).astype(int))
-    assert error.mean() < 3
-
-
-def test_16_bit_grey_keeps_its_range(tmp_path):
-    ramp = np.linspace(0, 65535, 80 * 60).reshape(60, 80).astype(np.uint16)
-    Image.fromarray(ramp).save(tmp_path / "image.png")
-    assert np.abs(np.asarray(load_rgb(tmp_path / "image.png"))[..., 1] - ramp / 257).max() <= 1
-    Image.fromarray(ramp.astype(np.float32)).save(tmp_path / "image.tif")
-    with pytest.raises(UnreadableImage, match="floating point"):
-        load_rgb(tmp_path / "image.tif")
-
-
-def test_palette_with_transparency(tmp_path, recwarn):
-    picture().convert("P").save(tmp_path / "image.png", transparency=b"\x00\x80\xff")
-    assert load_rgb(tmp_path / "image.png").mode == "RGB"
-    assert not recwarn.list
-
-
-@pytest.mark.parametrize("content", [b"", b"<html>not found</html>"])
-def test_unreadable_image_is_named(tmp_path, content):
-    path = tmp_path / "bad.jpg"
-    path.write_bytes(content)
-    with pytest.raises(UnreadableImage, match="bad.jpg"):
-        load_rgb(path)
-    picture().save(path)
-    path.write_bytes(path.read_bytes()[:700])
-    with pytest.raises(UnreadableImage, match="bad.jpg.*truncated"):
-        load_rgb(path)

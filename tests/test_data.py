@@ -1,8 +1,12 @@
-"""The data set's shares, the loader's crops, and their way to the device."""
+"""The data set's files and shares, the loader's crops, and their way to the device."""
+import shutil
+
 import pytest
 import torch
 
 from data import CropLoader, build_dataset, prefetch
+from errors import ConfigError, TrainingError
+from image_files import UnreadableImage
 from main_selfpatch import choose_augment
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")
@@ -50,3 +54,94 @@ def test_prefetch_gives_every_batch_once_and_in_order():
         found = [[crop.tolist() for crop in crops] for crops in prefetch(iter(batches), torch.device(device), stream)]
         assert found == [[crop.tolist() for crop in crops] for crops in batches]
         assert list(prefetch([], torch.device(device), stream)) == []
+
+
+# ---------------------------------------------------------------- other people's folders
+
+
+@pytest.fixture
+def folder(image_folder, tmp_path):
+    """A copy of the 12 images that a test may change."""
+    return shutil.copytree(image_folder, tmp_path / "data")
+
+
+def names(dataset):
+    return [path.rsplit("/", 2)[1:] for path, _ in dataset.samples]
+
+
+def test_order_is_torchvisions(folder):
+    from torchvision.datasets import ImageFolder
+    for name in ("class0/a/z.jpg", "class0/a-b/y.jpg", "class0/a/b/x.png", "class1/B/w.webp"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(folder / "class0" / "00.jpg", folder / name)
+    assert build_dataset(folder).samples == ImageFolder(folder).samples
+
+
+def test_hidden_files_and_folders_are_no_data(folder):
+    expected = names(build_dataset(folder))
+    for name in ("class0/._00.jpg", ".ipynb_checkpoints/00.jpg", "class1/.thumbnails/00.jpg", ".class2/00.jpg"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"no image")
+    dataset = build_dataset(folder)
+    assert names(dataset) == expected and dataset.classes == ["class0", "class1"]
+
+
+def test_each_file_once_where_links_lead_back(folder):
+    expected = build_dataset(folder).samples
+    (folder / "class0" / "loop").symlink_to(folder)
+    (folder / "class1" / "other").symlink_to(folder / "class0")
+    assert build_dataset(folder).samples == expected
+
+
+def test_formats_that_are_not_read_are_counted(folder):
+    for name in ("class0/a.heic", "class0/b.HEIC", "class1/c.gif", "class1/notes.txt"):
+        (folder / name).touch()
+    assert build_dataset(folder).unread().startswith("not read: 1 .gif, 2 .heic (only .jpg")
+    for path in folder.rglob("*.jpg"):
+        path.unlink()
+    with pytest.raises(ConfigError, match="no images in them: not read: 1 .gif, 2 .heic .only .jpg"):
+        build_dataset(folder)
+
+
+@pytest.mark.parametrize("augment, workers", [("device", 0), ("pil", 0), ("device", 2)])
+def test_an_unreadable_image_is_replaced_and_named(folder, augment, workers):
+    """By the next readable one of the data set, and all other samples stay where they are."""
+    def epoch(dataset):
+        loader = CropLoader(dataset, batch_size=4, num_workers=workers, max_bad_images=0.5)
+        loader.sampler.set_epoch(1)
+        torch.manual_seed(0)
+        return loader, list(loader)
+
+    sizes = {"local_crops_number": 1, "global_crops_size": 48, "local_crops_size": 48, "augment": augment}
+    dataset = build_dataset(folder, **sizes)
+    order = list(CropLoader(dataset, 4).sampler)
+    expected = [dataset.samples[i][0] for i in order]
+    bad = dataset.samples[3][0]
+    loaded, load = [], dataset.loader
+    with open(bad, "wb") as file:
+        file.write(b"\xff\xd8\xff damaged")
+    dataset.loader = lambda path: loaded.append(path) or load(path)
+    if not workers:
+        for i in order:
+            dataset[i]
+        place = expected.index(bad)
+        assert loaded == expected[:place + 1] + [dataset.samples[4][0]] + expected[place + 1:]
+    dataset.loader = load
+    loader, batches = epoch(dataset)
+    assert len(batches) == 3 and len(loader.bad_images) == 1
+    assert next(iter(loader.bad_images)).startswith(f"cannot read the image {bad} (")
+
+
+def test_too_many_unreadable_images_end_the_epoch_with_a_list(folder):
+    for name in ("00", "02", "04"):
+        (folder / "class0" / f"{name}.jpg").write_bytes(b"")
+    loader = CropLoader(build_dataset(folder, local_crops_number=0), batch_size=4, max_bad_images=0.2)
+    with pytest.raises(TrainingError, match=r"00.jpg.*; .*02.jpg.*; .*04.jpg.*\(3 of 12 images.*--max_bad_images 0.2"):
+        list(loader)
+
+
+def test_a_data_set_without_one_readable_image(folder):
+    for path in folder.rglob("*.jpg"):
+        path.write_bytes(b"")
+    with pytest.raises(UnreadableImage, match="nor the 11 images after it"):
+        build_dataset(folder)[0]

@@ -10,8 +10,8 @@ from PIL import Image, ImageFilter
 from torchvision.transforms import RandomResizedCrop
 
 import device_augmentations as ours
-from augmentations import IMAGENET_MEAN, IMAGENET_STD, UnreadableImage, load_rgb
-from device_augmentations import DeviceAugmentation, Draws, RandomCrops, apply, draw, draw_boxes, load_uint8
+from augmentations import IMAGENET_MEAN, IMAGENET_STD
+from device_augmentations import DeviceAugmentation, Draws, RandomCrops, apply, draw, draw_boxes
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")
 HAS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -236,49 +236,6 @@ def test_compiles_as_one_graph(monkeypatch):
 
 
 # ---------------------------------------------------------------- in the workers
-
-
-@pytest.mark.parametrize("mode, suffix", [("RGB", "jpg"), ("L", "jpg"), ("CMYK", "jpg"), ("RGB", "png"), ("L", "png"),
-                                          ("LA", "png"), ("RGBA", "png"), ("P", "png"), ("1", "png"), ("P", "gif"),
-                                          ("RGB", "webp"), ("RGB", "bmp"), ("I;16", "png")])
-def test_every_kind_of_image_has_pils_pixels(tmp_path, mode, suffix):
-    path, image = str(tmp_path / f"image.{suffix}"), picture(0, 80, 60)
-    if mode == "I;16":
-        image = Image.fromarray(np.linspace(0, 65535, 4800).reshape(60, 80).astype(np.uint16))
-    (image if image.mode == mode else image.convert(mode)).save(path)
-    loaded = load_uint8(path)
-    assert loaded.shape == (3, 60, 80) and loaded.dtype == torch.uint8
-    assert (loaded.int() - TF.pil_to_tensor(load_rgb(path)).int()).abs().max() <= 1
-
-
-def test_turned_and_palette_images_are_read_as_by_pil(tmp_path):
-    path, exif = str(tmp_path / "turned.jpg"), Image.Exif()
-    exif[0x0112] = 6  # lies on its side: nothing here turns images, as torchvision's ImageFolder does not
-    picture(0, 80, 60).save(path, exif=exif)
-    assert load_uint8(path).shape == (3, 60, 80)
-    path = str(tmp_path / "palette.png")
-    picture(0, 80, 60).convert("P").save(path, transparency=0)
-    assert torch.equal(load_uint8(path), TF.pil_to_tensor(load_rgb(path)))
-
-
-def test_what_torchvision_cannot_decode_goes_to_pil(tmp_path, monkeypatch):
-    path = str(tmp_path / "image.tif")
-    picture(0).save(path)
-    opened = []
-    monkeypatch.setattr(ours, "load_rgb", lambda path: opened.append(path) or load_rgb(path))
-    assert torch.equal(load_uint8(path), to_tensor([picture(0)])[0].to(torch.uint8))
-    assert opened == [path]
-
-
-@pytest.mark.parametrize("content", [b"", b"<html>not found</html>", None])
-def test_unreadable_image_is_named(tmp_path, content):
-    path = tmp_path / "bad.jpg"
-    picture(0).save(path)
-    path.write_bytes(path.read_bytes()[:900] if content is None else content)
-    with pytest.raises(UnreadableImage, match="bad.jpg"):
-        load_uint8(str(path))
-    with pytest.raises(UnreadableImage, match="missing.jpg"):
-        load_uint8(str(tmp_path / "missing.jpg"))
 
 
 def test_crops_sizes_and_pixels(monkeypatch):

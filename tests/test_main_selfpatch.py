@@ -162,7 +162,7 @@ def test_health_warnings():
 
 
 @pytest.mark.parametrize("augment", ["pil", "device"])
-def test_unreadable_image_is_named(image_folder, tmp_path, monkeypatch, capsys, augment):
+def test_unreadable_images_end_the_run_or_are_replaced(image_folder, tmp_path, monkeypatch, capsys, augment):
     shutil.copytree(image_folder, tmp_path / "data")
     damaged = tmp_path / "data" / "class0" / "00.jpg"
     damaged.write_bytes(damaged.read_bytes()[:200])
@@ -174,3 +174,8 @@ def test_unreadable_image_is_named(image_folder, tmp_path, monkeypatch, capsys, 
     err = capsys.readouterr().err
     assert stop.value.code == 1 and err.count("\n") == 1
     assert err.startswith(f"main_selfpatch.py: error: cannot read the image {damaged}")
+    assert "1 of 12 images, which is more than --max_bad_images 0.001" in err
+    train_dino(options("--epochs", 1, "--data_path", tmp_path / "data", "--output_dir", tmp_path / "out", "--augment",
+                       augment, "--max_bad_images", 0.1))
+    assert "1 of 12 images cannot be read and are replaced" in capsys.readouterr().out
+    assert (tmp_path / "out" / "bad_images.txt").read_text().startswith(f"cannot read the image {damaged}")

@@ -25,7 +25,8 @@ def test_published_defaults():
         "num_workers": 10, "dist_url": "env://", "local_rank": 0, "port": 29500,
         "patch_loss_weight": 0.1, "drop_path_rate": 0.1, "global_crops_size": 224, "local_crops_size": 96,
         "log_every": 10, "device": "auto", "precision": "auto", "tensorboard": False,
-        "accum_steps": 1, "compile": "auto", "checkpoint_activations": False, "augment": "auto", "fused_loss": "auto"}
+        "accum_steps": 1, "compile": "auto", "checkpoint_activations": False, "augment": "auto", "fused_loss": "auto",
+        "max_bad_images": 0.001}
 
 
 def test_published_command_and_launchers_options():

@@ -1,0 +1,223 @@
+"""Image files, read by the same rules in every job.
+
+- Pixels are used as stored: an EXIF orientation tag is not applied, to training images, photographs to draw, DAVIS
+  frames and masks alike.
+- JPEGs may go through a native decoder; every other format goes through PIL, which raises where torchvision's PNG
+  decoder crashes on damaged data.
+- Whatever is wrong with a file is an UnreadableImage that names it. Only regular files are opened: a FIFO would hang.
+- Hidden files and folders (._photo.jpg, .ipynb_checkpoints) are not part of a data set.
+"""
+import io
+import os
+import stat
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import ExifTags, Image
+from torchvision.transforms.v2.functional import pil_to_tensor
+
+from errors import ConfigError
+
+try:
+    from torchvision.io import decode_jpeg
+except ImportError:  # torchvision 0.29 announces the end of its decoders; PIL then decodes everything
+    decode_jpeg = None
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+OTHER_IMAGE_SUFFIXES = (".gif", ".heic", ".heif", ".avif", ".jp2", ".jxl", ".svg", ".psd", ".raw", ".cr2", ".nef",
+                        ".dng", ".arw", ".jfif", ".exr", ".hdr", ".tga", ".ico")
+MAX_PIXELS = 179_000_000  # PIL's own limit against decompression bombs, twice MAX_IMAGE_PIXELS
+
+UNDO_ORIENTATION = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
+                    4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_90,
+                    7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_270}
+
+
+class UnreadableImage(ConfigError):
+    """An image file that cannot be used; the message names it and says why, in one line."""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Finding files
+
+
+def is_hidden(name: str) -> bool:
+    return name.startswith(".")
+
+
+def walk(folder: str | Path, visited: set[str] | None = None) -> Iterator[str]:
+    """Every file below a folder once: hidden ones are left out, links followed, but not into a folder twice.
+
+    Args:
+        visited: real paths of folders not to enter again; what is walked is added.
+    """
+    visited = set() if visited is None else visited
+    visited.add(os.path.realpath(folder))
+    for where, folders, names in os.walk(folder, followlinks=True):
+        fresh = []
+        for name in sorted(name for name in folders if not is_hidden(name)):
+            real = os.path.realpath(os.path.join(where, name))
+            if real not in visited:
+                visited.add(real)
+                fresh.append(name)
+        folders[:] = fresh
+        for name in sorted(names):
+            if not is_hidden(name):
+                yield os.path.join(where, name)
+
+
+def is_image_name(path: str | Path) -> bool:
+    return str(path).lower().endswith(IMAGE_SUFFIXES)
+
+
+def unread_formats(paths: Iterable[str]) -> Counter:
+    """How many of the files look like images of formats that are not read, by suffix."""
+    suffixes = (os.path.splitext(path)[1].lower() for path in paths)
+    return Counter(suffix for suffix in suffixes if suffix in OTHER_IMAGE_SUFFIXES)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reading one
+
+
+def read_bytes(path: str | Path) -> bytes:
+    """The bytes of a regular file.
+
+    Raises:
+        UnreadableImage: there is none, it is empty, or it is a folder, a FIFO or a device.
+    """
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise UnreadableImage(f"{path} is not a regular file")
+        data = Path(path).read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path, and what is raised above
+        if isinstance(error, UnreadableImage):
+            raise
+        raise UnreadableImage(f"cannot read the image {path} ({getattr(error, 'strerror', None) or error})") from None
+    if not data:
+        raise UnreadableImage(f"cannot read the image {path} (0 bytes): replace it or remove it")
+    return data
+
+
+def open_image(path: str | Path, data: bytes | None = None) -> Image.Image:
+    """The decoded image as PIL has it, in the mode it is stored in.
+
+    Raises:
+        UnreadableImage: whatever PIL raises about the file; one of more than 179 million pixels.
+    """
+    data = read_bytes(path) if data is None else data
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"{image.width}×{image.height} pixels, more than {MAX_PIXELS // 10**6} million")
+            tag = orientation(image)
+            image.load()
+            if image.format == "TIFF" and tag in UNDO_ORIENTATION:  # of all formats, PIL applies the tag to this one
+                stored = image.transpose(UNDO_ORIENTATION[tag])
+                stored.format, stored.tag_v2 = image.format, image.tag_v2
+                image = stored
+            image.info["orientation"] = tag
+            return image
+    except MemoryError:
+        raise
+    except Exception as error:  # PIL's plugins raise nearly anything about damaged data: struct.error, TypeError, …
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UnreadableImage(f"cannot read the image {path} ({reason}): replace it or remove it") from None
+
+
+def orientation(image: Image.Image) -> int:
+    """The EXIF orientation tag of an image from open_image, 1 (upright) if there is none; nothing here applies it."""
+    if "orientation" in image.info:
+        return image.info["orientation"]
+    try:
+        value = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # damaged EXIF of a sound image
+        return 1
+    return value if value in range(1, 9) else 1
+
+
+def load_rgb(path: str | Path, data: bytes | None = None) -> Image.Image:
+    """The image at path as RGB, however it is stored (grey, CMYK, palette, alpha, 12 or 16 bits).
+
+    Raises:
+        UnreadableImage: the file cannot be decoded, or its values have no known range.
+    """
+    data = read_bytes(path) if data is None else data
+    image = open_image(path, data)
+    if image.mode == "F":
+        raise UnreadableImage(f"cannot read the image {path} (floating point, with no known range): convert it")
+    if image.mode.startswith("I"):
+        return scale_integers(image, path, data).convert("RGB")
+    if image.format == "PNG" and image.mode in ("RGB", "RGBA") and data[24] == 16 and max(
+            high for _, high in image.convert("RGB").getextrema()) < 16:
+        raise UnreadableImage(unknown_depth(path))
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # keeps the palette's colours; PIL would warn of transparency in bytes
+    return image.convert("RGB")
+
+
+def unknown_depth(path: str | Path) -> str:
+    return (f"cannot read the image {path} (16 bits, but no value above 4095, and the file does not say that its "
+            "samples have fewer): scale it to the full range, or save it in 8 bits")
+
+
+def scale_integers(image: Image.Image, path: str | Path, data: bytes) -> Image.Image:
+    """An image of integers, PIL's modes I and I;16, as 8 bits, by the depth that the file gives.
+
+    Raises:
+        UnreadableImage: it gives none, or one that its values contradict.
+    """
+    values = np.asarray(image).astype(np.int64)
+    depth = sample_depth(image, data)
+    if depth is None or values.min() < 0 or values.max() >= 2**depth:
+        raise UnreadableImage(f"cannot read the image {path} ({image.format} with integers of {values.min()} to "
+                              f"{values.max()}, whose range the file does not give): save it in 8 or 16 bits")
+    if depth == 16 and 0 < values.max() < 4096:
+        raise UnreadableImage(unknown_depth(path))
+    return Image.fromarray((values >> (depth - 8) if depth >= 8 else values * 255 // (2**depth - 1)).astype(np.uint8))
+
+
+def sample_depth(image: Image.Image, data: bytes) -> int | None:
+    """Bits of a sample by the file's header: TIFF's BitsPerSample, PNG's sBIT or bit depth, PGM's 16; None if not."""
+    if image.format == "TIFF":
+        bits = image.tag_v2.get(258, (0,))[0]
+        return bits if 0 < bits <= 16 else None
+    if image.format == "PNG":
+        start = data.find(b"sBIT", 0, data.find(b"IDAT"))
+        return data[start + 4] if start > 0 else 16
+    return 16 if image.format == "PPM" else None  # PIL scales a PGM to 16 bits by its maximum value
+
+
+def jpeg_pixels(data: bytes) -> int:
+    """Pixels of a JPEG by its frame header; 0 for anything else."""
+    position = 2 if data.startswith(b"\xff\xd8\xff") else len(data)
+    while position + 9 <= len(data) and data[position] == 0xFF:
+        marker = data[position + 1]
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # a start of frame; those three are tables
+            height, width = (int.from_bytes(data[position + i:position + i + 2], "big") for i in (5, 7))
+            return height * width
+        length = 0 if marker == 0xFF else int.from_bytes(data[position + 2:position + 4], "big")
+        position += 1 if marker == 0xFF else 2 + length  # 0xFF: a fill byte
+    return 0
+
+
+def load_uint8(path: str | Path) -> torch.Tensor:
+    """The image at path as RGB, uint8 [3, H, W], with the same pixels as load_rgb.
+
+    Raises:
+        UnreadableImage: see load_rgb.
+    """
+    data = read_bytes(path)
+    # a damaged header can ask for gigabytes, which the native decoder would fill
+    if decode_jpeg is not None and 0 < jpeg_pixels(data) <= MAX_PIXELS:
+        try:
+            image = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+            if image.ndim == 3 and len(image) == 3:
+                return image
+        except RuntimeError:
+            pass  # PIL reads it, or says what is wrong with it
+    # grey, CMYK, palettes, alpha, 16 bits and animations go through PIL as well: they are rare, with many special cases
+    return pil_to_tensor(load_rgb(path, data))

@@ -1,0 +1,225 @@
+"""One reader of images: formats, depths, orientation, damage, and what is not an image file at all."""
+import os
+import struct
+import subprocess
+import sys
+import warnings
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms.v2.functional import pil_to_tensor
+
+import image_files
+from errors import ConfigError
+from image_files import UnreadableImage, load_rgb, load_uint8, orientation, walk
+
+pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")
+ROOT = Path(__file__).parents[1]
+
+
+def picture(seed=0, width=80, height=60):
+    noise = np.random.default_rng(seed).integers(0, 256, (height // 10, width // 10, 3), dtype=np.uint8)
+    return Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
+
+
+# ---------------------------------------------------------------- formats
+
+
+@pytest.mark.parametrize("mode, suffix", [
+    ("RGB", "jpg"), ("L", "jpg"), ("CMYK", "jpg"), ("RGB", "png"), ("L", "png"), ("LA", "png"), ("RGBA", "png"),
+    ("P", "png"), ("1", "png"), ("P", "gif"), ("RGB", "webp"), ("RGB", "bmp"), ("RGB", "tif"), ("L", "pgm")])
+def test_every_format_becomes_rgb_with_the_same_pixels_either_way(tmp_path, mode, suffix):
+    path = tmp_path / f"image.{suffix}"
+    picture().convert(mode).save(path)
+    image, tensor = load_rgb(path), load_uint8(path)
+    assert image.mode == "RGB" and image.size == (80, 60)
+    assert tensor.shape == (3, 60, 80) and tensor.dtype == torch.uint8
+    assert (tensor.int() - pil_to_tensor(image).int()).abs().max() <= 1
+    expected = np.asarray(picture().convert(mode).convert("RGB")).astype(int)
+    assert np.abs(np.asarray(image).astype(int) - expected).mean() < 4
+
+
+def test_palette_with_transparency(tmp_path, recwarn):
+    picture().convert("P").save(tmp_path / "image.png", transparency=b"\x00\x80\xff")
+    assert load_rgb(tmp_path / "image.png").mode == "RGB"
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("tag", range(1, 9))
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
+def test_pixels_are_as_stored_whatever_the_orientation_tag(tmp_path, tag, suffix):
+    plain, tagged, exif = tmp_path / f"plain.{suffix}", tmp_path / f"tagged.{suffix}", Image.Exif()
+    exif[0x0112] = tag
+    picture().save(plain)
+    picture().save(tagged, exif=exif)
+    assert torch.equal(load_uint8(tagged), load_uint8(plain))
+    assert load_rgb(tagged).tobytes() == load_rgb(plain).tobytes()
+    assert orientation(image_files.open_image(tagged)) == tag and orientation(image_files.open_image(plain)) == 1
+
+
+# ---------------------------------------------------------------- depths
+
+
+def png(values, depth, significant=None):
+    """A grey PNG of `depth` bits, with an sBIT chunk if significant bits are given."""
+    def chunk(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    height, width = values.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, 0, 0, 0, 0))
+            + (chunk(b"sBIT", bytes([significant])) if significant else b"")
+            + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+
+
+def ramp(top, dtype=np.uint16):
+    return np.linspace(0, top, 80 * 60).reshape(60, 80).astype(dtype)
+
+
+def test_16_bit_grey_keeps_its_range(tmp_path):
+    Image.fromarray(ramp(65535)).save(tmp_path / "image.png")
+    assert np.abs(np.asarray(load_rgb(tmp_path / "image.png"))[..., 1] - ramp(65535) / 257).max() <= 1
+    (tmp_path / "image.pgm").write_bytes(b"P5 80 60 4095\n" + ramp(4095, ">u2").tobytes())
+    assert np.abs(np.asarray(load_rgb(tmp_path / "image.pgm"))[..., 1] - ramp(255)).max() <= 1
+
+
+def test_12_bits_are_scaled_where_the_file_says_so(tmp_path):
+    path = tmp_path / "image.png"
+    path.write_bytes(png(ramp(4095), 16, significant=12))
+    assert np.abs(np.asarray(load_rgb(path))[..., 0] - ramp(255)).max() <= 1
+    assert torch.equal(load_uint8(path), pil_to_tensor(load_rgb(path)))
+
+
+@pytest.mark.parametrize("values, suffix", [
+    (ramp(4095), "png"), (ramp(4095), "tif"), (ramp(200), "png"), (ramp(4095, np.int32), "tif"),
+    (ramp(4095, np.float32), "tif")])
+def test_unknown_ranges_are_refused(tmp_path, values, suffix):
+    """Integers and floats of which the file does not say what is white: neither black nor guessed."""
+    Image.fromarray(values).save(tmp_path / f"image.{suffix}")
+    with pytest.raises(UnreadableImage, match="image.*(the file does not|no known range)"):
+        load_rgb(tmp_path / f"image.{suffix}")
+
+
+def test_16_bit_colour_of_small_values_is_refused(tmp_path):
+    import cv2
+    colours = np.stack([ramp(4095)] * 3, axis=-1)
+    cv2.imwrite(str(tmp_path / "dark.png"), colours)
+    cv2.imwrite(str(tmp_path / "full.png"), colours * 16)
+    with pytest.raises(UnreadableImage, match="no value above 4095"):
+        load_uint8(tmp_path / "dark.png")
+    assert load_uint8(tmp_path / "full.png").max() == 255
+
+
+# ---------------------------------------------------------------- damage
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>not found</html>", None])
+def test_unreadable_image_is_named(tmp_path, content):
+    path = tmp_path / "bad.jpg"
+    picture().save(path)
+    path.write_bytes(path.read_bytes()[:900] if content is None else content)
+    for load in (load_rgb, load_uint8):
+        with pytest.raises(UnreadableImage, match="bad.jpg") as error:
+            load(path)
+        assert "\n" not in str(error.value)
+        with pytest.raises(UnreadableImage, match="missing.jpg.*No such file"):
+            load(tmp_path / "missing.jpg")
+
+
+def test_what_is_not_a_regular_file_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "fifo.jpg")
+    (tmp_path / "folder.jpg").mkdir()
+    for name in ("fifo.jpg", "folder.jpg"):
+        with pytest.raises(UnreadableImage, match=f"{name} is not a regular file"):
+            load_uint8(tmp_path / name)
+    with pytest.raises(UnreadableImage):
+        load_uint8("nul\0.jpg")
+
+
+def test_a_header_that_asks_for_gigabytes(tmp_path):
+    path = tmp_path / "huge.jpg"
+    picture().save(path)
+    data = bytearray(path.read_bytes())
+    frame = data.index(b"\xff\xc0")
+    data[frame + 5:frame + 9] = b"\xff\xff\xff\xff"  # 65535 × 65535
+    path.write_bytes(data)
+    with pytest.raises(UnreadableImage, match="huge.jpg"):
+        load_uint8(path)
+    data[frame + 5:frame + 9] = struct.pack(">HH", 12000, 16000)  # 192 million, which PIL only warns about
+    path.write_bytes(data)
+    with warnings.catch_warnings(), pytest.raises(UnreadableImage, match="huge.jpg"):
+        warnings.simplefilter("ignore")
+        load_uint8(path)
+
+
+FUZZ = """
+import io, random, sys, tempfile, warnings
+warnings.simplefilter("ignore")
+import numpy as np
+from PIL import Image
+from image_files import UnreadableImage, load_rgb, load_uint8
+name, options, count = sys.argv[1], dict(o.split("=") for o in sys.argv[3:]), int(sys.argv[2])
+rng, read, refused = random.Random(name), 0, 0
+noise = np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8)
+path = tempfile.mkdtemp() + "/image"
+originals = []
+for mode in options["modes"].split(","):
+    file = io.BytesIO()
+    Image.fromarray(noise).convert(mode).save(file, name)
+    originals.append(file.getvalue())
+for i in range(count):
+    data = bytearray(originals[i % len(originals)])
+    place = rng.randrange(len(data))
+    if i % 3 == 0:
+        for _ in range(rng.choice((1, 1, 4))):
+            data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    elif i % 3 == 1:
+        del data[place:]
+    else:
+        data[place:place + 8] = bytes(len(data[place:place + 8]))
+    with open(path, "wb") as file:
+        file.write(data)
+    for load in (load_uint8, load_rgb):
+        try:
+            load(path)
+            read += 1
+        except UnreadableImage as error:
+            assert chr(10) not in str(error), error
+            refused += 1
+print(read, refused)
+"""
+
+
+@pytest.mark.parametrize("name, modes", [("JPEG", "RGB,L,CMYK"), ("PNG", "RGB,P,LA,1"), ("WEBP", "RGB,RGBA"),
+                                         ("GIF", "P"), ("BMP", "RGB,P"), ("TIFF", "RGB,L")])
+def test_2000_damaged_images_are_read_or_refused(name, modes):
+    """334 of each format, with flipped bits, cut off or zeroed; in a process of its own, which must not crash."""
+    result = subprocess.run([sys.executable, "-c", FUZZ, name, "334", f"modes={modes}"], cwd=ROOT,
+                            capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr[-2000:]
+    read, refused = map(int, result.stdout.split())
+    assert read + refused == 2 * 334 and refused > 50
+
+
+# ---------------------------------------------------------------- finding files
+
+
+def test_hidden_files_and_folders_are_left_out_and_loops_end(tmp_path):
+    for name in ("a/1.jpg", "a/._1.jpg", "a/.ipynb_checkpoints/1.jpg", "a/deep/2.jpg", "b/3.jpg", ".git/4.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "a" / "back").symlink_to(tmp_path)
+    (tmp_path / "c").symlink_to(tmp_path / "b")
+    names = [os.path.relpath(path, tmp_path) for path in walk(tmp_path)]
+    assert names == ["a/1.jpg", "a/deep/2.jpg", "b/3.jpg"]
+
+
+def test_a_workers_error_is_one_line():
+    """As torch's DataLoader rebuilds it, from the text of a traceback."""
+    error = UnreadableImage("Caught UnreadableImage in DataLoader worker process 0.\nOriginal Traceback (most recent "
+                            "call last):\n  File x\nimage_files.UnreadableImage: cannot read the image x.jpg (gone)\n")
+    assert str(error) == "cannot read the image x.jpg (gone)" and isinstance(error, ConfigError)
