@@ -74,7 +74,7 @@ def test_head_attention_is_the_second_blocks():
     x = torch.randn(1, 3, 48, 64)
     patches, attention = backbone(x), head.cls_blocks[1].attn
     c = input_of(attention.q, lambda: head(patches))
-    values = torch.cat([attention.v(c), head.cls_blocks[1].keys_values(patches)[1][0]])
+    values = torch.cat([attention.v(c), head.cls_blocks[1].project(patches)[1][0]])
     expected = input_of(attention.proj, lambda: head(patches))[0]
     weights = head_attention(backbone, head, x)
     assert weights.shape == (3, 12)
