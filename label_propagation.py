@@ -1,9 +1,12 @@
-"""Label propagation: each frame's labels from those of earlier frames, by the similarity of patches.
+"""Label propagation: the labels of each frame from those of earlier ones, by the similarity of patches.
 
-The measure of Jabri et al. (2020, Space-Time Correspondence as a Contrastive Random Walk) as DINO has it (Caron et
-al. 2021): patches take the labels of the topk most similar patches in a window of the first frame and the last few.
+The protocol of Jabri et al. (2020, Space-Time Correspondence as a Contrastive Random Walk) as used by DINO (Caron et
+al. 2021): a patch takes the labels of the topk most similar patches, in a window, of the first frame and the last few.
+
+plain_label_propagation is the formula, to be read and changed. label_propagation gives the same a few rows of patches
+at a time, without holding the similarities of all patches; propagation_bounds.py skips most products on CPUs.
 """
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -13,22 +16,22 @@ import torch.nn.functional as F
 from PIL import Image
 
 TEMPERATURE = 0.1
-HELD_AT_ONCE = {"cpu": 2**21, "cuda": 2**24}  # similarities: what a CPU's cache likes; 64 MB on a GPU
-AXES_SHARE = 1 / 4  # of the features' dimensions, from which their similarity is bounded
-MOST_LOOKUPS = 5  # a target and context, beyond which bounds no longer pay
-PAIRS_AT_ONCE = 512  # whose features stay in a CPU's cache
+MAX_SIMILARITIES = {"cpu": 2**21, "cuda": 2**24}  # of one tile: what fits a CPU's cache; 64 MB on a GPU
 
 
 def to_one_hot(labels: torch.Tensor) -> torch.Tensor:
-    """Ids [h, w] -> [1, C, h, w], C the largest id + 1."""
+    """Ids [h, w] -> [1, C, h, w], where C is the largest id + 1."""
     return F.one_hot(labels.long()).permute(2, 0, 1)[None].float()
 
 
 def restrict_neighborhood(height: int, width: int, size_mask_neighborhood: int, rows: slice = slice(None),
                           context_rows: slice = slice(None), device: torch.device | str = "cpu") -> torch.Tensor:
-    """Which context patches lie in the square window around each target patch, bool [targets, contexts].
+    """Which context patches are in the square window around each target patch, bool [targets, contexts].
 
-    Both are patches of one height × width grid, row by row; of all its rows, or of the given ones.
+    Args:
+        height, width: grid of patches of both frames, row-major.
+        size_mask_neighborhood: the window reaches this many patches in each direction.
+        rows, context_rows: restrict targets and contexts to some rows of the grid.
     """
     y, x = torch.arange(height, device=device), torch.arange(width, device=device)
     near_rows = (y[rows, None] - y[context_rows]).abs() <= size_mask_neighborhood
@@ -36,233 +39,150 @@ def restrict_neighborhood(height: int, width: int, size_mask_neighborhood: int, 
     return (near_rows[:, None, :, None] & near_columns[None, :, None, :]).flatten(2).flatten(0, 1)
 
 
-# ---------------------------------------------------------------- some target patches
+def plain_label_propagation(target: torch.Tensor, contexts: torch.Tensor, labels: torch.Tensor,
+                            size_mask_neighborhood: int = 12, topk: int = 5) -> torch.Tensor:
+    """The formula: affinity exp(cos / 0.1) in the window, all but the topk set to 0, normalised, times the labels.
+
+    Arguments and result are label_propagation's. Entries equal to the k-th largest are all kept.
+    """
+    height, width, num_contexts = *target.shape[:2], len(contexts)
+    cosine = target.flatten(0, 1) @ contexts.flatten(0, 2).T  # [targets, contexts]
+    affinity = torch.exp(cosine / TEMPERATURE)
+    if size_mask_neighborhood:
+        affinity = affinity * restrict_neighborhood(height, width, size_mask_neighborhood,
+                                                    device=target.device).repeat(1, num_contexts)
+    kth = affinity.topk(min(topk, affinity.shape[1]), dim=1).values[:, -1:]
+    affinity = affinity.where(affinity >= kth, 0)
+    affinity = affinity / affinity.sum(1, keepdim=True)
+    return (affinity @ labels.flatten(0, 2)).unflatten(0, (height, width))
+
+
+# ---------------------------------------------------------------- a tile of target patches
 
 def best_matches(similarity: torch.Tensor, best: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The count largest of similarity [T, m, n] for each of m targets, or all, and where they stand in T·n, [m, count].
+    """The count largest similarities of each of m targets, and their indices into T·n, both [m, count] or fewer.
 
-    best [m, n] is the best of the T at each place, -inf outside the window. The count largest lie at the count places
-    where it is largest: a search over n, not T·n.
-    """
-    contexts, _, places = similarity.shape
-    most, place = best.topk(min(count, places))
-    values = similarity.gather(2, place.expand(contexts, -1, -1)).masked_fill_(most == -torch.inf, -torch.inf)
-    values, chosen = values.transpose(0, 1).flatten(1).topk(min(count, contexts * place.shape[1]))
-    context = chosen.div(place.shape[1], rounding_mode="floor")
-    return values, context * places + place.gather(1, chosen % place.shape[1])
-
-
-def mix_labels(similarity: torch.Tensor, outside: torch.Tensor | None, labels: torch.Tensor, topk: int) -> torch.Tensor:
-    """Labels of m target patches as the mean over their topk most similar context patches, weights exp(cos / 0.1).
+    A position is one of the n patches that the T contexts have in common. The count largest similarities are at the
+    count positions where the best of the T is largest, which needs a search over n instead of T·n.
 
     Args:
-        similarity: cosines [T, m, n] with the patches at n places in each of T contexts.
-        outside: [m, n], 0 for places in the window, -inf for others; None for no window.
+        similarity: [T, m, n].
+        best: its maximum over T, [m, n], -inf outside the window.
+    """
+    contexts, _, positions = similarity.shape
+    maximum, position = best.topk(min(count, positions))
+    values = similarity.gather(2, position.expand(contexts, -1, -1)).masked_fill_(maximum == -torch.inf, -torch.inf)
+    values, index = values.transpose(0, 1).flatten(1).topk(min(count, contexts * position.shape[1]))
+    context = index.div(position.shape[1], rounding_mode="floor")
+    return values, context * positions + position.gather(1, index % position.shape[1])
+
+
+def mix_labels(similarity: torch.Tensor, window_bias: torch.Tensor | None, labels: torch.Tensor,
+               topk: int) -> torch.Tensor:
+    """Labels of m targets: the mean over their topk most similar context patches, weighted by exp(cos / 0.1).
+
+    Args:
+        similarity: cosines [T, m, n] with the patches at n positions in each of T contexts.
+        window_bias: [m, n], 0 inside the window and -inf outside; None for no window.
         labels: [T, n, C].
 
     Returns:
-        [m, C]. Patches as similar as the k-th are all counted in.
+        [m, C]. Patches as similar as the k-th are all included.
     """
     k, labels = min(topk, similarity.shape[0] * similarity.shape[2]), labels.flatten(0, 1)
-    best = similarity.amax(0) if outside is None else similarity.amax(0).add_(outside)
-    values, chosen = best_matches(similarity, best, k + 1)  # one more tells whether others share the k-th value
+    best = similarity.amax(0) if window_bias is None else similarity.amax(0).add_(window_bias)
+    values, index = best_matches(similarity, best, k + 1)  # one more shows whether others equal the k-th
     weights = torch.exp(values[:, :k] / TEMPERATURE)
-    mixed = (weights[..., None] * labels[chosen[:, :k]]).sum(1) / weights.sum(1, keepdim=True)
+    mixed = (weights[..., None] * labels[index[:, :k]]).sum(1) / weights.sum(1, keepdim=True)
     if values.shape[1] > k:
+        # ties are rare: for these targets alone, compare all context patches with the k-th value
         tied = ((values[:, k] == values[:, k - 1]) & values[:, k].isfinite()).nonzero()[:, 0]
         if len(tied):
-            every = similarity[:, tied] if outside is None else similarity[:, tied] + outside[tied]
+            every = similarity[:, tied] if window_bias is None else similarity[:, tied] + window_bias[tied]
             every = every.transpose(0, 1).flatten(1)
             weights = torch.exp(every / TEMPERATURE) * (every >= values[tied, k - 1:k])
             mixed[tied] = weights @ labels / weights.sum(1, keepdim=True)
     return mixed
 
 
-def cosines(target: torch.Tensor, row: torch.Tensor, contexts: torch.Tensor, patch: torch.Tensor) -> torch.Tensor:
-    """Of pairs of target [m, D] and contexts [N, D], [P], which the indices row and patch [P] name."""
-    pairs = zip(row.split(PAIRS_AT_ONCE), patch.split(PAIRS_AT_ONCE), strict=True)
-    return torch.cat([torch.linalg.vecdot(target.index_select(0, r), contexts.index_select(0, p)) for r, p in pairs])
-
-
-def find_lookups(bound: torch.Tensor, outside: torch.Tensor | None, target: torch.Tensor, contexts: torch.Tensor,
-                 first: int, topk: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pairs that bounds [T, m, n] don't rule out, by target: targets [P], and where their patches stand in T·N [P].
-
-    The topk patches of the largest bounds are compared; the least of their cosines is one that the topk largest all
-    reach, so a patch with a lower bound is out. target is [m, D], contexts [T, N, D]; the n places begin at first.
-    """
-    patches, places = contexts.shape[1], bound.shape[2]
-    best = bound.amax(0) if outside is None else bound.amax(0).add_(outside)
-    chosen = best_matches(bound, best, topk)[1]
-    chosen = chosen.div(places, rounding_mode="floor") * patches + first + chosen % places
-    rows = torch.arange(len(target), device=target.device).repeat_interleave(chosen.shape[1])
-    least = cosines(target, rows, contexts.flatten(0, 1), chosen.flatten()).view_as(chosen).amin(1, keepdim=True)
-    row, place = (best >= least).nonzero(as_tuple=True)
-    pair, context = (bound[:, row, place].T >= least[row]).nonzero(as_tuple=True)
-    return row[pair], context * patches + first + place[pair]
-
-
-def mix_pairs(row: torch.Tensor, cosine: torch.Tensor, labels: torch.Tensor, targets: int, topk: int) -> torch.Tensor:
-    """What mix_labels gives, [targets, C], from pairs by target: row and cosine [P], and labels [P, C]."""
-    count = row.bincount(minlength=targets)
-    table = cosine.new_full((targets, max(1, count.max())), -torch.inf)
-    table[row, torch.arange(len(row), device=row.device) - (count.cumsum(0) - count)[row]] = cosine
-    kth = table.topk(min(topk, table.shape[1])).values[:, -1]
-    weights = torch.exp(cosine / TEMPERATURE) * (cosine >= kth[row])
-    mixed = labels.new_zeros(targets, labels.shape[1]).index_add_(0, row, weights[:, None] * labels)
-    return mixed / weights.new_zeros(targets).index_add_(0, row, weights)[:, None]
-
-
-# ---------------------------------------------------------------- a frame
+# ---------------------------------------------------------------- a frame, tile by tile
 
 class Tile(NamedTuple):
-    """Some rows of a frame's patches, top to bottom, and the rows of its contexts that their window reaches."""
+    """Some rows of a frame's patches, and the rows of its contexts that their windows reach; ends are excluded."""
     top: int
     bottom: int
-    near_top: int
-    near_bottom: int
+    context_top: int
+    context_bottom: int
 
 
-def tiles(height: int, width: int, radius: int, most_contexts: int, device: torch.device) -> Iterator[Tile]:
-    """A frame's rows, few enough at a time that the similarities of all patches with all are never held.
+def tiles(height: int, width: int, radius: int, max_contexts: int, device: torch.device) -> Iterator[Tile]:
+    """Split a frame so that the similarities of one tile with its contexts number at most MAX_SIMILARITIES.
 
-    How few follows from most_contexts, so that the frames of a video share their windows' masks. Radius 0: no window.
+    The split depends on max_contexts, not on the contexts at hand, so that all frames of a video have the same tiles
+    and the masks of their windows are computed once. Radius 0: no window.
     """
-    reach, limit = radius or height, HELD_AT_ONCE.get(device.type, HELD_AT_ONCE["cuda"]) // (most_contexts * width**2)
+    reach = radius or height
+    limit = MAX_SIMILARITIES.get(device.type, MAX_SIMILARITIES["cuda"]) // (max_contexts * width**2)
     step = next((n for n in range(height, 1, -1) if n * min(height, n + 2 * reach) <= limit), 1)
     for top in range(0, height, step):
         yield Tile(top, min(top + step, height), max(0, top - reach), min(top + step + reach, height))
 
 
 @lru_cache(maxsize=256)
-def outside_window(tile: Tile, height: int, width: int, radius: int, device: torch.device) -> torch.Tensor | None:
-    """0 for context patches in the window, -inf for others, [targets, contexts], of a tile; None for no window."""
+def window_bias(tile: Tile, height: int, width: int, radius: int, device: torch.device) -> torch.Tensor | None:
+    """0 for context patches in a target's window, -inf for others, [targets, contexts]; None for no window."""
     if not radius:
         return None
     window = restrict_neighborhood(height, width, radius, slice(tile.top, tile.bottom),
-                                   slice(tile.near_top, tile.near_bottom), device)
+                                   slice(tile.context_top, tile.context_bottom), device)
     return torch.zeros(window.shape, device=device).masked_fill_(~window, -torch.inf)
 
 
 def products(target: torch.Tensor, contexts: torch.Tensor, tile: Tile) -> torch.Tensor:
-    """Of the patches of a tile of target [h, w, D] with those of contexts [T, h, w, D] near it, [T, m, n]."""
+    """Inner products of a tile of target [h, w, D] with the context rows it reaches, of contexts [T, h, w, D].
+
+    Returns [T, m, n].
+    """
     target = target[tile.top:tile.bottom].flatten(0, 1).expand(len(contexts), -1, -1)
-    return torch.bmm(target, contexts[:, tile.near_top:tile.near_bottom].flatten(1, 2).transpose(1, 2))
+    return torch.bmm(target, contexts[:, tile.context_top:tile.context_bottom].flatten(1, 2).transpose(1, 2))
 
 
 def label_propagation(target: torch.Tensor, contexts: torch.Tensor, labels: torch.Tensor,
                       size_mask_neighborhood: int = 12, topk: int = 5,
-                      most_contexts: int | None = None) -> torch.Tensor:
+                      max_contexts: int | None = None) -> torch.Tensor:
     """Soft labels of a frame from those of its context frames.
 
     Args:
         target: features [h, w, D], of unit length.
         contexts: features [T, h, w, D], of unit length.
         labels: [T, h, w, C].
-        size_mask_neighborhood: a window of ± so many patches; 0 for none.
-        most_contexts: T of the video's later frames, where T still grows.
+        size_mask_neighborhood: a window of ± this many patches; 0 for none.
+        topk: how many context patches a label is taken from.
+        max_contexts: largest T of the video; T itself if None.
 
     Returns:
         [h, w, C].
     """
     (height, width, _), radius, mixed = target.shape, size_mask_neighborhood, []
-    for tile in tiles(height, width, radius, most_contexts or len(contexts), target.device):
+    for tile in tiles(height, width, radius, max_contexts or len(contexts), target.device):
         mixed.append(mix_labels(products(target, contexts, tile),
-                                outside_window(tile, height, width, radius, target.device),
-                                labels[:, tile.near_top:tile.near_bottom].flatten(1, 2), topk))
+                                window_bias(tile, height, width, radius, target.device),
+                                labels[:, tile.context_top:tile.context_bottom].flatten(1, 2), topk))
     return torch.cat(mixed).unflatten(0, (height, width))
-
-
-def leading_axes(features: torch.Tensor) -> torch.Tensor:
-    """The directions [D, K] in which features [h, w, D] are largest."""
-    features = features.flatten(0, 1).nan_to_num()
-    axes = torch.linalg.eigh(features.T @ features).eigenvectors  # the largest come last
-    return axes[:, -max(1, int(AXES_SHARE * len(axes))):].contiguous()
-
-
-def sketch(features: torch.Tensor, axes: torch.Tensor) -> torch.Tensor:
-    """Features of unit length [..., D] -> [..., K + 1]: their parts along K axes, and the length of the rest.
-
-    By Cauchy and Schwarz the product of two sketches is at least that of the features.
-    """
-    along = features @ axes
-    rest = 1 - along.square().sum(-1, keepdim=True)
-    return torch.cat([along, rest.clamp_(min=0).add_(1e-5).sqrt_()], -1)  # 1e-5: more than float32's rounding
-
-
-def propagation_by_bounds(target: torch.Tensor, contexts: torch.Tensor, labels: torch.Tensor,
-                          sketches: tuple[torch.Tensor, torch.Tensor], radius: int, topk: int,
-                          most_contexts: int) -> torch.Tensor | None:
-    """What label_propagation gives, with sketches of the target and its contexts, or None where they don't pay."""
-    (height, width, _), most, mixed = target.shape, MOST_LOOKUPS * len(contexts), []
-    if topk > most:
-        return None
-    for tile in tiles(height, width, radius, most_contexts, target.device):
-        targets = target[tile.top:tile.bottom].flatten(0, 1)
-        row, patch = find_lookups(products(*sketches, tile),
-                                  outside_window(tile, height, width, radius, target.device), targets,
-                                  contexts.flatten(1, 2), tile.near_top * width, topk)
-        if len(row) > most * len(targets):
-            return None
-        cosine = cosines(targets, row, contexts.flatten(0, 2), patch)
-        mixed.append(mix_pairs(row, cosine, labels.flatten(0, 2)[patch], len(targets), topk))
-    return torch.cat(mixed).unflatten(0, (height, width))
-
-
-# ---------------------------------------------------------------- a video
-
-def propagate(features: Iterable[torch.Tensor], labels: torch.Tensor, n_last_frames: int = 7,
-              size_mask_neighborhood: int = 12, topk: int = 5) -> Iterator[torch.Tensor]:
-    """Soft labels [C, h, w] of each frame after the first, from it and the n_last_frames before.
-
-    Args:
-        features: [h, w, D] of unit length, frame by frame.
-        labels: the first frame's, [C, h, w].
-    """
-    features, labels = iter(features), labels.permute(1, 2, 0)
-    first = next(features)
-    turn = first.shape[1] > first.shape[0]  # rows run along the longer side: a window reaches a smaller share of it
-    first, labels = (x.transpose(0, 1) if turn else x for x in (first, labels))
-    slots = n_last_frames + 1  # frame 0, and a ring of the last ones
-    contexts, context_labels = first.new_empty(slots, *first.shape), labels.new_empty(slots, *labels.shape)
-    options = size_mask_neighborhood, topk, slots
-    # a GPU has the whole product sooner, and the bounds' slack is for float32
-    bounded = first.device.type == "cpu" and first.dtype == labels.dtype == torch.float32
-    if bounded:
-        axes = leading_axes(first)
-        sketches = first.new_empty(slots, *first.shape[:2], axes.shape[1] + 1)
-
-    def keep(slot: int, frame: torch.Tensor, labels: torch.Tensor) -> None:
-        contexts[slot], context_labels[slot] = frame, labels
-        if bounded:
-            sketches[slot] = sketch(frame, axes)
-
-    keep(0, first, labels)
-    for t, target in enumerate(features, 1):
-        target, labels = target.transpose(0, 1) if turn else target, None
-        known = contexts[:min(t, slots)], context_labels[:min(t, slots)]
-        if bounded and t >= slots:  # before, the whole product is small
-            labels = propagation_by_bounds(target, *known, (sketch(target, axes), sketches), *options)
-            bounded = labels is not None  # once they don't pay, the video goes on without them
-        if labels is None:
-            labels = label_propagation(target, *known, *options)
-        if n_last_frames:
-            keep(1 + (t - 1) % n_last_frames, target, labels)
-        yield labels.permute(2, 1, 0) if turn else labels.permute(2, 0, 1)
 
 
 # ---------------------------------------------------------------- masks
 
 def norm_mask(mask: torch.Tensor) -> torch.Tensor:
-    """Each channel of [C, H, W] stretched to 0 … 1, unless it has no positive value or is constant."""
+    """Scale each channel of [C, H, W] to 0 … 1, unless it has no positive value or is constant."""
     low, high = mask.amin((1, 2), keepdim=True), mask.amax((1, 2), keepdim=True)
-    stretch = (high > 0) & (high - low > 1e-6 * high)  # a channel that is constant but for rounding stays as it is
-    return mask.sub(low.where(stretch, 0)).div_((high - low).where(stretch, 1))
+    scaled = (high > 0) & (high - low > 1e-6 * high)  # constant except for rounding counts as constant
+    return mask.sub(low.where(scaled, 0)).div_((high - low).where(scaled, 1))
 
 
 @lru_cache(maxsize=64)
 def nearest(source: int, size: int) -> np.ndarray:
-    """For each of size pixels in a row, the one of source pixels whose centre is nearest, as PIL rounds."""
+    """Indices [size] of the nearest of source pixels in a row, by pixel centres and rounded as PIL does."""
     row = Image.fromarray(np.arange(source, dtype=np.int32)[None])
     return np.array(row.resize((size, 1), Image.Resampling.NEAREST))[0].astype(np.int64)
 
@@ -270,7 +190,7 @@ def nearest(source: int, size: int) -> np.ndarray:
 def to_mask(labels: torch.Tensor, patch_size: int, height: int, width: int) -> torch.Tensor:
     """Soft labels of patches [C, h, w] -> ids, uint8 [height, width]."""
     labels = F.interpolate(labels[None].contiguous(), scale_factor=patch_size, mode="bilinear", align_corners=False)[0]
-    ids = norm_mask(labels).max(0).indices.to(torch.uint8)  # on CPUs far faster than argmax
+    ids = norm_mask(labels).max(0).indices.to(torch.uint8)  # argmax, much faster on CPUs
     rows, columns = (torch.from_numpy(nearest(source, size)).to(ids.device)
                      for source, size in zip(ids.shape, (height, width), strict=True))
     return ids.index_select(0, rows).gather(1, columns.expand(height, -1))

@@ -1,4 +1,4 @@
-"""Seconds a frame of DAVIS evaluation, stage by stage, beside the plain way of doing the same.
+"""Seconds per frame of DAVIS evaluation, stage by stage, beside the plain way of doing the same.
 
     python benchmarks/davis.py                                         # ViT-S/16, 50 frames of 854×480
     python benchmarks/davis.py --device cuda --precision bf16 --patch_size 8 --no_plain
@@ -31,8 +31,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import davis_data
 import davis_metrics
 import eval_video_segmentation as job
-from checkpoints import CheckpointError, load_backbone
+from checkpoints import load_backbone
 from distributed import keep_freed_memory, pick_device
+from errors import run_main
+from label_propagation import to_mask
+from propagation_bounds import propagate
 from vision_transformer import ARCHS
 
 HEIGHT, WIDTH = 480, 854
@@ -167,14 +170,13 @@ def time_ours(sequence, extract, args, folder: Path) -> tuple[dict, np.ndarray]:
     features = clock("features", lambda: torch.cat([extract(frames[i:i + args.bs])
                                                     for i in range(0, len(frames), args.bs)]))
     labels, annotation = job.read_seg(sequence.annotation, patch_size)
-    soft = clock("propagation", lambda: list(job.propagate(features, labels[0].to(extract.device))))
-    masks = clock("masks", lambda: [job.to_mask(s, patch_size, HEIGHT, WIDTH).cpu().numpy() for s in soft])
+    soft = clock("propagation", lambda: list(propagate(features, labels[0].to(extract.device))))
+    masks = clock("masks", lambda: [to_mask(s, patch_size, HEIGHT, WIDTH).cpu().numpy() for s in soft])
     clock("writing", lambda: [davis_data.imwrite_indexed(folder / f"{i}.png", m) for i, m in enumerate(masks)])
     masks, annotations = np.stack([annotation, *masks]), davis_data.read_masks(sequence.annotations())
     clock("scoring", davis_metrics.score_sequence, annotations, masks)
-    args.output_dir = str(folder)
-    with ThreadPoolExecutor(4) as executor, tqdm(disable=True) as bar:
-        clock("end to end", job.segment, sequence, extract, args, executor, bar)
+    with ThreadPoolExecutor(4) as executor:
+        clock("end to end", job.segment, sequence, extract, folder, executor)
     return clock.seconds, masks
 
 
@@ -186,7 +188,7 @@ def time_plain(sequence, extract, args, folder: Path) -> tuple[dict, np.ndarray]
 
     def one(image):
         with torch.autocast(extract.device.type, extract.dtype, enabled=extract.dtype != torch.float32):
-            return model.get_intermediate_layers(image[None].to(extract.device), 1)[0][0].float()
+            return model(image[None].to(extract.device))[0].float()
 
     features = clock("features", lambda: torch.stack([one(image) for image in tqdm(images, "plain", leave=False)]))
     labels, annotation = job.read_seg(sequence.annotation, model.patch_size)
@@ -220,7 +222,7 @@ def main(args: argparse.Namespace) -> None:
         extract(np.zeros((args.bs, 480, 832, 3), np.uint8))  # warm-up
         ours, masks = time_ours(sequence, extract, options, Path(folder))
         plain, plain_masks = ({}, masks) if args.no_plain else time_plain(sequence, extract, options, Path(folder))
-    print("seconds a frame     here     plain     times")
+    print("seconds per frame   here     plain     times")
     for stage, seconds in ours.items():
         there = plain.get(stage)
         compared = f"  {there / frames:8.4f}  {there / seconds:7.1f}×" if there else ""
@@ -228,13 +230,13 @@ def main(args: argparse.Namespace) -> None:
     print(f"end to end: {ours['end to end']:.1f} s for the video" +
           (f"; {(masks == plain_masks).mean():.4%} of the pixels as in the plain way" if plain else ""))
     if device.type == "cuda":
-        print(f"most GPU memory held: {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB")
+        print(f"peak GPU memory: {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Seconds a frame of DAVIS evaluation, stage by stage")
-    parser.add_argument("--arch", choices=list(ARCHS), help="the checkpoint's own; vit_small without one")
-    parser.add_argument("--patch_size", type=int, help="the checkpoint's own; 16 without one")
+    parser = argparse.ArgumentParser(description="Seconds per frame of DAVIS evaluation, stage by stage")
+    parser.add_argument("--arch", choices=list(ARCHS), help="default: the checkpoint's own; vit_small without one")
+    parser.add_argument("--patch_size", type=int, help="default: the checkpoint's own; 16 without one")
     parser.add_argument("--pretrained_weights", default="", help="checkpoint of any kind; random weights without one")
     parser.add_argument("--data_path", help="DAVIS, to take a clip of 854×480 from")
     parser.add_argument("--sequence", help="its name in val.txt; the first without it")
@@ -242,11 +244,8 @@ if __name__ == "__main__":
     parser.add_argument("--bs", type=int, default=6)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--precision", default="auto", choices=["auto", *job.DTYPES])
-    parser.add_argument("--no_plain", action="store_true", help="leave the plain way out")
+    parser.add_argument("--no_plain", action="store_true", help="do not time the plain way")
     options = parser.parse_args()
     if options.sequence and not options.data_path:
         parser.error(f"--sequence {options.sequence}: give --data_path too")
-    try:
-        main(options)
-    except (davis_data.DataError, CheckpointError) as error:
-        parser.error(str(error))
+    run_main(main, options)

@@ -99,7 +99,7 @@ def table(output: Path) -> None:
             print(f"{row[0]:<44}{row[1]:>10}{row[2]:>10}")
     for name, asked in (("davis", "3 s"), ("davis_patch8", "20 GiB")):
         said = (output / f"{name}.txt").read_text() if (output / f"{name}.txt").is_file() else ""
-        figures = re.findall(r"^end to end: ([\d.]+ s)|^most GPU memory held: ([\d.]+ GiB)", said, re.MULTILINE)
+        figures = re.findall(r"^end to end: ([\d.]+ s)|^peak GPU memory: ([\d.]+ GiB)", said, re.MULTILINE)
         if len(figures) == 2:
             print(f"{name + ', 50 frames':<44}{figures[0][0]:>10}{figures[1][1]:>10}  (target: under {asked})")
     for name in (*ORDERS, "no_compile", "checkpointed"):

@@ -1,0 +1,91 @@
+"""Patch features of video frames, a batch at a time while the next frames are read."""
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from davis_data import DataError, Sequence, load_frame
+from vision_transformer import VisionTransformer
+
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.228, 0.224, 0.225)  # 0.228, not ImageNet's 0.229, as in DINO's published DAVIS protocol
+
+
+def normalise(frames: torch.Tensor) -> torch.Tensor:
+    """RGB, uint8 [B, H, W, 3] -> normalised, float [B, 3, H, W]."""
+    mean, std = (torch.tensor(values, device=frames.device) for values in (MEAN, STD))
+    return ((frames / 255 - mean) / std).permute(0, 3, 1, 2)
+
+
+class PatchFeatures:
+    """Features of frames, in batches that are halved permanently when memory runs out.
+
+    Args:
+        model: the backbone; its final norm, if any, is applied.
+        dtype: of autocast; float32 for none.
+        batch_size: frames per forward pass.
+    """
+
+    def __init__(self, model: VisionTransformer, device: torch.device, dtype: torch.dtype, batch_size: int):
+        self.model, self.device, self.dtype, self.batch_size = model, device, dtype, batch_size
+
+    def forward(self, frames: np.ndarray) -> torch.Tensor:
+        images = normalise(torch.from_numpy(frames).to(self.device))
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            features = self.model(images)  # through the final norm of a backbone that has one, as in DINO's script
+        return F.normalize(features.float(), dim=-1).unflatten(1, self.model.grid_size(images))
+
+    def __call__(self, frames: np.ndarray) -> torch.Tensor:
+        """RGB, uint8 [B, H, W, 3] -> features of unit length, float32 [B, h, w, D]."""
+        features, start = [], 0
+        while start < len(frames):
+            try:
+                features.append(self.forward(frames[start:start + self.batch_size]))
+                start += self.batch_size
+                continue
+            except RuntimeError as error:
+                if not (isinstance(error, torch.cuda.OutOfMemoryError) or "allocate memory" in str(error)):
+                    raise
+            if self.batch_size == 1:
+                raise DataError(f"out of memory with a single frame of {frames.shape[2]}×{frames.shape[1]}")
+            self.batch_size //= 2
+            torch.cuda.empty_cache()
+            tqdm.write(f"out of memory: continuing with --bs {self.batch_size}", file=sys.stderr)
+        return torch.cat(features)
+
+
+def prefetch(executor: Executor, function: Callable, items: Iterable, depth: int) -> Iterator:
+    """function(item) of every item in order, computing up to depth items ahead in other threads."""
+    pending = deque()
+    try:
+        for item in items:
+            pending.append(executor.submit(function, item))
+            if len(pending) > depth:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        for future in pending:
+            future.cancel()
+
+
+def frame_features(sequence: Sequence, extract: PatchFeatures, shape: tuple[int, int],
+                   executor: Executor) -> Iterator[torch.Tensor]:
+    """Features [h, w, D] of a video's frames, one by one.
+
+    Args:
+        shape: (height, width) that every frame must have.
+    """
+    batch, loaded = [], prefetch(executor, load_frame, sequence.frames, 2 * extract.batch_size)
+    for path, (image, height, width) in zip(sequence.frames, loaded, strict=True):
+        if (height, width) != shape:
+            raise DataError(f"{path}: is {width}×{height}, the first frame {shape[1]}×{shape[0]}")
+        batch.append(image)
+        if len(batch) >= extract.batch_size or path == sequence.frames[-1]:
+            yield from extract(np.stack(batch))
+            batch = []
