@@ -10,6 +10,7 @@ import argparse
 import importlib.util
 import os
 import shutil
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -155,7 +156,8 @@ def pretrain(args: argparse.Namespace, loss_class: type[DINOLoss] | None = None)
     """Set up, resume, train, save."""
     check_args(args)
     loss_class = choose_loss(args.fused_loss, loss_class)
-    processes = init_distributed_mode(args.device, args.local_rank, args.port, args.dist_url)
+    processes = init_distributed_mode(args.device, args.local_rank, args.port, args.dist_url,
+                                      timedelta(minutes=args.dist_timeout))
     compiled = choose_compile(args.compile, processes.device)
     loader = build_loader(args, processes, compiled)
     fix_random_seeds(args.seed)
