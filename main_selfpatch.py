@@ -7,6 +7,7 @@
 The same command again continues from output_dir/checkpoint.pth.
 """
 import argparse
+import errno
 import importlib.util
 import os
 import shutil
@@ -180,15 +181,36 @@ def pretrain(args: argparse.Namespace, loss_class: type[DINOLoss] | None = None)
             raise TrainingError(f"the last step of epoch {epoch} made weights NaN or infinite, so they are not saved: "
                                 "the same command continues from the epoch before; try a smaller --lr or --clip_grad")
         state = run.state_dict() | {"args": plain_args(args, processes.world_size)}
-        save_on_master(state, output / "checkpoint.pth")
+        save(state, output / "checkpoint.pth")
         if args.saveckp_freq and epoch % args.saveckp_freq == 0:
-            save_on_master(state, output / f"checkpoint{epoch:04}.pth")
+            save(state, output / f"checkpoint{epoch:04}.pth")
         if log:
             log.write(stats, epoch)
             for warning in health_warnings(stats, run.dino_loss, epoch >= args.warmup_epochs, args.batch_size_per_gpu):
                 print(f"warning: {warning}", flush=True)
     if log:
         print(f"done: {args.epochs} epochs, {output / 'checkpoint.pth'}")
+
+
+def save(state: dict, path: Path) -> None:
+    """save_on_master, with a full disk as a TrainingError."""
+    try:
+        save_on_master(state, path)
+    except (OSError, RuntimeError) as error:
+        # torch.save ends with an error of its own, raised while it handled the disk's
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        raise TrainingError(f"cannot write {path} ({cause.strerror}): make room, and the same command continues from "
+                            "the last checkpoint, which is kept") from None
+
+
+def is_out_of_shared_memory(error: RuntimeError | OSError) -> bool:
+    """Whether the data workers found no room in /dev/shm, where their batches and semaphores lie."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOSPC and error.filename is None
+    return any(words in str(error) for words in (
+        "unable to allocate shared memory", "unable to write to file </torch_", "killed by signal: Bus error"))
 
 
 def train_dino(args: argparse.Namespace, loss_class: type[DINOLoss] | None = None) -> None:
@@ -200,7 +222,7 @@ def train_dino(args: argparse.Namespace, loss_class: type[DINOLoss] | None = Non
 
     Raises:
         ConfigError: options, data or machine do not fit together.
-        TrainingError: an image cannot be read, or a loss was not finite.
+        TrainingError: an image cannot be read, a loss was not finite, or disk or shared memory is full.
     """
     try:
         pretrain(args, loss_class)
@@ -208,6 +230,11 @@ def train_dino(args: argparse.Namespace, loss_class: type[DINOLoss] | None = Non
         # a worker's error is a traceback, whose last line begins with the class
         line = str(error).splitlines()[-1].removeprefix("augmentations.UnreadableImage: ")
         raise TrainingError(line) from None
+    except (RuntimeError, OSError) as error:
+        if isinstance(error, TrainingError) or not is_out_of_shared_memory(error):
+            raise
+        raise TrainingError("the data workers have run out of shared memory (/dev/shm): lower --num_workers (0 needs "
+                            "none), or give a container more than Docker's 64 MB: docker run --shm-size=8g") from None
     finally:
         if is_distributed():
             torch.distributed.destroy_process_group()
