@@ -112,10 +112,11 @@ class RunLog:
     def __init__(self, output: Path, start_epoch: int, tensorboard: bool):
         check_log(output, tensorboard)
         self.path, self.board = output / "log.txt", None
-        half_line = self.path.is_file() and not read_log(self.path).endswith("\n")  # of a run that was killed
+        text = read_log(self.path) if self.path.is_file() else ""
+        half_line = text and not text.endswith("\n")  # of a run that was killed
         try:
             with open(self.path, "a") as file:
-                file.write("\n" * half_line)
+                file.write("\n" if half_line else "")
             if tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
                 self.board = SummaryWriter(output / "tensorboard", purge_step=start_epoch)
@@ -137,5 +138,5 @@ class RunLog:
                     self.board.add_scalar(f"train/{name}", value, epoch)
                 self.board.flush()
         except OSError as error:
-            raise TrainingError(f"cannot write to {error.filename or self.path} ({error.strerror}): make room, and the "
-                                "same command continues from the last checkpoint") from None
+            raise TrainingError(f"cannot write to {error.filename or self.path} ({error.strerror}): make room and run "
+                                "the same command again: it continues from the last checkpoint") from None

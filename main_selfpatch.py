@@ -201,8 +201,8 @@ def save(state: dict, path: Path) -> None:
         cause = error if isinstance(error, OSError) else error.__context__
         if not isinstance(cause, OSError):
             raise
-        raise TrainingError(f"cannot write {path} ({cause.strerror}): make room, and the same command continues from "
-                            "the last checkpoint, which is kept") from None
+        raise TrainingError(f"cannot write {path} ({cause.strerror}): make room and run the same command "
+                            "again; earlier checkpoints are kept") from None
 
 
 def is_out_of_shared_memory(error: RuntimeError | OSError) -> bool:

@@ -239,6 +239,14 @@ def test_full_disk_is_one_line_and_the_good_file_stays(image_folder, two_epochs,
         "checkpoint.pth", "log.txt"]
 
 
+@pytest.mark.parametrize("text, expected", [("", []), ('{"epoch": 0}\n', ['{"epoch": 0}']),
+                                            ('{"epoch": 0}\n{"ep', ['{"epoch": 0}', '{"ep'])])
+def test_log_of_a_run_that_was_killed_goes_on_in_a_line_of_its_own(tmp_path, text, expected):
+    (tmp_path / "log.txt").write_text(text)
+    main_selfpatch.RunLog(tmp_path, 1, tensorboard=False).write({"loss": 2.0}, epoch=1)
+    assert (tmp_path / "log.txt").read_text().splitlines() == [*expected, '{"train_loss": 2.0, "epoch": 1}']
+
+
 def test_log_that_cannot_be_written_is_one_line(image_folder, tmp_path, monkeypatch, capsys):
     write = main_selfpatch.RunLog.write
 

@@ -5,7 +5,9 @@ import pytest
 import torch
 from small_job import SMALL, options
 
+import demo
 import main_selfpatch
+import run_with_submitit
 from errors import ConfigError, run_main, user_path
 from fused_loss import FusedDINOLoss
 from losses import DINOLoss
@@ -47,6 +49,12 @@ def test_home_folder_in_path_options(monkeypatch):
     args = get_args_parser().parse_args(["--output_dir=~/runs/one", "--data_path", "~/images"])
     assert (args.output_dir, args.data_path) == ("/home/someone/runs/one", "/home/someone/images")
     assert user_path("~/x") == Path("/home/someone/x") and user_path("a~/x") == Path("a~/x")
+    folders = []
+    monkeypatch.setattr("sys.argv", ["demo.py", "--output_dir=~/demo"])
+    monkeypatch.setattr(demo, "show", lambda folder, epochs: folders.append(folder))
+    assert demo.main() == 0 and folders == [Path("/home/someone/demo")]
+    monkeypatch.setattr("sys.argv", ["run_with_submitit.py", "--output_dir=~/runs/two"])
+    assert run_with_submitit.get_args().output_dir == "/home/someone/runs/two"
 
 
 @pytest.mark.parametrize("way, device, triton, capability, on", [
