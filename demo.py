@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from davis_data import imwrite_indexed
-from errors import run_main
+from errors import run_main, user_path
 
 ROOT = Path(__file__).resolve().parent
 SIZE = (160, 120)  # of a training image, width and height
@@ -139,7 +139,7 @@ def report_losses(log: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"), help="where everything goes")
+    parser.add_argument("--output_dir", type=user_path, default=Path("runs/demo"), help="where everything goes")
     parser.add_argument("--epochs", type=int, default=5, help="passes through the training images")
     args = parser.parse_args()
     try:

@@ -5,12 +5,14 @@ import os
 import re
 import subprocess
 import sys
+import threading
+from datetime import datetime, timedelta
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
-from errors import ConfigError
+from errors import ConfigError, program_name
 
 
 class Processes(NamedTuple):
@@ -21,8 +23,8 @@ class Processes(NamedTuple):
     device: torch.device = torch.device("cpu")
 
 
-def init_distributed_mode(device: str = "auto", local_rank: int = 0, port: int = 29500,
-                          dist_url: str = "env://") -> Processes:
+def init_distributed_mode(device: str = "auto", local_rank: int = 0, port: int = 29500, dist_url: str = "env://",
+                          timeout: timedelta = timedelta(minutes=30), notice_after: float = 10) -> Processes:
     """Join the other processes of a launcher, where the environment names any.
 
     torchrun and torch.distributed.launch set RANK, WORLD_SIZE and LOCAL_RANK; Slurm's srun sets SLURM_*.
@@ -32,30 +34,113 @@ def init_distributed_mode(device: str = "auto", local_rank: int = 0, port: int =
         local_rank: used where the launcher gives it as the option --local_rank only (torch before 2.0).
         port: of rank 0, where the launcher sets no MASTER_PORT.
         dist_url: how the processes find each other, see torch.distributed.init_process_group.
+        timeout: how long to wait for the other processes, here and in every exchange with them.
+        notice_after: seconds of waiting after which a line on stderr says for whom.
 
     Raises:
-        ConfigError: the device does not exist.
+        ConfigError: the device does not exist, the environment makes no sense, or other processes do not come.
     """
-    env, rank, world_size = os.environ, 0, 1
-    if "RANK" in env and "WORLD_SIZE" in env:
-        rank, world_size = int(env["RANK"]), int(env["WORLD_SIZE"])
-        local_rank = int(env.get("LOCAL_RANK", local_rank))
-    elif "SLURM_PROCID" in env and ("SLURM_STEP_NUM_TASKS" in env or env.get("ENVIRONMENT") != "BATCH"):
-        # a batch script has SLURM_PROCID too, but plain python in it is a single process
-        rank = int(env["SLURM_PROCID"])
-        world_size = int(env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS", 1)))
-        local_rank = int(env.get("SLURM_LOCALID", 0))
-        env.setdefault("MASTER_ADDR", first_slurm_host())
-    else:
-        local_rank = 0
-    processes = Processes(rank, world_size, local_rank, pick_device(device, local_rank))
-    if world_size > 1:
+    launch = read_launcher(local_rank)
+    processes = Processes(launch.rank, launch.world_size, launch.local_rank, pick_device(device, launch.local_rank))
+    if launch.world_size > 1:
+        if launch.variables[0].startswith("SLURM"):
+            os.environ.setdefault("MASTER_ADDR", first_slurm_host())
         # keep what a launcher has set: `torchrun --standalone` picks a port of its own
-        env.setdefault("MASTER_ADDR", "127.0.0.1")
-        env.setdefault("MASTER_PORT", str(port))
-        dist.init_process_group("nccl" if processes.device.type == "cuda" else "gloo", init_method=dist_url,
-                                rank=rank, world_size=world_size)
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", str(port))
+        join(launch, processes.device, dist_url, timeout, notice_after)
     return processes
+
+
+class Launch(NamedTuple):
+    """What the environment says about this process, and the names of the variables that say so."""
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    variables: tuple[str, ...] = ()
+
+
+def read_launcher(local_rank: int = 0) -> Launch:
+    """This process by the variables of torchrun or srun; one process of its own where there are none.
+
+    Raises:
+        ConfigError: a variable is not a number, or the rank is not below the number of processes.
+    """
+    env = os.environ
+    if "RANK" in env and "WORLD_SIZE" in env:
+        variables, local = ("RANK", "WORLD_SIZE"), "LOCAL_RANK"
+    elif "SLURM_PROCID" in env and not is_interactive_step() and (
+            "SLURM_STEP_NUM_TASKS" in env or env.get("ENVIRONMENT") != "BATCH"):
+        # a batch script has SLURM_PROCID too, but plain python in it is a single process
+        count = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in env else "SLURM_NTASKS"
+        variables, local, local_rank = ("SLURM_PROCID", count), "SLURM_LOCALID", 0
+    else:
+        return Launch()
+    rank, world_size = read_number(variables[0], 0), read_number(variables[1], 1)
+    if not rank < world_size:
+        raise ConfigError(f"{assignments(variables)}: the rank must be less than the number of processes; to run a "
+                          f"single process, unset {' '.join(variables)}", every_rank=True)
+    return Launch(rank, world_size, read_number(local, local_rank), variables)
+
+
+def read_number(name: str, default: int) -> int:
+    """The environment variable as a number from 0, or the default where it is not set."""
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal():
+        raise ConfigError(f"the environment variable {name} is {text!r}, not a number from 0: unset it, or start this "
+                          "job with torchrun or srun", every_rank=True)
+    return int(text)
+
+
+def is_interactive_step() -> bool:
+    """Whether this is the shell of `srun --pty bash`, whose SLURM_* count all tasks though plain python is one process.
+
+    An srun started in that shell passes SLURM_PTY_PORT on to its tasks, but they have no terminal.
+    """
+    return "SLURM_PTY_PORT" in os.environ and has_terminal()
+
+
+def has_terminal() -> bool:
+    """Whether the process has a controlling terminal, be its input and output redirected or not."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True
+
+
+def assignments(variables: tuple[str, ...]) -> str:
+    return " ".join(f"{name}={os.environ.get(name, '')}" for name in variables)
+
+
+def join(launch: Launch, device: torch.device, dist_url: str, timeout: timedelta, notice_after: float) -> None:
+    """torch.distributed.init_process_group, saying what it waits for when that takes long.
+
+    Raises:
+        ConfigError: the processes did not come together, for whatever reason.
+    """
+    more = f"{launch.world_size - 1} other process{'es' * (launch.world_size > 2)}"
+    place = f"{os.environ['MASTER_ADDR']}:{read_number('MASTER_PORT', 0)}" if dist_url == "env://" else dist_url
+    who = f"rank {launch.rank} ({assignments(launch.variables)})"
+    alone = f"if plain python was to run alone, unset {' '.join(launch.variables)}"
+    minutes, start = f"{timeout.total_seconds() / 60:.3g} minutes (--dist_timeout)", datetime.now()
+
+    def notice() -> None:
+        print(f"{program_name()}: {who} waits for {more} at {place} until {start + timeout:%Y-%m-%d %H:%M}, {minutes} "
+              f"in all; {alone}", file=sys.stderr, flush=True)
+
+    timer = threading.Timer(notice_after, notice)
+    timer.daemon = True
+    timer.start()
+    try:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", init_method=dist_url, rank=launch.rank,
+                                world_size=launch.world_size, timeout=timeout)
+    except (RuntimeError, ValueError, OSError) as error:
+        waited = datetime.now() - start >= 0.9 * timeout
+        reason = f"they did not all come within {minutes}" if waited else str(error).splitlines()[0]
+        raise ConfigError(f"{who} could not join {more} at {place}: {reason}; {alone}", every_rank=True) from None
+    finally:
+        timer.cancel()
 
 
 def first_slurm_host() -> str:

@@ -43,6 +43,18 @@ class ArgumentParser(argparse.ArgumentParser):
                   if is_first_of_machine() else None)
 
 
+def user_path(text: str) -> Path:
+    """The type of a path option: ~ is the home folder, also in --option=~/x, which the shell leaves as it is."""
+    return Path(os.path.expanduser(text))
+
+
+def describe(path: Path) -> str:
+    """What is at path that is no regular file, in words for a message."""
+    if path.is_dir():
+        return "a folder"
+    return "a broken link" if path.is_symlink() and not path.exists() else "no regular file"
+
+
 def program_name() -> str:
     return Path(sys.argv[0]).name
 

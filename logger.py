@@ -1,5 +1,7 @@
 """What a run prints and writes while it trains: smoothed values, the step rate, log.txt and TensorBoard curves."""
+import importlib.util
 import json
+import os
 import time
 from collections import deque
 from pathlib import Path
@@ -8,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from distributed import is_distributed
+from errors import ConfigError, TrainingError, describe
 
 
 class SmoothedValue:
@@ -71,22 +74,69 @@ class MetricLogger:
                 meter.total, meter.count = total, count
 
 
+def check_log(output: Path, tensorboard: bool) -> None:
+    """Find out whether RunLog can append to what is in the folder.
+
+    Raises:
+        ConfigError: log.txt is not a text file, or there is no place or no package for TensorBoard's curves.
+    """
+    path, curves = output / "log.txt", output / "tensorboard"
+    if os.path.lexists(path):
+        if not path.is_file():
+            raise ConfigError(f"{path} is {describe(path)}, not the log of a run: remove it, or choose another "
+                              "--output_dir")
+        read_log(path)
+    if tensorboard and os.path.lexists(curves) and not curves.is_dir():
+        raise ConfigError(f"{curves} is not a folder, so --tensorboard cannot use it: remove it, or choose another "
+                          "--output_dir")
+    if tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise ConfigError("--tensorboard needs the package of that name: pip install tensorboard")
+
+
+def read_log(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not text"
+        raise ConfigError(f"{path} is not the log of a run ({reason}): move it away, or choose another "
+                          "--output_dir") from None
+
+
 class RunLog:
-    """log.txt, one JSON object per line and epoch, and TensorBoard curves if asked for."""
+    """log.txt, one JSON object per line and epoch, and TensorBoard curves if asked for.
+
+    Raises:
+        ConfigError: they cannot be written.
+    """
 
     def __init__(self, output: Path, start_epoch: int, tensorboard: bool):
+        check_log(output, tensorboard)
         self.path, self.board = output / "log.txt", None
-        if self.path.is_file() and not self.path.read_text().endswith("\n"):
-            with open(self.path, "a") as file:  # end the half line that a killed run has left
-                file.write("\n")
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-            self.board = SummaryWriter(output / "tensorboard", purge_step=start_epoch)
+        text = read_log(self.path) if self.path.is_file() else ""
+        half_line = text and not text.endswith("\n")  # of a run that was killed
+        try:
+            with open(self.path, "a") as file:
+                file.write("\n" if half_line else "")
+            if tensorboard:
+                from torch.utils.tensorboard import SummaryWriter
+                self.board = SummaryWriter(output / "tensorboard", purge_step=start_epoch)
+        except OSError as error:
+            raise ConfigError(f"cannot write to {error.filename or output} ({error.strerror})") from None
 
     def write(self, stats: dict[str, float], epoch: int) -> None:
-        with open(self.path, "a") as file:
-            file.write(json.dumps({f"train_{name}": value for name, value in stats.items()} | {"epoch": epoch}) + "\n")
-        if self.board:
-            for name, value in stats.items():
-                self.board.add_scalar(f"train/{name}", value, epoch)
-            self.board.flush()
+        """Append an epoch.
+
+        Raises:
+            TrainingError: the disk is full, or the folder has become unwritable.
+        """
+        row = {f"train_{name}": value for name, value in stats.items()} | {"epoch": epoch}
+        try:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(row) + "\n")
+            if self.board:
+                for name, value in stats.items():
+                    self.board.add_scalar(f"train/{name}", value, epoch)
+                self.board.flush()
+        except OSError as error:
+            raise TrainingError(f"cannot write to {error.filename or self.path} ({error.strerror}): make room and run "
+                                "the same command again: it continues from the last checkpoint") from None

@@ -7,9 +7,11 @@
 The same command again continues from output_dir/checkpoint.pth.
 """
 import argparse
+import errno
 import importlib.util
 import os
 import shutil
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -156,7 +158,8 @@ def pretrain(args: argparse.Namespace, loss_class: type[DINOLoss] | None = None)
     """Set up, resume, train, save."""
     check_args(args)
     loss_class = choose_loss(args.fused_loss, loss_class)
-    processes = init_distributed_mode(args.device, args.local_rank, args.port, args.dist_url)
+    processes = init_distributed_mode(args.device, args.local_rank, args.port, args.dist_url,
+                                      timedelta(minutes=args.dist_timeout))
     compiled = choose_compile(args.compile, processes.device)
     loader = build_loader(args, processes, compiled)
     fix_random_seeds(args.seed)
@@ -179,9 +182,9 @@ def pretrain(args: argparse.Namespace, loss_class: type[DINOLoss] | None = None)
             raise TrainingError(f"the last step of epoch {epoch} made weights NaN or infinite, so they are not saved: "
                                 "the same command continues from the epoch before; try a smaller --lr or --clip_grad")
         state = run.state_dict() | {"args": plain_args(args, processes.world_size)}
-        save_on_master(state, output / "checkpoint.pth")
+        save(state, output / "checkpoint.pth")
         if args.saveckp_freq and epoch % args.saveckp_freq == 0:
-            save_on_master(state, output / f"checkpoint{epoch:04}.pth")
+            save(state, output / f"checkpoint{epoch:04}.pth")
         record_bad_images(loader, output / "bad_images.txt")
         if log:
             log.write(stats, epoch)
@@ -204,6 +207,27 @@ def record_bad_images(loader: CropLoader, path: Path) -> None:
               flush=True)
 
 
+def save(state: dict, path: Path) -> None:
+    """save_on_master, with a full disk as a TrainingError."""
+    try:
+        save_on_master(state, path)
+    except (OSError, RuntimeError) as error:
+        # torch.save ends with an error of its own, raised while it handled the disk's
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        raise TrainingError(f"cannot write {path} ({cause.strerror}): make room and run the same command "
+                            "again; earlier checkpoints are kept") from None
+
+
+def is_out_of_shared_memory(error: RuntimeError | OSError) -> bool:
+    """Whether the data workers found no room in /dev/shm, where their batches and semaphores lie."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOSPC and error.filename is None
+    return any(words in str(error) for words in (
+        "unable to allocate shared memory", "unable to write to file </torch_", "killed by signal: Bus error"))
+
+
 def train_dino(args: argparse.Namespace, loss_class: type[DINOLoss] | None = None) -> None:
     """The whole job.
 
@@ -213,12 +237,17 @@ def train_dino(args: argparse.Namespace, loss_class: type[DINOLoss] | None = Non
 
     Raises:
         ConfigError: options, data or machine do not fit together.
-        TrainingError: an image cannot be read, or a loss was not finite.
+        TrainingError: an image cannot be read, a loss was not finite, or disk or shared memory is full.
     """
     try:
         pretrain(args, loss_class)
     except UnreadableImage as error:
         raise TrainingError(str(error)) from None
+    except (RuntimeError, OSError) as error:
+        if isinstance(error, TrainingError) or not is_out_of_shared_memory(error):
+            raise
+        raise TrainingError("the data workers have run out of shared memory (/dev/shm): lower --num_workers (0 needs "
+                            "none), or give a container more than Docker's 64 MB: docker run --shm-size=8g") from None
     finally:
         if is_distributed():
             torch.distributed.destroy_process_group()

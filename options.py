@@ -3,8 +3,10 @@ import argparse
 import math
 import os
 import tempfile
+from pathlib import Path
 
-from errors import ArgumentParser, ConfigError
+from errors import ArgumentParser, ConfigError, describe
+from logger import check_log
 from utils import bool_flag
 from vision_transformer import ARCHS
 
@@ -101,8 +103,9 @@ def add_crop_options(parser: argparse.ArgumentParser) -> None:
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("run")
-    group.add_argument("--data_path", default="/path/to/imagenet/train", help="folder of class folders of images")
-    group.add_argument("--output_dir", default=".",
+    group.add_argument("--data_path", default="/path/to/imagenet/train", type=os.path.expanduser,
+                       help="folder of class folders of images")
+    group.add_argument("--output_dir", default=".", type=os.path.expanduser,
                        help="where checkpoints and log.txt are written, and where a run is resumed from")
     group.add_argument("--saveckp_freq", default=10, type=int,
                        help="keep a numbered checkpoint every so many epochs, 0: none")
@@ -120,6 +123,8 @@ def add_process_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--device", default="auto", choices=["auto", "cuda", "cpu", "mps"],
                        help="auto: the GPU if there is one. mps is untested")
     group.add_argument("--dist_url", default="env://", help="how the processes find each other")
+    group.add_argument("--dist_timeout", default=30, type=float,
+                       help="minutes to wait for the other processes, at the start and in every exchange")
     group.add_argument("--port", default=29500, type=int, help="of rank 0, where the launcher has set no MASTER_PORT")
     group.add_argument("--local_rank", "--local-rank", default=0, type=int, help="set by torch.distributed.launch")
 
@@ -136,12 +141,21 @@ def check_args(args: argparse.Namespace) -> None:
                     needs_neighbours=args.patch_loss_weight > 0)
     require(os.path.isdir(args.data_path),
             f"there is no folder {args.data_path}: give --data_path, a folder of class folders of images")
+    check_output_dir(Path(args.output_dir), args.tensorboard)
+
+
+def check_output_dir(output: Path, tensorboard: bool) -> None:
+    """A folder that can be written to, and where the files of an earlier run are files."""
     try:
-        os.makedirs(args.output_dir, exist_ok=True)
-        tempfile.TemporaryFile(dir=args.output_dir).close()
+        output.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=output).close()
     except OSError as error:
-        raise ConfigError(f"cannot write to --output_dir {args.output_dir} ({error.strerror}): choose another "
-                          "folder") from None
+        raise ConfigError(f"cannot write to --output_dir {output} ({error.strerror}): choose another folder") from None
+    checkpoint = output / "checkpoint.pth"
+    require(checkpoint.is_file() or not os.path.lexists(checkpoint),
+            f"{checkpoint} is {describe(checkpoint)}, not a checkpoint to resume from: remove it, or choose another "
+            "--output_dir")
+    check_log(output, tensorboard)
 
 
 def require(condition: bool, message: str) -> None:
@@ -162,6 +176,8 @@ def check_ranges(args: argparse.Namespace) -> None:
     for name in ("warmup_teacher_temp", "teacher_temp"):
         require(0 < getattr(args, name) < math.inf, f"--{name} is {getattr(args, name)}: it must be above 0")
     require(0 <= args.max_bad_images <= 1, f"--max_bad_images is {args.max_bad_images}: it is a share, from 0 to 1")
+    require(0 < args.dist_timeout <= 100_000,
+            f"--dist_timeout is {args.dist_timeout}: it must be above 0 and at most 100000 minutes")
     require(0 <= args.drop_path_rate < 1, f"--drop_path_rate is {args.drop_path_rate}: it must be from 0 to below 1")
     require(0 <= args.momentum_teacher <= 1, f"--momentum_teacher is {args.momentum_teacher}: it must be from 0 to 1")
     require(1 <= args.k_num <= 8, f"--k_num is {args.k_num}, but a patch has 8 neighbours: choose 1 to 8")

@@ -1,4 +1,7 @@
-"""torch.hub finds the entry points of the checkout and loads checkpoints through them."""
+"""torch.hub finds the entry points of the checkout and loads checkpoints through them, beside other projects."""
+import copy
+import pickle
+import sys
 from pathlib import Path
 
 import pytest
@@ -46,3 +49,78 @@ def test_file_of_another_network_is_an_error(tmp_path):
         hub("vit_tiny", pretrained=str(tmp_path / "tiny.pth"), patch_size=8)
     with pytest.raises(ValueError, match="cannot be read"):
         hub("vit_tiny", pretrained=str(tmp_path / "none.pth"))
+
+
+@pytest.fixture
+def bare_process(monkeypatch):
+    """The modules of this project are not loaded, nor is their folder on the path."""
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if Path(path) != Path(CHECKOUT)])
+    for name in list(sys.modules):
+        if (Path(CHECKOUT) / f"{name}.py").is_file() or name.startswith("selfpatch_"):
+            monkeypatch.setitem(sys.modules, name, None)  # so that what the test imports is undone as well
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
+
+
+@pytest.fixture
+def other_project(tmp_path):
+    """A checkout whose hubconf imports modules of its own, as DINO's does."""
+    folder = tmp_path / "dino"
+    folder.mkdir()
+    (folder / "hubconf.py").write_text("dependencies = []\nimport vision_transformer as vits\nfrom utils import scale\n"
+                                       "def dino_vits16():\n    return scale(vits.vit_small())\n")
+    (folder / "vision_transformer.py").write_text("def vit_small():\n    return 21\n")
+    (folder / "utils.py").write_text("def scale(x):\n    return 2 * x\n")
+    return str(folder)
+
+
+def snapshot():
+    """Loaded modules and search path, without the private package of the entries."""
+    return {k: v for k, v in sys.modules.items() if not k.startswith("selfpatch_")}, list(sys.path)
+
+
+@pytest.mark.parametrize("dino_first", [True, False])
+def test_other_project_in_one_process(bare_process, other_project, dino_first):
+    if dino_first:
+        assert torch.hub.load(other_project, "dino_vits16", source="local") == 42
+    before = snapshot()
+    model = hub("vit_tiny", patch_size=32)
+    assert snapshot() == before
+    assert torch.hub.load(other_project, "dino_vits16", source="local") == 42
+    assert sys.modules["utils"].__file__ == f"{other_project}/utils.py"
+    assert type(hub("vit_tiny", patch_size=32)) is type(model)  # one copy, however often
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("imported", [True, False])
+def test_modules_of_the_users_own(bare_process, monkeypatch, tmp_path, imported):
+    for name in ("checkpoints", "utils", "errors", "vision_transformer"):
+        (tmp_path / f"{name}.py").write_text("mine = True\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    if imported:
+        import errors
+        assert errors.mine
+    before = snapshot()
+    model, x = hub("vit_tiny", patch_size=32), torch.randn(1, 3, 96, 64)
+    assert snapshot() == before
+    import checkpoints
+    assert checkpoints.mine
+
+    features = model(x)
+    state = pickle.loads(pickle.dumps(model.state_dict()))
+    assert model.load_state_dict(state).missing_keys == []
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(twin(x), features)
+    compiled = torch.compile(model, backend="eager")(x)
+    torch.testing.assert_close(compiled, features)
+
+
+def test_imports_inside_functions_find_ours(bare_process, monkeypatch, tmp_path):
+    for name, text in {"hubconf.py": (Path(CHECKOUT) / "hubconf.py").read_text(), "errors.py": "who = 'ours'\n",
+                       "checkpoints.py": "import os, errors as e\n\ndef load_backbone(*args, **kwargs):\n"
+                                         "    from errors import who\n    import errors\n"
+                                         "    return who, errors.who, e.who, os.sep\n"}.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.setitem(sys.modules, "errors", object())
+    assert torch.hub.load(str(tmp_path), "vit_tiny", source="local") == ("ours", "ours", "ours", "/")
+    assert hub("vit_tiny", patch_size=32).embed_dim == 192  # another checkout is another package

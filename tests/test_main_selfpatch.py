@@ -179,3 +179,87 @@ def test_unreadable_images_end_the_run_or_are_replaced(image_folder, tmp_path, m
                        augment, "--max_bad_images", 0.1))
     assert "1 of 12 images cannot be read and are replaced" in capsys.readouterr().out
     assert (tmp_path / "out" / "bad_images.txt").read_text().startswith(f"cannot read the image {damaged}")
+
+
+def end_of_job(monkeypatch, capsys, image_folder, output, *words):
+    """Status and stderr of a job that main ends."""
+    monkeypatch.setattr("sys.argv", ["main_selfpatch.py", *SMALL, "--epochs", "1", "--data_path", str(image_folder),
+                                     "--output_dir", str(output), *words])
+    with pytest.raises(SystemExit) as stop:
+        run_main(main_selfpatch.main)
+    return stop.value.code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [
+    RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n"
+                 "RuntimeError: unable to allocate shared memory(shm) for file </torch_1_2_0>: No space left on device"
+                 " (28)\n"),
+    RuntimeError("unable to write to file </torch_18692_1954506624>: No space left on device (28)"),
+    RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's workers "
+                 "are out of shared memory. Please try to raise your shared memory limit."),
+    OSError(28, "No space left on device")])  # from a semaphore
+def test_full_shared_memory_is_one_line(image_folder, tmp_path, monkeypatch, capsys, error):
+    class FullLoader(main_selfpatch.CropLoader):
+        def __iter__(self):
+            raise error
+
+    monkeypatch.setattr(main_selfpatch, "CropLoader", FullLoader)
+    status, err = end_of_job(monkeypatch, capsys, image_folder, tmp_path)
+    assert status == 1 and err.count("\n") == 1
+    assert "out of shared memory (/dev/shm): lower --num_workers" in err and "docker run --shm-size" in err
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device", "/tmp/cache"), RuntimeError("CUDA error")])
+def test_other_errors_are_not_taken_for_shared_memory(image_folder, tmp_path, monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(main_selfpatch, "train_one_epoch", fail)
+    with pytest.raises(type(error)) as caught:
+        train_dino(options("--epochs", 1, "--data_path", image_folder, "--output_dir", tmp_path))
+    assert caught.value is error
+
+
+def torch_save_on_full_disk(state, file):
+    try:
+        raise OSError(28, "No space left on device")
+    finally:
+        raise RuntimeError("unexpected pos 768 vs 662")
+
+
+def save_on_full_disk(state, file):
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("torch_save", [torch_save_on_full_disk, save_on_full_disk])
+def test_full_disk_is_one_line_and_the_good_file_stays(image_folder, two_epochs, tmp_path, monkeypatch, capsys,
+                                                       torch_save):
+    good = shutil.copy(two_epochs / "checkpoint0000.pth", tmp_path / "checkpoint.pth")
+    before = good.read_bytes()
+    monkeypatch.setattr(torch, "save", torch_save)
+    status, err = end_of_job(monkeypatch, capsys, image_folder, tmp_path, "--epochs", "2")
+    assert status in (1, 2) and err.count("\n") == 1
+    assert str(good) in err and "No space left on device" in err
+    assert good.read_bytes() == before and sorted(path.name for path in tmp_path.iterdir()) == [
+        "checkpoint.pth", "log.txt"]
+
+
+@pytest.mark.parametrize("text, expected", [("", []), ('{"epoch": 0}\n', ['{"epoch": 0}']),
+                                            ('{"epoch": 0}\n{"ep', ['{"epoch": 0}', '{"ep'])])
+def test_log_of_a_run_that_was_killed_goes_on_in_a_line_of_its_own(tmp_path, text, expected):
+    (tmp_path / "log.txt").write_text(text)
+    main_selfpatch.RunLog(tmp_path, 1, tensorboard=False).write({"loss": 2.0}, epoch=1)
+    assert (tmp_path / "log.txt").read_text().splitlines() == [*expected, '{"train_loss": 2.0, "epoch": 1}']
+
+
+def test_log_that_cannot_be_written_is_one_line(image_folder, tmp_path, monkeypatch, capsys):
+    write = main_selfpatch.RunLog.write
+
+    def folder_in_the_way(log, stats, epoch):
+        log.path.unlink()
+        log.path.mkdir()
+        write(log, stats, epoch)
+
+    monkeypatch.setattr(main_selfpatch.RunLog, "write", folder_in_the_way)
+    status, err = end_of_job(monkeypatch, capsys, image_folder, tmp_path)
+    assert (status, err.count("\n")) == (1, 1) and f"cannot write to {tmp_path / 'log.txt'}" in err

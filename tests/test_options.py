@@ -1,10 +1,14 @@
 """The options: published names and defaults, what auto means on which device, and what is refused."""
+from pathlib import Path
+
 import pytest
 import torch
 from small_job import SMALL, options
 
+import demo
 import main_selfpatch
-from errors import ConfigError, run_main
+import run_with_submitit
+from errors import ConfigError, run_main, user_path
 from fused_loss import FusedDINOLoss
 from losses import DINOLoss
 from main_selfpatch import get_args_parser
@@ -23,6 +27,7 @@ def test_published_defaults():
         "lr": 0.0005, "warmup_epochs": 10, "min_lr": 1e-6, "optimizer": "adamw", "global_crops_scale": (0.25, 1.0),
         "local_crops_number": 8, "local_crops_scale": (0.05, 0.25), "output_dir": ".", "saveckp_freq": 10, "seed": 0,
         "num_workers": 10, "dist_url": "env://", "local_rank": 0, "port": 29500,
+        "dist_timeout": 30,
         "patch_loss_weight": 0.1, "drop_path_rate": 0.1, "global_crops_size": 224, "local_crops_size": 96,
         "log_every": 10, "device": "auto", "precision": "auto", "tensorboard": False,
         "accum_steps": 1, "compile": "auto", "checkpoint_activations": False, "augment": "auto", "fused_loss": "auto",
@@ -37,6 +42,20 @@ def test_published_command_and_launchers_options():
     for spelling in ("--local-rank=3", "--local_rank=3"):
         assert get_args_parser().parse_args([spelling]).local_rank == 3
     assert get_args_parser().parse_args(["--use_fp16", "off"]).use_fp16 is False
+
+
+def test_home_folder_in_path_options(monkeypatch):
+    """A shell expands ~ at the start of a word, not behind the equals sign."""
+    monkeypatch.setenv("HOME", "/home/someone")
+    args = get_args_parser().parse_args(["--output_dir=~/runs/one", "--data_path", "~/images"])
+    assert (args.output_dir, args.data_path) == ("/home/someone/runs/one", "/home/someone/images")
+    assert user_path("~/x") == Path("/home/someone/x") and user_path("a~/x") == Path("a~/x")
+    folders = []
+    monkeypatch.setattr("sys.argv", ["demo.py", "--output_dir=~/demo"])
+    monkeypatch.setattr(demo, "show", lambda folder, epochs: folders.append(folder))
+    assert demo.main() == 0 and folders == [Path("/home/someone/demo")]
+    monkeypatch.setattr("sys.argv", ["run_with_submitit.py", "--output_dir=~/runs/two"])
+    assert run_with_submitit.get_args().output_dir == "/home/someone/runs/two"
 
 
 @pytest.mark.parametrize("way, device, triton, capability, on", [
@@ -85,6 +104,8 @@ def test_precision_by_device(monkeypatch, device, has_bf16, words, dtype):
     (["--global_crops_scale", "0.5", "0.25"], "--global_crops_scale"),
     (["--use_fp16", "maybe"], "'maybe' is neither"),
     (["--seed", "-1"], "--seed is -1"),
+    (["--dist_timeout", "0"], "--dist_timeout is 0.0"),
+    (["--dist_timeout", "inf"], "--dist_timeout is inf"),
     (["--lr", "nan"], "--lr is nan"),
     (["--teacher_temp", "0"], "--teacher_temp is 0.0"),
     (["--drop_path_rate", "1"], "--drop_path_rate is 1.0"),
@@ -104,6 +125,34 @@ def test_bad_input_is_one_line_and_status_2(image_folder, two_epochs, tmp_path, 
     assert stop.value.code == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and says in err
+
+
+def make_obstacle(path, kind):
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "broken link":
+        path.symlink_to(path.parent / "gone" / "file")
+    else:
+        path.write_bytes(b"\x89PNG\r\n\x1a\n\0\xff")
+
+
+@pytest.mark.parametrize("name, kind, says", [
+    ("log.txt", "folder", "is a folder"), ("log.txt", "broken link", "is a broken link"),
+    ("log.txt", "bytes", "it is not text"), ("tensorboard", "bytes", "is not a folder"),
+    ("tensorboard", "broken link", "is not a folder"), ("checkpoint.pth", "folder", "is a folder"),
+    ("checkpoint.pth", "broken link", "is a broken link")])
+def test_what_is_in_the_way_of_a_run_is_named_at_the_start(image_folder, tmp_path, capsys, monkeypatch, name, kind,
+                                                           says):
+    make_obstacle(tmp_path / name, kind)
+    monkeypatch.setattr("sys.argv", ["main_selfpatch.py", *SMALL, "--data_path", str(image_folder), "--tensorboard",
+                                     f"--output_dir={tmp_path}"])
+    monkeypatch.setattr(main_selfpatch, "init_distributed_mode", lambda *_: pytest.fail("the job began"))
+    with pytest.raises(SystemExit) as stop:
+        run_main(main_selfpatch.main)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.count("\n") == 1
+    assert err.startswith(f"main_selfpatch.py: error: {tmp_path / name} ") and says in err
+    assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
 class Variant(DINOLoss):
