@@ -42,13 +42,7 @@ def init_distributed_mode(device: str = "auto", local_rank: int = 0, port: int =
     """
     launch = read_launcher(local_rank)
     processes = Processes(launch.rank, launch.world_size, launch.local_rank, pick_device(device, launch.local_rank))
-    if launch.world_size > 1:
-        if launch.variables[0].startswith("SLURM"):
-            os.environ.setdefault("MASTER_ADDR", first_slurm_host())
-        # keep what a launcher has set: `torchrun --standalone` picks a port of its own
-        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", str(port))
-        join(launch, processes.device, dist_url, timeout, notice_after)
+    join(launch, "nccl" if processes.device.type == "cuda" else "gloo", port, dist_url, timeout, notice_after)
     return processes
 
 
@@ -113,12 +107,20 @@ def assignments(variables: tuple[str, ...]) -> str:
     return " ".join(f"{name}={os.environ.get(name, '')}" for name in variables)
 
 
-def join(launch: Launch, device: torch.device, dist_url: str, timeout: timedelta, notice_after: float) -> None:
-    """torch.distributed.init_process_group, saying what it waits for when that takes long.
+def join(launch: Launch, backend: str, port: int = 29500, dist_url: str = "env://",
+         timeout: timedelta = timedelta(minutes=30), notice_after: float = 10) -> None:
+    """torch.distributed.init_process_group for several processes, saying what it waits for when that takes long.
 
     Raises:
         ConfigError: the processes did not come together, for whatever reason.
     """
+    if launch.world_size == 1:
+        return
+    if launch.variables[0].startswith("SLURM"):
+        os.environ.setdefault("MASTER_ADDR", first_slurm_host())
+    # keep what a launcher has set: `torchrun --standalone` picks a port of its own
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", str(port))
     more = f"{launch.world_size - 1} other process{'es' * (launch.world_size > 2)}"
     place = f"{os.environ['MASTER_ADDR']}:{read_number('MASTER_PORT', 0)}" if dist_url == "env://" else dist_url
     who = f"rank {launch.rank} ({assignments(launch.variables)})"
@@ -133,8 +135,8 @@ def join(launch: Launch, device: torch.device, dist_url: str, timeout: timedelta
     timer.daemon = True
     timer.start()
     try:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", init_method=dist_url, rank=launch.rank,
-                                world_size=launch.world_size, timeout=timeout)
+        dist.init_process_group(backend, init_method=dist_url, rank=launch.rank, world_size=launch.world_size,
+                                timeout=timeout)
     except (RuntimeError, ValueError, OSError) as error:
         waited = datetime.now() - start >= 0.9 * timeout
         reason = f"they did not all come within {minutes}" if waited else str(error).splitlines()[0]

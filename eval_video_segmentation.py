@@ -25,9 +25,9 @@ from tqdm import tqdm
 import davis_data
 from checkpoints import load_backbone
 from davis_data import SCALE_SIZE, VOID, DataError, Sequence, imwrite_indexed, load_frame, resized_shape
-from davis_metrics import format_scores, score_sequence
-from distributed import keep_freed_memory, pick_device
-from errors import ArgumentParser, run_main
+from davis_metrics import absence_note, find_absent, format_scores, num_objects, score_sequence
+from distributed import Launch, join, keep_freed_memory, pick_device, read_launcher
+from errors import ArgumentParser, ConfigError, run_main, user_path
 from label_propagation import label_propagation, norm_mask, restrict_neighborhood, to_mask, to_one_hot  # noqa: F401
 from patch_features import PatchFeatures, frame_features, normalise
 from propagation_bounds import propagate
@@ -55,6 +55,9 @@ def read_seg(path: str | Path, patch_size: int, scale_size: int = SCALE_SIZE) ->
 
 def annotation_notes(sequence: Sequence, labels: torch.Tensor, annotation: np.ndarray) -> Iterator[str]:
     """Warnings about a first annotation [H, W] and the labels [1, C, h, w] that it is reduced to."""
+    yield from filter(None, (davis_data.orientation_note(sequence.frames[0]),
+                             davis_data.orientation_note(sequence.annotation),
+                             davis_data.binary_note(sequence.annotation)))
     if (annotation == VOID).any():
         yield f"{sequence.annotation}: void ({VOID}) counts as background"
     objects = set(np.unique(annotation).tolist()) - {0, VOID}
@@ -78,10 +81,12 @@ def segment(sequence: Sequence, extract: PatchFeatures, output_dir: str | Path, 
         n_last_frames, size_mask_neighborhood, topk: see propagation_bounds.propagate.
 
     Raises:
-        DataError: a frame or the annotation cannot be read, or memory runs out.
+        ConfigError: a frame or the annotation cannot be read, the annotation has no object, or memory runs out.
     """
     patch_size = extract.model.patch_size
     labels, annotation = read_seg(sequence.annotation, patch_size)
+    if not num_objects(annotation):
+        raise DataError(f"{sequence.annotation}: has no object, so there is nothing to segment")
     for note in annotation_notes(sequence, labels, annotation):
         tqdm.write(note, file=sys.stderr)
     palette = davis_data.read_mask(sequence.annotation)[1]
@@ -107,7 +112,7 @@ def score(sequence: Sequence, masks: np.ndarray) -> tuple[np.ndarray, np.ndarray
         raise DataError("not scored: some frames have no annotation")
     try:
         return score_sequence(davis_data.read_masks(paths), masks)
-    except DataError as error:
+    except ConfigError as error:
         raise DataError(f"not scored: {error}") from None
 
 
@@ -130,13 +135,13 @@ def evaluate(sequences: list[Sequence], extract: PatchFeatures, output_dir: str 
                 masks = segment(sequence, extract, output_dir, executor, **protocol, progress=progress)
                 if with_scores:
                     scoring[sequence.name] = executor.submit(score, sequence, masks)
-            except (DataError, OSError) as error:
+            except (ConfigError, OSError) as error:
                 failed[sequence.name] = str(error)
                 tqdm.write(f"{sequence.name}: {error}", file=sys.stderr)
         for name, future in scoring.items():
             try:
                 scores[name] = future.result()
-            except DataError as error:
+            except ConfigError as error:
                 unscored[name] = str(error)
     return scores, unscored, failed
 
@@ -145,11 +150,17 @@ def evaluate(sequences: list[Sequence], extract: PatchFeatures, output_dir: str 
 
 def get_args_parser() -> ArgumentParser:
     parser = ArgumentParser(description="Video object segmentation on DAVIS 2017 by label propagation")
-    parser.add_argument("--data_path", required=True, help="folder with ImageSets, JPEGImages and Annotations")
-    parser.add_argument("--output_dir", default=".", help="where <sequence>/<frame>.png are written")
+    parser.add_argument("--data_path", required=True, type=user_path,
+                        help="folder with ImageSets, JPEGImages and Annotations")
+    parser.add_argument("--output_dir", default=".", type=user_path, help="where <sequence>/<frame>.png are written")
     parser.add_argument("--no_score", action="store_true", help="do not compute J & F")
+    parser.add_argument("--present_objects", action="store_true",
+                        help="leave ids without a pixel in the first annotation out of J & F; the official figures "
+                             "count them as perfect")
+    parser.add_argument("--allow_gaps", action="store_true",
+                        help="segment videos in which frames are missing as if the others were consecutive")
     model = parser.add_argument_group("backbone")
-    model.add_argument("--pretrained_weights", default="", help="checkpoint of any kind")
+    model.add_argument("--pretrained_weights", default="", type=os.path.expanduser, help="checkpoint of any kind")
     model.add_argument("--checkpoint_key", default="teacher", help="network of a training run: teacher or student")
     model.add_argument("--arch", choices=list(ARCHS), help="default: the checkpoint's own; vit_small without one")
     model.add_argument("--patch_size", type=int, help="default: the checkpoint's own; 16 without one")
@@ -186,18 +197,19 @@ def check_options(args: argparse.Namespace) -> None:
         raise DataError(f"--output_dir {args.output_dir}: lies inside the data, which the results would overwrite")
 
 
-def find_sequences(data_path: str | Path, output_dir: str | Path) -> tuple[list[Sequence], dict[str, str]]:
+def find_sequences(data_path: str | Path, output_dir: str | Path,
+                   allow_gaps: bool = False) -> tuple[list[Sequence], dict[str, str]]:
     """The videos of val.txt that can be segmented, and why the others cannot, by name."""
     sequences, failed = [], {}
     for name in davis_data.read_set(data_path):
         folder = Path(output_dir) / name
         try:
-            sequence = davis_data.find_sequence(data_path, name)
+            sequence = davis_data.find_sequence(data_path, name, allow_gaps)
             others = [p.name for p in folder.glob("*") if p.suffix != ".png"] if folder.is_dir() else []
             if others or folder.is_file():
                 raise DataError(f"{folder}: not replaced, as it is not a folder of masks ({', '.join(others[:1])})")
             sequences.append(sequence)
-        except DataError as error:
+        except ConfigError as error:
             failed[name] = str(error)
     return sequences, failed
 
@@ -210,11 +222,16 @@ def share(sequences: list[Sequence], rank: int, world_size: int) -> list[Sequenc
     return sorted(shares[rank], key=sequences.index)
 
 
-def report_scores(names: list[str], scores: dict, unscored: dict[str, str], failed: dict[str, str]) -> int:
+def report_scores(sequences: list[Sequence], names: list[str], scores: dict, unscored: dict[str, str],
+                  failed: dict[str, str], present_objects: bool) -> int:
     """Print the results in the order of val.txt, and return the exit status."""
     if scores:
+        scores = {name: scores[name] for name in names if name in scores}
+        absent = find_absent({s.name: s.annotation for s in sequences if s.name in scores})
+        if absent:
+            print(absence_note(scores, absent, present_objects), file=sys.stderr)
         print(f"J & F of {len(scores)} of {len(names)} sequences")
-        print(format_scores({name: scores[name] for name in names if name in scores}))
+        print(format_scores(scores, absent, present_objects))
     for name in unscored:
         print(f"{name}: {unscored[name]}")
     for name in failed:
@@ -231,15 +248,15 @@ def announce(sequences: list[Sequence], failed: dict[str, str], output_dir: str)
         print(f"replacing the masks of {', '.join(replaced)} in {output_dir}")
 
 
-def make_extractor(args: argparse.Namespace, rank: int, local_rank: int) -> PatchFeatures:
+def make_extractor(args: argparse.Namespace, launch: Launch) -> PatchFeatures:
     """The backbone of the options on this process's device; rank 0 prints what was loaded."""
     # an Apple GPU only if asked for, as it is untested; more processes than GPUs share them
     name = "cpu" if args.device == "auto" and not torch.cuda.is_available() else args.device
-    device = pick_device(name, local_rank % max(torch.cuda.device_count(), 1))
+    device = pick_device(name, launch.local_rank % max(torch.cuda.device_count(), 1))
     if device.type == "cpu":
         keep_freed_memory()
     torch.manual_seed(args.seed)
-    with contextlib.redirect_stdout(sys.stdout if rank == 0 else None):
+    with contextlib.redirect_stdout(sys.stdout if launch.rank == 0 else None):
         model = load_backbone(args.pretrained_weights, args.checkpoint_key, args.arch, args.patch_size,
                               args.random_weights).to(device)
     return PatchFeatures(model, device, pick_dtype(args.precision, device), args.bs)
@@ -251,20 +268,19 @@ def main(args: argparse.Namespace) -> int:
     Raises:
         ConfigError: no sequence can be segmented, for a reason in options, data or checkpoint.
     """
-    rank, local_rank, world_size = (int(os.environ.get(name, default)) for name, default in
-                                    (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    launch = read_launcher()
+    rank, world_size = launch.rank, launch.world_size
     check_options(args)
     names = davis_data.read_set(args.data_path)
-    sequences, failed = find_sequences(args.data_path, args.output_dir)
-    extract = make_extractor(args, rank, local_rank)
+    sequences, failed = find_sequences(args.data_path, args.output_dir, args.allow_gaps)
+    extract = make_extractor(args, launch)
     try:
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(f"--output_dir {args.output_dir}: {error.strerror}") from None
     if rank == 0:
         announce(sequences, failed, args.output_dir)
-    if world_size > 1:
-        dist.init_process_group("gloo", timeout=timedelta(days=1))  # exchanges nothing but scores, once, at the end
+    join(launch, "gloo", timeout=timedelta(days=1))  # the processes exchange their scores alone, once, at the end
     outcome = evaluate(share(sequences, rank, world_size), extract, args.output_dir, not args.no_score,
                        quiet=rank > 0, n_last_frames=args.n_last_frames,
                        size_mask_neighborhood=args.size_mask_neighborhood, topk=args.topk)
@@ -275,7 +291,9 @@ def main(args: argparse.Namespace) -> int:
         dist.destroy_process_group()
     scores, unscored, failures = ({k: v for part in parts for k, v in part.items()}
                                   for parts in zip(*outcomes, strict=True))
-    return report_scores(names, scores, unscored, failed | failures) if rank == 0 else 0
+    if rank:
+        return 0
+    return report_scores(sequences, names, scores, unscored, failed | failures, args.present_objects)
 
 
 if __name__ == "__main__":
