@@ -1,4 +1,4 @@
-"""An image becomes crops: DINO's multi-crop (Caron et al. 2021, Sec. 3.2, with BYOL's colour transforms), in PIL."""
+"""DINO's multi-crop augmentation in PIL (Caron et al. 2021, Sec. 3.2, with BYOL's colour transforms)."""
 import torch
 from PIL import Image, ImageFilter
 from torchvision import transforms
@@ -8,7 +8,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class GaussianBlur:
-    """Blur with a radius (PIL's, the standard deviation in pixels) uniform in 0.1 … 2, with probability p."""
+    """Gaussian blur with probability p; PIL's radius, the standard deviation in pixels, is uniform in 0.1 … 2."""
 
     def __init__(self, p: float = 0.5, radius_min: float = 0.1, radius_max: float = 2.0):
         self.p, self.radius_min, self.radius_max = p, radius_min, radius_max

@@ -1,4 +1,4 @@
-"""Drawings of attention maps and positives, as PIL images for visualize.py."""
+"""Pictures of attention maps and positives for visualize.py, as PIL images."""
 import math
 
 import cv2
@@ -7,11 +7,11 @@ from PIL import Image, ImageDraw, ImageFont
 
 COLOURS = ("#ff3b30", "#34c759", "#0a84ff", "#ffcc00", "#ff2dce", "#00e5ff", "#ff9500", "#af7cff", "#ffffff")
 PANEL_WIDTH, LABEL_HEIGHT, GAP = 416, 30, 6
-CELLS = 24, 40  # pixels a patch is drawn with: enough for a digit, and no more than it needs
+MIN_CELL, MAX_CELL = 24, 40  # side in pixels of a drawn patch: room for a digit
 
 
 def labelled_panels(panels: list[tuple[str, Image.Image]], columns: int) -> Image.Image:
-    """Panels of one size on a white sheet, row by row, each under its label."""
+    """Panels of one size on a white sheet, row by row, each below its label."""
     width, height = panels[0][1].size
     rows = -(-len(panels) // columns)
     sheet = Image.new("RGB", (columns * (width + GAP) + GAP, rows * (height + LABEL_HEIGHT + GAP)), "white")
@@ -24,7 +24,7 @@ def labelled_panels(panels: list[tuple[str, Image.Image]], columns: int) -> Imag
 
 
 def heat(values: np.ndarray, size: tuple[int, int]) -> Image.Image:
-    """Values [rows, columns] from their least, dark, to their greatest, bright, each patch a flat cell."""
+    """Values [rows, columns] as colours, dark at their minimum and bright at their maximum; a flat cell per patch."""
     span = np.ptp(values)
     levels = np.uint8(255 * (values - values.min()) / (span if span > 0 else 1))
     colours = cv2.cvtColor(cv2.applyColorMap(levels, cv2.COLORMAP_INFERNO), cv2.COLOR_BGR2RGB)
@@ -32,11 +32,11 @@ def heat(values: np.ndarray, size: tuple[int, int]) -> Image.Image:
 
 
 def attention_maps(image: Image.Image, maps: np.ndarray, patch: tuple[int, int] | None, patch_size: int) -> Image.Image:
-    """The image, the mean map and a map per head, each scaled from its own least to its own greatest value.
+    """The image, the mean map and one map per head, each scaled to its own minimum and maximum.
 
     Args:
         maps: attention [heads, rows, columns].
-        patch: row and column of the patch that asks, marked in every panel; None where the class token asks.
+        patch: row and column of the query, marked in every panel; None if that is the class token.
     """
     size = (PANEL_WIDTH, round(PANEL_WIDTH * image.height / image.width))
     panels = [("image", image.resize(size, Image.Resampling.BICUBIC)), ("mean of the heads", heat(maps.mean(0), size))]
@@ -51,14 +51,14 @@ def attention_maps(image: Image.Image, maps: np.ndarray, patch: tuple[int, int] 
 
 def positives(image: Image.Image, patch_size: int, patches: list[tuple[int, int]],
               chosen: list[list[tuple[int, int]]]) -> Image.Image:
-    """The image enlarged, each patch in a thick frame, its positives numbered in the same colour, best first.
+    """The image enlarged, each patch in a thick frame and its positives numbered in the same colour, best first.
 
     Args:
-        patches: (row, column) of the patches that were matched.
-        chosen: the positives of each, (row, column), in order.
+        patches: (row, column) of the matched patches.
+        chosen: (row, column) of the positives of each, best first.
     """
     rows, columns = image.height // patch_size, image.width // patch_size
-    cell = min(max(1600 // columns, CELLS[0]), CELLS[1])
+    cell = min(max(1600 // columns, MIN_CELL), MAX_CELL)
     canvas = image.resize((columns * cell, rows * cell), Image.Resampling.BICUBIC)
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(0.65 * cell)
     for i, (patch, picks) in enumerate(zip(patches, chosen, strict=True)):

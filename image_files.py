@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from errors import ConfigError
@@ -124,7 +124,8 @@ def open_image(path: str | Path, data: bytes | None = None) -> Image.Image:
     except MemoryError:
         raise
     except Exception as error:  # PIL's plugins raise nearly anything about damaged data: struct.error, TypeError, …
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = "not an image" if isinstance(error, UnidentifiedImageError) else " ".join(str(error).split())
+        reason = reason or type(error).__name__
         raise UnreadableImage(f"cannot read the image {path} ({reason}): replace it or remove it") from None
 
 

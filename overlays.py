@@ -1,4 +1,4 @@
-"""Drawings of video masks and their scores: frames under coloured objects, side by side, and a bar chart."""
+"""Pictures of video masks and their scores: frames with coloured objects, side by side, and a bar chart."""
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,12 +18,12 @@ def overlay(frame: np.ndarray, mask: np.ndarray, palette: bytes) -> np.ndarray:
 
     Args:
         frame: RGB, uint8 [H, W, 3].
-        mask: ids, uint8 [H, W]; 0 and void stay as they are.
-        palette: 3 bytes an id.
+        mask: ids, uint8 [H, W]; 0 and void are not coloured.
+        palette: 3 bytes per id.
     """
     colours = np.zeros((256, 3), np.uint8)
-    known = np.frombuffer(palette, np.uint8).reshape(-1, 3)
-    colours[:len(known)] = known
+    entries = np.frombuffer(palette, np.uint8).reshape(-1, 3)  # a palette may have fewer than 256
+    colours[:len(entries)] = entries
     objects = (mask != 0) & (mask != VOID)
     drawn = np.where(objects[..., None], frame // 2 + colours[mask] // 2, frame)
     for i in np.unique(mask[objects]):
@@ -33,14 +33,14 @@ def overlay(frame: np.ndarray, mask: np.ndarray, palette: bytes) -> np.ndarray:
 
 
 def side_by_side(panels: list[np.ndarray], labels: list[str], width: int) -> Image.Image:
-    """RGB panels [H, W, 3] of one size, each width pixels wide, in a row under their labels."""
+    """RGB panels [H, W, 3] of one size, scaled to a width in pixels, in a row below their labels."""
     size = (width, round(width * panels[0].shape[0] / panels[0].shape[1]))
     images = [Image.fromarray(panel).resize(size, Image.Resampling.BOX) for panel in panels]
     return labelled_panels(list(zip(labels, images, strict=True)), columns=len(panels))
 
 
 def write_video(pictures: Iterable[Image.Image], output: Path, fps: float) -> None:
-    """Write pictures of one size as .gif or .mp4, or numbered PNGs into a folder; all of it or nothing."""
+    """Write pictures of one size as .gif or .mp4, or as numbered PNGs in a folder; all of them or nothing."""
     temporary = output.with_name(f".{output.stem}.{os.getpid()}.tmp{output.suffix}")
     try:
         if output.suffix.lower() == ".gif":
@@ -59,7 +59,7 @@ def write_video(pictures: Iterable[Image.Image], output: Path, fps: float) -> No
 
 
 def with_one_palette(pictures: list[Image.Image]) -> list[Image.Image]:
-    """Pictures in the 208 colours that suit the first, middle and last best, and those of the first 48 objects."""
+    """Quantise all pictures to one palette: 208 colours from the first, middle and last, and those of 48 objects."""
     sample = np.concatenate([np.asarray(pictures[i]) for i in (0, len(pictures) // 2, -1)])
     palette = Image.fromarray(sample).quantize(208)
     palette.putpalette(palette.getpalette()[:3 * 208] + list(DAVIS_PALETTE[3:3 * 49]))
@@ -69,7 +69,7 @@ def with_one_palette(pictures: list[Image.Image]) -> list[Image.Image]:
 def write_mp4(pictures: Iterable[Image.Image], path: Path, fps: float) -> None:
     writer = None
     for picture in pictures:
-        even = picture.crop((0, 0, picture.width // 2 * 2, picture.height // 2 * 2))  # the codec wants even sides
+        even = picture.crop((0, 0, picture.width // 2 * 2, picture.height // 2 * 2))  # the codec needs even sides
         writer = writer or cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), fps, even.size)
         if not writer.isOpened():
             raise OSError(f"{path.name}: this OpenCV cannot write MP4; give a .gif or a folder")
@@ -78,10 +78,10 @@ def write_mp4(pictures: Iterable[Image.Image], path: Path, fps: float) -> None:
 
 
 def bar_chart(groups: dict[str, list[float]], labels: list[str], title: str) -> Image.Image:
-    """Horizontal bars of values in 0 … 1, one group a row, one bar in it for each label.
+    """Horizontal bars of values in 0 … 1: one group per row, in it one bar per label.
 
     Args:
-        groups: by name of the row, a value for each label.
+        groups: row name -> one value per label.
     """
     font, small = ImageFont.load_default(16), ImageFont.load_default(13)
     name_width = round(max(font.getlength(name) for name in groups)) + MARGIN

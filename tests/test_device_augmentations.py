@@ -120,26 +120,26 @@ def test_whole_chain_is_pils(drawn):
     images, draws = drawn
     assert draws.flip.any() and draws.grey.any() and draws.solarize.any() and (draws.sigma > 0).any()
     expected = to_tensor([as_pil_does(image, draws, i) for i, image in enumerate(images)])
-    error = (apply(to_tensor(images).to(torch.uint8), draws, everywhere=False) - expected).abs()
+    error = (apply(to_tensor(images).to(torch.uint8), draws, select_by_mask=False) - expected).abs()
     assert error.mean() < 0.3
     # without blur all but the rare rounding of the hue is PIL's
     assert (error[draws.sigma == 0] > 2).float().mean() < 0.005
 
 
-def test_selecting_everywhere_is_working_on_the_chosen(drawn):
+def test_selection_by_mask_equals_indexing(drawn):
     images, draws = drawn
     images = to_tensor(images).to(torch.uint8)
-    assert torch.equal(apply(images, draws, everywhere=True), apply(images, draws, everywhere=False))
+    assert torch.equal(apply(images, draws, select_by_mask=True), apply(images, draws, select_by_mask=False))
 
 
 def test_batch_is_its_images_one_by_one(drawn):
     images, draws = drawn
     images = to_tensor(images).to(torch.uint8)
     before = images.clone()
-    together = apply(images, draws, everywhere=False)
+    together = apply(images, draws, select_by_mask=False)
     assert torch.equal(images, before)
     for i in range(0, 48, 5):
-        alone = apply(images[i:i + 1], Draws(*(values[..., i:i + 1] for values in draws)), everywhere=False)
+        alone = apply(images[i:i + 1], Draws(*(values[..., i:i + 1] for values in draws)), select_by_mask=False)
         assert (alone[0] - together[i]).abs().max() <= 1  # matrix products of other sizes may round the other way
         assert draws.sigma[i] or torch.equal(alone[0], together[i])
 
@@ -150,7 +150,7 @@ def test_order_is_each_samples_own():
     orders = orders[(orders.sort(1).values == torch.arange(4)).all(1)].T.contiguous()
     assert orders.shape == (4, 24)
     draws = draws_of(24, order=orders, factors=torch.tensor([1.4, 0.6, 1.2, 0.1])[:, None].repeat(1, 24))
-    result = apply(to_tensor([PICTURES[0]] * 24).to(torch.uint8), draws, everywhere=False)
+    result = apply(to_tensor([PICTURES[0]] * 24).to(torch.uint8), draws, select_by_mask=False)
     expected = to_tensor([as_pil_does(PICTURES[0], draws, i) for i in range(24)])
     assert ((result - expected).abs() > 2).float().mean() < 0.01
     assert len({tuple(image.flatten().tolist()) for image in result}) > 12
@@ -283,7 +283,7 @@ def test_gpu_waits_for_nothing_and_gives_the_cpus_crops(drawn):
     images, draws = drawn
     images = to_tensor(images).to(torch.uint8)
     there = Draws(*(values.cuda() for values in draws))
-    error = (apply(images.cuda(), there, everywhere=True).cpu() - apply(images, draws, everywhere=False)).abs()
+    error = (apply(images.cuda(), there, select_by_mask=True).cpu() - apply(images, draws, select_by_mask=False)).abs()
     assert (error > 2).float().mean() < 0.005
     augment, crops = DeviceAugmentation(2).cuda(), [images.unflatten(0, (24, 2)).cuda()] * 2
     augment(crops)

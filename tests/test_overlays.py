@@ -65,7 +65,7 @@ def test_small_objects_keep_their_colour_in_a_gif():
 
 def test_overlay_refuses(tmp_path):
     (tmp_path / "there.gif").write_text("mine")
-    with pytest.raises(ValueError, match="already there"):
+    with pytest.raises(ValueError, match="exists: give another name"):
         draw(tmp_path / "there.gif")
     assert (tmp_path / "there.gif").read_text() == "mine"
     with pytest.raises(ValueError, match="a .gif, a .mp4"):

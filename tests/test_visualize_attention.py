@@ -171,12 +171,12 @@ def test_attention_job(tmp_path, run_file, dino_file, photo, capsys):
     ({"--arch": "vit_base"}, "--arch vit_base contradicts"),
     ({"--patch_size": "8"}, "--patch_size 8 contradicts"),
     ({"--checkpoint_key": "student"}, "no network 'student': it has teacher"),
-    ({"--image_path": "none.jpg"}, "--image_path none.jpg cannot be read: No such file"),
-    ({"--image_path": __file__}, "is not an image"),
-    ({"--image_size": "40"}, "--image_size 40 is under 3 patches of 16: the least is 48"),
+    ({"--image_path": "none.jpg"}, "cannot read the image none.jpg (No such file"),
+    ({"--image_path": __file__}, "not an image"),
+    ({"--image_size": "40"}, "--image_size 40 is under 3 patches of 16: give 48 or more"),
     ({"--patches": "4,0"}, "--patches 4,0 is outside the image, whose patches are 0,0 to 3,5"),
     ({"--output": "picture.jpg"}, "a name that ends in .png"),
-    ({"--output": "nowhere/picture.png"}, "nowhere is no folder"),
+    ({"--output": "nowhere/picture.png"}, "nowhere is not a folder"),
 ])
 def test_refusals_are_one_line(tmp_path, run_file, photo, capsys, monkeypatch, change, expected):
     options = {"--pretrained_weights": run_file, "--image_path": photo, "--image_size": 64,
@@ -192,7 +192,7 @@ def test_refusals_are_one_line(tmp_path, run_file, photo, capsys, monkeypatch, c
 def test_output_is_not_overwritten_silently(tmp_path, run_file, photo):
     output = tmp_path / "out.png"
     output.write_text("mine")
-    with pytest.raises(ValueError, match="already there"):
+    with pytest.raises(ValueError, match="exists: give another name"):
         run("attention", "--pretrained_weights", run_file, "--image_path", photo, "--output", output)
     assert output.read_text() == "mine"
 
