@@ -1,13 +1,17 @@
 """J & F: the official tool's figures, the definition in brute force, and what cannot be scored."""
 import json
+import re
 import shutil
+import struct
+import zlib
 
 import numpy as np
 import pytest
 from golden_rules import GOLDEN
+from PIL import Image
 
 import davis_metrics
-from davis_data import DataError, imwrite_indexed
+from davis_data import DataError, imwrite_indexed, read_mask, read_set
 from davis_metrics import boundary_f, jaccard, score_folder, score_sequence, statistics, summarise
 from errors import ConfigError
 
@@ -167,3 +171,66 @@ def test_names_outside_the_data_are_refused(tmp_path, results, capsys):
     assert "train.txt: no such file" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="--results_path"):
         run(tmp_path, tmp_path / "nowhere")
+
+
+# ---------------------------------------------------------------- lists and masks as their makers write them
+
+
+@pytest.mark.parametrize("content, names", [
+    (b"\xef\xbb\xbfbear\ncamel\r\n", ["bear", "camel"]),
+    (b"# my list\n\nbear\n  # another\ncamel\n", ["bear", "camel"]),
+    (b"/JPEGImages/480p/bear/00000.jpg /Annotations/480p/bear/00000.png\n"
+     b"/JPEGImages/480p/bear/00001.jpg /Annotations/480p/bear/00001.png\n"
+     b"/JPEGImages/480p/camel/00000.jpg /Annotations/480p/camel/00000.png\n", ["bear", "camel"])])
+def test_lists_of_sequences(tmp_path, content, names):
+    (tmp_path / "ImageSets" / "2017").mkdir(parents=True)
+    (tmp_path / "ImageSets" / "2017" / "val.txt").write_bytes(content)
+    assert read_set(tmp_path) == names
+
+
+@pytest.mark.parametrize("content", ["bear\n".encode("utf-16"), "bear\n".encode("utf-16-le"), b"b\xe4r\n"])
+def test_lists_in_other_encodings_are_refused_by_name(tmp_path, content):
+    (tmp_path / "ImageSets" / "2017").mkdir(parents=True)
+    (tmp_path / "ImageSets" / "2017" / "val.txt").write_bytes(content)
+    with pytest.raises(DataError, match="val.txt: not UTF-8"):
+        read_set(tmp_path)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4, 8])
+def test_grey_masks_have_their_samples_as_ids(tmp_path, depth):
+    """PIL scales grey PNGs of less than 8 bits to 255."""
+    ids = (np.arange(8 * 16).reshape(8, 16) % min(2**depth, 5)).astype(np.uint8)
+    packed = np.packbits(np.unpackbits(ids[..., None], axis=-1)[..., -depth:].reshape(8, -1), axis=1)
+
+    def chunk(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    path = tmp_path / "mask.png"
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 16, 8, depth, 0, 0, 0, 0))
+                     + chunk(b"IDAT", zlib.compress(b"".join(b"\0" + row.tobytes() for row in packed)))
+                     + chunk(b"IEND", b""))
+    assert np.array_equal(read_mask(path)[0], ids)
+
+
+def test_absent_ids_are_named_and_left_out_if_asked_for(tmp_path, capsys):
+    """A grey PNG of id 38: 37 ids count as perfect in the official figure."""
+    names = ("ImageSets/2017", "Annotations/480p/x", "results/x")
+    for name in names:
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / names[0] / "val.txt").write_text("x\n")
+    for t in range(5):
+        mask = np.zeros((40, 60), np.uint8)
+        mask[10:30, 10 + t:30 + t] = 38
+        Image.fromarray(mask).save(tmp_path / names[1] / f"{t:05}.png")
+        imwrite_indexed(tmp_path / names[2] / f"{t:05}.png", np.roll(mask, 4, axis=1))
+    figures, said = [], []
+    for words in ((), ("--present_objects",)):
+        assert run(tmp_path, tmp_path / "results", *words) == 0
+        out, err = capsys.readouterr()
+        assert err.count("\n") == 1 and "x: 1, 2, 3" in err
+        figures.append(float(out.splitlines()[1].split()[0]))
+        said.append(float(re.findall(r"J&F-Mean.*? (\d\.\d+)", err)[0]))
+        assert (tmp_path / "results" / "global_results-val.csv").read_text().splitlines()[1].startswith(
+            out.splitlines()[1].split()[0])
+    assert said == figures[::-1]  # each figure's line names the other one
+    assert figures[0] == pytest.approx((37 + figures[1]) / 38, abs=1e-3) and figures[1] < 0.9
