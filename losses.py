@@ -56,8 +56,8 @@ class DINOLoss(nn.Module):
     Args:
         out_dim, out_dim_selfpatch: prototypes of the image and of the patch head.
         ncrops: V, views of each image.
-        warmup_teacher_temp, teacher_temp, warmup_teacher_temp_epochs: τ_t goes linearly from the first to the second
-            over so many epochs, and stays there.
+        warmup_teacher_temp, teacher_temp, warmup_teacher_temp_epochs: τ_t rises linearly from the first to the second
+            over the warm-up epochs, and is constant after them.
         nepochs: length of the run; DINO's signature has it.
         student_temp: τ_s.
         center_momentum: of the centres' moving average.

@@ -259,7 +259,7 @@ def start_line(args: argparse.Namespace, processes: Processes, loader: CropLoade
     size = sum(p.numel() for p in run.student_module.backbone.parameters()) / 1e6
     return (f"{args.arch}/{args.patch_size} ({size:.1f} M parameters), {len(loader.dataset)} images in "
             f"{len(loader.dataset.classes)} folders, {processes.world_size} × {args.batch_size_per_gpu}"
-            f"{small_batches} images a step on {processes.device.type} in {str(run.dtype).removeprefix('torch.')}"
+            f"{small_batches} images per step on {processes.device.type} in {str(run.dtype).removeprefix('torch.')}"
             f"{', compiled (the first steps take minutes)' if compiled else ''}; "
             + (f"resuming after epoch {run.epoch - 1}" if run.epoch else "starting from scratch")
             + (f"\n{loader.dataset.unread()}" if loader.dataset.unread() else ""))

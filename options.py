@@ -108,7 +108,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--output_dir", default=".", type=os.path.expanduser,
                        help="where checkpoints and log.txt are written, and where a run is resumed from")
     group.add_argument("--saveckp_freq", default=10, type=int,
-                       help="keep a numbered checkpoint every so many epochs, 0: none")
+                       help="keep a numbered checkpoint every N epochs, 0: none")
     group.add_argument("--log_every", default=10, type=int, help="steps between two lines of progress")
     group.add_argument("--tensorboard", action="store_true", help="write curves to output_dir/tensorboard as well")
     group.add_argument("--seed", default=0, type=int, help="of weights, order of images and crops")

@@ -35,7 +35,7 @@ def build_schedules(epochs: int, steps_per_epoch: int, lr: float = 0.0005, min_l
     """The published schedules: cosines over the whole run, of the learning rate after a linear warm-up.
 
     Args:
-        lr: the peak itself; the job's --lr is for 256 images a step.
+        lr: the peak itself; the job's --lr is for 256 images per step.
     """
     steps = epochs * steps_per_epoch
     return Schedules(epochs, steps_per_epoch, lr=cosine_schedule(lr, min_lr, steps, warmup_epochs * steps_per_epoch),

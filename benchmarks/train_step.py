@@ -231,7 +231,7 @@ def measure(args: argparse.Namespace) -> dict[str, dict]:
 
 def show(results: dict[str, dict]) -> None:
     print(f"{'':<22}" + "".join(f"{name:>12}" for name in results))
-    for label, key, form in (("images/s", "images_per_second", ".2f"), ("seconds a step", "seconds", ".3f"),
+    for label, key, form in (("images/s", "images_per_second", ".2f"), ("seconds per step", "seconds", ".3f"),
                              ("  spread", "spread", ".3f"), ("peak memory, GiB", "peak_gib", ".2f"),
                              ("matrix rate, TFLOP/s", "matrix_tflops", ".2f"), ("utilisation", "utilisation", ".1%")):
         print(f"{label:<22}" + "".join(f"{format(result[key], form):>12}" for result in results.values()))

@@ -1,10 +1,15 @@
-"""A small DAVIS folder, made here."""
+"""A small DAVIS folder, made here, and the job on it."""
+import socket
 from pathlib import Path
 
 import cv2
 import numpy as np
 
-from davis_data import imwrite_indexed
+import eval_video_segmentation as job
+from davis_data import imwrite_indexed, read_mask
+from errors import ConfigError, report
+
+UNTRAINED = ("--random_weights", "--arch", "vit_tiny", "--patch_size", 32)
 
 
 def make_davis(folder: Path, *names: str, frames: int = 4) -> Path:
@@ -23,3 +28,22 @@ def make_davis(folder: Path, *names: str, frames: int = 4) -> Path:
     (folder / "ImageSets" / "2017").mkdir(parents=True)
     (folder / "ImageSets" / "2017" / "val.txt").write_text("\n".join(names) + "\n")
     return folder
+
+
+def run(data: Path, output: Path, *options) -> int:
+    """Exit status of the job."""
+    try:
+        return job.main(job.get_args_parser().parse_args(
+            ["--data_path", str(data), "--output_dir", str(output), "--device", "cpu", *map(str, options)]))
+    except ConfigError as error:
+        return report(error)
+
+
+def rewrite(path: Path, change) -> None:
+    imwrite_indexed(path, change(read_mask(path)[0].copy()))
+
+
+def free_port() -> str:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return str(s.getsockname()[1])

@@ -1,7 +1,6 @@
 """The DAVIS job: the published masks, out of memory, several processes, and data that cannot be used."""
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,25 +9,18 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from davis_folder import make_davis
+from davis_folder import UNTRAINED, make_davis, rewrite, run
 from golden_rules import GOLDEN, assert_close, load, set_weights
 from PIL import Image
 
 import eval_video_segmentation as job
 from davis_data import DAVIS_PALETTE, DataError, imwrite_indexed, load_frame, read_mask
 from davis_metrics import score_folder, summarise
-from errors import ConfigError, report
 from label_propagation import to_mask
 from propagation_bounds import propagate
 from vision_transformer import VisionTransformer, vit_tiny
 
 CLIP = GOLDEN / "davis_clip"
-
-
-def free_port() -> str:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return str(s.getsockname()[1])
 
 
 def test_golden_frame(tmp_path):
@@ -115,24 +107,8 @@ def test_batches_are_halved_when_memory_runs_out(capsys):
 
 # ---------------------------------------------------------------- the command
 
-def run(data: Path, output: Path, *options) -> int:
-    """Exit status of the job."""
-    try:
-        return job.main(job.get_args_parser().parse_args(
-            ["--data_path", str(data), "--output_dir", str(output), "--device", "cpu", *map(str, options)]))
-    except ConfigError as error:
-        return report(error)
-
-
-UNTRAINED = ("--random_weights", "--arch", "vit_tiny", "--patch_size", 32)
-
-
 def rgb(path: Path) -> None:
     Image.open(path).convert("RGB").save(path)
-
-
-def rewrite(path: Path, change) -> None:
-    imwrite_indexed(path, change(read_mask(path)[0].copy()))
 
 
 def halve(path: Path) -> None:
@@ -274,78 +250,3 @@ def test_two_processes_share_the_sequences(tmp_path):
     measures = summarise(score_folder(data, tmp_path / "two"))[0]
     assert " ".join(f"{value:.3f}" for value in measures.values()) in " ".join(done.stdout.split())
     assert measures == pytest.approx(summarise(score_folder(data, tmp_path / "one"))[0], abs=0.01)
-
-
-# ---------------------------------------------------------------- other people's data sets
-
-def test_gaps_are_allowed_if_asked_for(tmp_path):
-    data, output = make_davis(tmp_path / "data", "clip", frames=6), tmp_path / "masks"
-    (data / "JPEGImages" / "480p" / "clip" / "00003.jpg").unlink()
-    assert run(data, output, *UNTRAINED) == 1 and not (output / "clip").exists()
-    assert run(data, output, *UNTRAINED, "--allow_gaps") == 0
-    assert sorted(p.name for p in (output / "clip").iterdir()) == [f"{t:05d}.png" for t in (0, 1, 2, 4, 5)]
-
-
-def test_every_fifth_frame_is_no_gap(tmp_path):
-    data = make_davis(tmp_path / "data", "clip")
-    for path in sorted((*data.glob("JPEGImages/480p/clip/*"), *data.glob("Annotations/480p/clip/*")), reverse=True):
-        path.rename(path.with_name(f"{5 * int(path.stem):05d}{path.suffix}"))
-    assert run(data, tmp_path / "masks", *UNTRAINED) == 0
-
-
-@pytest.mark.parametrize("tag", [2, 3, 6])
-def test_an_orientation_tag_changes_nothing(tmp_path, capsys, tag):
-    data = make_davis(tmp_path / "data", "clip")
-    assert run(data, tmp_path / "plain", *UNTRAINED, "--no_score") == 0
-    exif = Image.Exif()
-    exif[0x0112] = tag
-    segment = b"\xff\xe1" + (len(exif.tobytes()) + 2).to_bytes(2, "big") + exif.tobytes()
-    for path in data.glob("JPEGImages/480p/clip/*.jpg"):
-        path.write_bytes(path.read_bytes()[:2] + segment + path.read_bytes()[2:])
-    assert run(data, tmp_path / "tagged", *UNTRAINED, "--no_score") == 0
-    assert f"00000.jpg: EXIF orientation {tag} is ignored" in capsys.readouterr().err
-    for path in (tmp_path / "plain" / "clip").iterdir():
-        assert np.array_equal(read_mask(path)[0], read_mask(tmp_path / "tagged" / "clip" / path.name)[0])
-
-
-def test_masks_of_davis_2016_are_one_object(tmp_path, capsys):
-    data, output = make_davis(tmp_path / "data", "clip"), tmp_path / "masks"
-    for path in data.glob("Annotations/480p/clip/*.png"):
-        Image.fromarray(np.where(read_mask(path)[0] == 1, 255, 0).astype(np.uint8)).save(path)
-    assert run(data, output, *UNTRAINED) == 0
-    out, err = capsys.readouterr()
-    assert "00000.png: a grey mask of 0 and 255 is read as one object" in err and "void" not in err
-    assert "clip_1 " in out and "clip_2" not in out
-    assert set(np.unique(read_mask(output / "clip" / "00002.png")[0])) == {0, 1}
-
-
-@pytest.mark.parametrize("present_objects", [False, True])
-def test_ids_with_gaps(tmp_path, capsys, present_objects):
-    """Only id 5: ids 1 to 4 count as perfect in the official figure, which a line says."""
-    data, output = make_davis(tmp_path / "data", "clip"), tmp_path / "masks"
-    for path in data.glob("Annotations/480p/clip/*.png"):
-        rewrite(path, lambda mask: np.where(mask == 1, 5, 0).astype(np.uint8))
-    assert run(data, output, *UNTRAINED, *["--present_objects"] * present_objects) == 0
-    out, err = capsys.readouterr()
-    scores = score_folder(data, output)
-    official, present = (summarise(scores, absent)[0]["J&F-Mean"] for absent in (None, {"clip": [1, 2, 3, 4]}))
-    assert official == pytest.approx((4 + present) / 5)
-    first = out.splitlines()[out.splitlines().index("J & F of 1 of 1 sequences") + 2].split()[0]
-    assert first == f"{present if present_objects else official:.3f}"
-    for text in (out, err):
-        assert "clip: 1, 2, 3, 4" in text and f"{official if present_objects else present:.3f}" in text
-
-
-def test_two_tasks_under_plain_srun_share_the_sequences(tmp_path):
-    data, port = make_davis(tmp_path / "data", "one", "two"), free_port()
-    kept = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_") and k not in ("RANK", "WORLD_SIZE")}
-    tasks = [subprocess.Popen([sys.executable, job.__file__, "--data_path", data, "--output_dir", tmp_path / "masks",
-                               "--device", "cpu", "--no_score", *map(str, UNTRAINED)], text=True,
-                              stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                              env=kept | {"OMP_NUM_THREADS": "1", "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank),
-                                          "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "localhost",
-                                          "MASTER_PORT": port}) for rank in (0, 1)]
-    outputs = [task.communicate(timeout=120) for task in tasks]
-    assert [task.returncode for task in tasks] == [0, 0], outputs
-    assert sum("random weights" in stdout for stdout, _ in outputs) == 1  # one task prints
-    assert sorted(p.name for p in (tmp_path / "masks").iterdir()) == ["one", "two"]

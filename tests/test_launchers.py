@@ -109,7 +109,7 @@ def environment(**extra):
 
 
 def check_run(output, processes, text):
-    assert f"{processes} × 3 images a step on cpu in float32" in text
+    assert f"{processes} × 3 images per step on cpu in float32" in text
     assert text.count("done: 1 epochs") == 1  # one rank speaks
     assert json.loads((output / "log.txt").read_text())["epoch"] == 0
     student = torch.load(output / "checkpoint.pth", weights_only=True)["student"]
