@@ -94,6 +94,8 @@ def loading_code(info: CheckpointInfo, to: str, keep_heads: bool, output: Path) 
             options.append(f"patch_size={info.patch_size}")
         if info.grid * info.patch_size != 224:
             options.append(f"img_size={info.grid * info.patch_size}")
+        if info.num_heads:
+            options.append(f"num_heads={info.num_heads}")
         return f"timm.create_model('{info.arch}_patch16_224', {', '.join(options)}, checkpoint_path='{output}')"
     if to == "backbone":
         return f"checkpoints.load_backbone('{output}')"
