@@ -19,7 +19,8 @@ from errors import ConfigError
 # argparse.Namespace for args, the plain values in it, and NumPy scalars: the published training loop stores np.float64
 # learning rates. range is not among them: set(range(n)) would fill the memory from a few bytes.
 NUMPY_SCALAR = np.float64(0).__reduce__()[0]
-NUMPY_TYPES = (np.bool_, np.uint8, np.int8, np.int16, np.int32, np.int64, np.float16, np.float32, np.float64)
+NUMPY_TYPES = (np.bool_, np.uint8, np.uint16, np.uint32, np.uint64, np.int8, np.int16, np.int32, np.int64, np.float16,
+               np.float32, np.float64, np.str_)
 ALLOWED_CLASSES = [argparse.Namespace, frozenset, datetime.date, datetime.datetime, datetime.time, datetime.timedelta,
                    datetime.timezone, np.dtype, *(type(np.dtype(number)) for number in NUMPY_TYPES),
                    *((NUMPY_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core"))]

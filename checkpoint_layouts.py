@@ -3,6 +3,7 @@
     python checkpoint_layouts.py > docs/CHECKPOINTS.md      # prints the page from the tables
 """
 import re
+from collections import deque
 
 import numpy as np
 import torch
@@ -45,7 +46,7 @@ PATCH_EMBEDDINGS = (
 
 # Left out of the backbone and named in the line: (starts of names, what they are)
 IGNORED = (
-    (("head.", "fc.", "fc_norm.", "pre_logits.", "pooler."), "heads, and the norm after pooling"),
+    (("head.", "fc.", "classifier.", "fc_norm.", "pre_logits.", "pooler."), "heads, and the norm after pooling"),
     (("fpn1.", "fpn2.", "fpn3.", "fpn4."), "the layers between backbone and FPN in a detector"),
     (("mask_token", "masked_embed"), "the token in place of masked patches: MAE, iBOT, DINOv2"),
     (("decoder_",), "MAE's decoder"),
@@ -120,9 +121,9 @@ def collect_tensors(content: dict, nested: bool = False) -> dict[str, torch.Tens
     Raises:
         LayoutError: more than a million tensors and dictionaries.
     """
-    tensors, left = {}, [("", content, 0)]
+    tensors, left = {}, deque([("", content, 0)])
     while left:
-        prefix, part, depth = left.pop(0)
+        prefix, part, depth = left.popleft()
         for name, value in part.items():
             if isinstance(value, torch.Tensor):
                 tensors[f"{prefix}{name}"] = value

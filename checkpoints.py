@@ -122,7 +122,7 @@ def _find_network(tensors: dict[str, torch.Tensor], content: dict, key: str, sel
     prefixes = layouts.find_prefixes(tensors)
     prefix = layouts.choose_prefix(prefixes, "teacher" if selected else key)
     if prefix is None:
-        if prefixes and any(prefixes) and not selected:
+        if not selected and any(prefix not in ("", "backbone.") for prefix in prefixes):
             raise CheckpointError(f"{path} has no network {key!r}: it has {', '.join(prefixes)}")
         if key != "teacher" and not selected:
             raise _no_network(content, key, path)
