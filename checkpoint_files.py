@@ -1,10 +1,14 @@
 """Checkpoint files: written atomically, and read without executing code from the file."""
 import argparse
+import contextlib
+import datetime
 import os
 import re
+import stat
+import unicodedata
 import warnings
 import zipfile
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import numpy as np
 import safetensors.torch
@@ -12,17 +16,34 @@ import torch
 
 from errors import ConfigError
 
-# argparse.Namespace for args, and NumPy scalars: the published training loop stores np.float64 learning rates
+# argparse.Namespace for args, the plain values in it, and NumPy scalars: the published training loop stores np.float64
+# learning rates. range is not among them: set(range(n)) would fill the memory from a few bytes.
 NUMPY_SCALAR = np.float64(0).__reduce__()[0]
-NUMPY_TYPES = (np.bool_, np.uint8, np.int8, np.int16, np.int32, np.int64, np.float16, np.float32, np.float64)
-ALLOWED_CLASSES = [argparse.Namespace, np.dtype, *(type(np.dtype(number)) for number in NUMPY_TYPES),
+NUMPY_TYPES = (np.bool_, np.uint8, np.uint16, np.uint32, np.uint64, np.int8, np.int16, np.int32, np.int64, np.float16,
+               np.float32, np.float64, np.str_)
+ALLOWED_CLASSES = [argparse.Namespace, frozenset, datetime.date, datetime.datetime, datetime.time, datetime.timedelta,
+                   datetime.timezone, np.dtype, *(type(np.dtype(number)) for number in NUMPY_TYPES),
                    *((NUMPY_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core"))]
 RECONSTRUCT_ARRAY = np.zeros(0).__reduce__()[0]
 LEGACY_TORCH_MAGIC = bytes.fromhex("6cfc9c46f9206aa85019")  # first number that torch.save wrote before torch 1.6
+FILE_TYPES = ((stat.S_ISFIFO, "a FIFO (named pipe)"), (stat.S_ISSOCK, "a socket"), (stat.S_ISCHR, "a device"),
+              (stat.S_ISBLK, "a device"))
+LONGEST_MESSAGE = 4000  # characters: a file chooses the names in a message, and their length
+
+
+def printable(text: object) -> str:
+    """The text as one line for a terminal: control characters become ?, and a text of over 4000 characters is cut."""
+    text = str(text)
+    line = "".join("?" if unicodedata.category(char) in ("Cc", "Cf", "Cs", "Zl", "Zp") else char
+                   for char in text[:LONGEST_MESSAGE])
+    return line if len(text) <= LONGEST_MESSAGE else f"{line}…"
 
 
 class CheckpointError(ConfigError):
-    """A checkpoint that cannot be used; the message is one line for the user."""
+    """A checkpoint that cannot be used; the message is one line for the user, without control characters."""
+
+    def __init__(self, message: str, every_rank: bool = False):
+        super().__init__(printable(message), every_rank)
 
 
 class HistoryPlaceholder:
@@ -36,9 +57,25 @@ def placeholder_getattr(cls: type, name: str) -> str:
     return name
 
 
-MMENGINE_CLASSES = [(HistoryPlaceholder, "mmengine.logging.history_buffer.HistoryBuffer"),
-                    (placeholder_getattr, "builtins.getattr"), (np.ndarray, "numpy.ndarray"),
-                    *((RECONSTRUCT_ARRAY, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core"))]
+def posix_path(*parts: str) -> str:
+    """Replaces pathlib's classes: the path as a string, joined without a look at the disk."""
+    return str(PurePosixPath(*parts))
+
+
+def windows_path(*parts: str) -> str:
+    """As posix_path, for a run on Windows."""
+    return str(PureWindowsPath(*parts))
+
+
+PLACEHOLDERS = [(HistoryPlaceholder, "mmengine.logging.history_buffer.HistoryBuffer"),
+                (placeholder_getattr, "builtins.getattr"), (np.ndarray, "numpy.ndarray"),
+                *((RECONSTRUCT_ARRAY, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
+                # pathlib._local is where Python 3.13 defines them
+                *((posix_path, f"{module}.{name}") for module in ("pathlib", "pathlib._local")
+                  for name in ("Path", "PosixPath", "PurePath", "PurePosixPath")),
+                *((windows_path, f"{module}.{name}") for module in ("pathlib", "pathlib._local")
+                  for name in ("WindowsPath", "PureWindowsPath")),
+                (argparse.Namespace, "types.SimpleNamespace")]
 
 
 def allowed_classes() -> list:
@@ -49,7 +86,7 @@ def allowed_classes() -> list:
     """
     registered = {entry[1] if isinstance(entry, tuple) else f"{entry.__module__}.{entry.__qualname__}"
                   for entry in torch.serialization.get_safe_globals()}
-    return ALLOWED_CLASSES + [entry for entry in MMENGINE_CLASSES if entry[1] not in registered]
+    return ALLOWED_CLASSES + [entry for entry in PLACEHOLDERS if entry[1] not in registered]
 
 
 def write_checkpoint(state: dict, path: str | Path) -> None:
@@ -58,6 +95,9 @@ def write_checkpoint(state: dict, path: str | Path) -> None:
     Args:
         state: anything that torch.save takes; a flat dictionary of tensors if path ends in .safetensors.
         path: file to write or replace.
+
+    Raises:
+        CheckpointError: the disk is full or cannot be written; the old file is kept.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")  # a fixed name, so that a killed process leaves at most one file
@@ -72,17 +112,32 @@ def write_checkpoint(state: dict, path: str | Path) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        if (cause := _os_error(error)) is None:
+            raise
+        kept = "; the file that was there before is kept" if os.path.isfile(path) else ""
+        raise CheckpointError(f"{path} cannot be written: {cause.strerror or cause}{kept}") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a disk that became read-only
+            temporary.unlink(missing_ok=True)
+
+
+def _os_error(error: BaseException | None) -> OSError | None:
+    """The OSError behind an error: torch's zip writer raises a RuntimeError on top of it."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def read_checkpoint(path: str | Path) -> dict:
     """Load a file that torch.save or safetensors wrote, onto the CPU.
 
-    Only the classes in allowed_classes() are unpickled.
+    Only the classes in allowed_classes() are unpickled: besides tensors, plain containers and numbers, argparse's
+    Namespace, dates, and NumPy's arrays and scalars. Paths become strings.
 
     Raises:
-        CheckpointError: the file is missing, empty, truncated, not a checkpoint, or would execute code.
+        CheckpointError: the file is missing, empty, truncated, a FIFO or a device, not a checkpoint, or would execute
+            code.
     """
     is_safetensors = _is_safetensors(path)
     try:
@@ -117,9 +172,13 @@ def _is_safetensors(path: str | Path) -> bool:
     """Whether the file is in safetensors' format rather than torch's, from its first 64 bytes.
 
     Raises:
-        CheckpointError: those bytes show that it is in neither format.
+        CheckpointError: those bytes show that it is in neither format, or there is no file to read.
     """
     try:
+        mode = os.stat(path).st_mode  # before it is opened: opening a FIFO waits for a writer
+        for matches, what in FILE_TYPES:
+            if matches(mode):
+                raise CheckpointError(f"{path} is {what}, not a file: give the path of a checkpoint")
         with open(path, "rb") as file:
             start = file.read(64)
     except OSError as error:
@@ -128,6 +187,8 @@ def _is_safetensors(path: str | Path) -> bool:
         raise CheckpointError(f"{path} is empty (0 bytes): download or copy it again")
     if start[4:9] == b"\0\0\0\0{":  # header length in 8 bytes (little-endian), then the JSON header
         return True
+    if start.startswith(b"\x1f\x8b"):
+        raise CheckpointError(f"{path} is gzip-compressed: gunzip it first")
     text = start.lstrip(b"\xef\xbb\xbf \t\r\n")
     if text.lower().startswith((b"<!doctype", b"<html", b"<head", b"<?xml", b"<!--")):
         raise CheckpointError(f"{path} is an HTML page, probably from a failed download: download it again")

@@ -4,27 +4,25 @@
     state, info = read_backbone("dino_vits16.pth")      # float32 tensors under this project's names, and metadata
     head = build_head(info)                             # the SelfPatchHead of a training run
 
-Supported are training runs of SelfPatch and DINO, bare backbones, VISSL checkpoints, `state_dict` and `model`
-wrappers, timm files, and mmdet and mmseg models (including those with mmseg's own names), as .pth or .safetensors.
+Supported are training runs of SelfPatch, DINO and other methods, bare backbones, VISSL checkpoints, wrappers, timm
+and Hugging Face files, and mmdet and mmseg models, as .pth or .safetensors; docs/CHECKPOINTS.md lists them.
 """
 import argparse
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from checkpoint_files import CheckpointError, read_checkpoint
+import checkpoint_layouts as layouts
+from checkpoint_files import CheckpointError, printable, read_checkpoint
+from checkpoint_layouts import from_mmseg_names as from_mmseg_names
+from checkpoint_layouts import to_mmseg_names as to_mmseg_names
 from selfpatch_head import SelfPatchHead
 from vision_transformer import ARCHS, VisionTransformer
 
 ARCH_OF_WIDTH = {192: "vit_tiny", 384: "vit_small", 768: "vit_base"}
-# heads of bare backbones, timm's norm after pooling, and the layers between backbone and FPN in a detector
-NOT_BACKBONE = ("head.", "fc_norm.", "pre_logits.", "fpn1.", "fpn2.", "fpn3.", "fpn4.")
-MMSEG_NAMES = (("blocks.", "layers."), ("patch_embed.proj.", "patch_embed.projection."),
-               (".norm1.", ".ln1."), (".norm2.", ".ln2."),
-               (".attn.qkv.", ".attn.attn.in_proj_"), (".attn.proj.", ".attn.attn.out_proj."),
-               (".mlp.fc1.", ".ffn.layers.0.0."), (".mlp.fc2.", ".ffn.layers.1."))
 
 
 @dataclass
@@ -35,10 +33,12 @@ class CheckpointInfo:
         path: the file.
         kind: its format, such as "SelfPatch run" or "mmdet detector".
         key: the selected network of a training run (teacher or student); None for other files.
+        prefix: of the backbone's names in the file, without module. and _orig_mod.
         arch, patch_size, class_token, final_norm: arguments that rebuild the backbone.
         grid: patches per side that the position embedding is made for.
         num_tensors: number of tensors in the backbone.
         epoch: number of completed epochs, if the file has it.
+        num_heads: attention heads, where the kind of file determines another number than the arch does.
         args: options of the training run, empty if the file has none.
         other_tensors: heads and everything else that is not part of the backbone, under the file's own names.
     """
@@ -54,6 +54,8 @@ class CheckpointInfo:
     epoch: int | None
     args: dict = field(repr=False)
     other_tensors: dict[str, torch.Tensor] = field(repr=False)
+    prefix: str = ""
+    num_heads: int | None = None
 
     @property
     def embed_dim(self) -> int:
@@ -69,92 +71,91 @@ class CheckpointInfo:
 
     def __str__(self) -> str:
         parts = [f"{self.path}: {self.kind}", f"key {self.key}" if self.key else "no key",
+                 *([f"prefix {self.prefix}"] if self.prefix not in ("", "backbone.") else []),
                  f"{self.arch}, patch size {self.patch_size}", f"{self.num_tensors} tensors",
                  f"epoch {self.epoch}" if self.epoch is not None else "epoch unknown"]
         if self.other_tensors:
-            modules = {name.removeprefix("backbone.").split(".")[0] for name in self.other_tensors}
+            modules = {layouts.module_of(name.removeprefix(self.prefix or "backbone.")) for name in self.other_tensors}
             parts.append(f"ignored {' '.join(sorted(modules))}")
-        return ", ".join(parts)
-
-
-def to_mmseg_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Rename a backbone's state dict to the keys of mmseg's VisionTransformer (layers.{i}.ln1, …)."""
-    renamed = {}
-    for name, tensor in state.items():
-        for ours, theirs in MMSEG_NAMES:
-            name = name.replace(ours, theirs)
-        renamed[re.sub(r"^norm\.", "ln1.", name)] = tensor
-    return renamed
-
-
-def from_mmseg_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Inverse of to_mmseg_names."""
-    renamed = {}
-    for name, tensor in state.items():
-        name = re.sub(r"^ln1\.", "norm.", name)
-        for ours, theirs in reversed(MMSEG_NAMES):
-            name = name.replace(theirs, ours)
-        renamed[name] = tensor
-    return renamed
+        return printable(", ".join(parts))
 
 
 def _select_network(content: dict, key: str, path: Path) -> tuple[dict, str | None]:
-    """Unwrap the state dict of the requested network; the key is None if the file has a single network."""
+    """Unwrap the dictionary of the requested network; the key is None if the file has no dictionary of that name."""
     if isinstance(content.get(key), dict):
         return content[key], key
-    if key != "teacher" or "student" in content:
-        names = [str(k) for k, v in content.items() if not isinstance(v, torch.Tensor)] or ["a single network"]
-        raise CheckpointError(f"{path} has no network {key!r}: it has {', '.join(names)}")
+    if "student" in content:
+        raise _no_network(content, key, path)
     if "classy_state_dict" in content:
-        for step in ("classy_state_dict", "base_model", "model", "trunk"):
+        for step in layouts.VISSL_STEPS:
             content = content.get(step)
             if not isinstance(content, dict):
                 raise CheckpointError(f"{path} is a VISSL checkpoint without {step} in classy_state_dict")
-    for wrapper in ("state_dict", "model"):
+    for wrapper in layouts.WRAPPERS:
         if isinstance(content.get(wrapper), dict):
             return _select_network(content[wrapper], key, path)
     return content, None
 
 
-def _split(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Separate the backbone (float32, this project's names) from the other tensors, which stay unchanged."""
-    prefix = "backbone." if any(name.startswith("backbone.") for name in tensors) else ""
-    backbone, others = {}, {}
-    for name, tensor in tensors.items():
-        short_name = name.removeprefix(prefix)
-        if prefix and name.startswith(("blocks.", "layers.", "patch_embed.", "pos_embed", "cls_token")):
-            raise CheckpointError(f"there is a second backbone next to {prefix}*, with {name}")
-        if not name.startswith(prefix) or short_name.startswith(NOT_BACKBONE):
-            others[name] = tensor
-        else:
-            backbone[short_name] = tensor.float().contiguous() if tensor.is_floating_point() else tensor
-    if any(name.startswith("layers.") for name in backbone):
-        renamed = from_mmseg_names(backbone)
-        if len(renamed) < len(backbone):
-            raise CheckpointError("parts of the backbone occur twice, under mmseg's names and under this project's")
-        backbone = renamed
-    return backbone, others
+def _no_network(content: dict, key: str, path: Path) -> CheckpointError:
+    names = [str(k) for k, v in content.items() if not isinstance(v, torch.Tensor)] or ["a single network"]
+    return CheckpointError(f"{path} has no network {key!r}: it has {', '.join(names)}")
 
 
-def _kind(path: Path, content: dict, key: str | None, names: list[str]) -> str:
+def _read_tensors(network: dict, path: Path) -> dict[str, torch.Tensor]:
+    """Tensors of a network, by their names without the prefixes of DDP and torch.compile."""
+    tensors = layouts.collect_tensors(network)
+    if not layouts.find_prefixes(tensors):
+        nested = layouts.collect_tensors(network, nested=True)
+        tensors = nested if layouts.find_prefixes(nested) else tensors
+    if invalid := [name for name, t in tensors.items() if t.layout != torch.strided or t.device.type != "cpu"]:
+        raise CheckpointError(f"{path} has tensors that are sparse or without data: {', '.join(invalid[:12])}")
+    short = {re.sub(r"^(module\.)+", "", name.replace("_orig_mod.", "")): t for name, t in tensors.items()}
+    if len(short) < len(tensors):
+        raise CheckpointError(f"{path} has the same keys with and without the prefix module. or _orig_mod.")
+    return short
+
+
+def _find_network(tensors: dict[str, torch.Tensor], content: dict, key: str, selected: bool,
+                  path: Path) -> tuple[str, str | None, str | None]:
+    """Prefix of the requested network, its key where the file has several, and its kind where the prefix tells it."""
+    prefixes = layouts.find_prefixes(tensors)
+    prefix = layouts.choose_prefix(prefixes, "teacher" if selected else key)
+    if prefix is None:
+        if not selected and any(prefix not in ("", "backbone.") for prefix in prefixes):
+            raise CheckpointError(f"{path} has no network {key!r}: it has {', '.join(prefixes)}")
+        if key != "teacher" and not selected:
+            raise _no_network(content, key, path)
+        prefix = "backbone." if any(name.startswith("backbone.") for name in tensors) else ""
+    network, kind = layouts.network_of(prefix, prefixes)
+    if selected or key != "teacher":
+        network = key
+    return prefix, network, None if kind == "run" else kind
+
+
+def _kind(content: dict, key: str | None, prefix: str, names: list[str]) -> str:
     """Classify a file by its wrapper and the keys of its network."""
     modules = {name.split(".")[0] for name in names}
     if "ca_head" in modules:
-        kind = "SelfPatch run"
-    elif key is not None:
-        kind = "DINO run" if "head" in modules else "run"
-    elif "classy_state_dict" in content:
-        kind = "VISSL run"
-    elif "backbone" in modules:
-        kind = ("mmseg segmenter" if "decode_head" in modules else
+        return "SelfPatch run"
+    if key is not None:
+        return "DINO run" if "head" in modules else "run"
+    if "classy_state_dict" in content:
+        return "VISSL run"
+    if any(name.startswith(f"{prefix}embeddings.patch_embeddings.") for name in names):
+        return "Hugging Face ViT"
+    if f"{prefix}decoder_pos_embed" in names:
+        return "MAE"
+    if "backbone" in modules:
+        return ("mmseg segmenter" if "decode_head" in modules else
                 "mmdet detector" if modules & {"rpn_head", "roi_head", "bbox_head"} else "wrapped backbone")
-    elif "layers" in modules:
-        kind = "backbone with mmseg names"
-    elif modules & {"head", "fc_norm", "pre_logits"}:
-        kind = "timm backbone"
-    else:
-        kind = "DINO or timm backbone" if modules & {"cls_token", "norm"} else "SelfPatch backbone"
-    return f"{kind} (safetensors)" if path.suffix == ".safetensors" else kind
+    if prefix:
+        return "wrapped backbone"
+    if "layers" in modules:
+        return "backbone with mmseg names"
+    if modules & {"head", "fc_norm", "pre_logits"}:
+        return "timm backbone"
+    return "DINO or timm backbone" if modules & {"cls_token", "norm"} else "SelfPatch backbone"
 
 
 def resolve_path(path: str | Path) -> Path:
@@ -162,7 +163,7 @@ def resolve_path(path: str | Path) -> Path:
     if not str(path):
         raise CheckpointError("the path of the checkpoint is empty")
     path = Path(path)
-    return path / "checkpoint.pth" if (path / "checkpoint.pth").is_file() else path
+    return path / "checkpoint.pth" if os.path.isfile(path / "checkpoint.pth") else path
 
 
 def read_backbone(path: str | Path, key: str = "teacher") -> tuple[dict[str, torch.Tensor], CheckpointInfo]:
@@ -170,34 +171,36 @@ def read_backbone(path: str | Path, key: str = "teacher") -> tuple[dict[str, tor
 
     Args:
         path: checkpoint file, or the folder of a run with a checkpoint.pth in it.
-        key: network of a training run, teacher or student; other files have a single network.
+        key: network of a training run, teacher or student, or a word in its prefix; other files have a single network.
 
     Returns:
         The backbone's state dict, in float32 under this project's names, and the checkpoint's metadata.
 
     Raises:
-        CheckpointError: not a checkpoint, no such key, not a ViT, or missing, unexpected or mis-shaped tensors.
+        CheckpointError: not a checkpoint, no such key, not a ViT, a ViT that this project's backbone cannot hold, or
+            missing, unexpected or mis-shaped tensors.
     """
     path = resolve_path(path)
     content = read_checkpoint(path)
-    network, key = _select_network(content, key, path)
-    network = {str(name): tensor for name, tensor in network.items() if isinstance(tensor, torch.Tensor)}
-    if invalid := [name for name, t in network.items() if t.layout != torch.strided or t.device.type != "cpu"]:
-        raise CheckpointError(f"{path} has tensors that are sparse or without data: {', '.join(invalid[:12])}")
-    # DDP and torch.compile prefix the names of parameters
-    tensors = {re.sub(r"^(module\.)+", "", name.replace("_orig_mod.", "")): t for name, t in network.items()}
-    if len(tensors) < len(network):
-        raise CheckpointError(f"{path} has the same keys with and without the prefix module. or _orig_mod.")
+    network, selected = _select_network(content, key, path)
     try:
-        state, others = _split(tensors)
-    except CheckpointError as error:
+        tensors = _read_tensors(network, path)
+        prefix, key, kind = _find_network(tensors, content, key, selected is not None, path)
+        state, others = layouts.split_backbone(tensors, prefix)
+    except layouts.LayoutError as error:
         raise CheckpointError(f"{path} does not fit: {error}") from None
+    if parts := layouts.unsupported_parts(state):
+        raise CheckpointError(f"{path} holds a Vision Transformer with {', '.join(parts)}, which this project's "
+                              "backbone does not have: load it with timm")
     arch, patch_size, grid = _infer_architecture(state, path)
+    kind = kind or _kind(content, key, prefix, list(tensors))
     args, meta, epoch = (content.get(name) for name in ("args", "meta", "epoch"))
     if epoch is None and isinstance(meta, dict):
         epoch = meta.get("epoch")
     info = CheckpointInfo(
-        path=path, kind=_kind(path, content, key, list(tensors)), key=key, arch=arch, patch_size=patch_size, grid=grid,
+        path=path, kind=f"{kind} (safetensors)" if path.suffix == ".safetensors" else kind, key=key, prefix=prefix,
+        arch=arch, patch_size=patch_size, grid=grid,
+        num_heads=layouts.SMALL_HEADS.get(kind) if arch == "vit_small" else None,
         class_token="cls_token" in state, final_norm="norm.weight" in state, num_tensors=len(state),
         epoch=epoch if isinstance(epoch, int) else None, other_tensors=others,
         args=vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, dict) else {})
@@ -250,6 +253,8 @@ def check_state_dict(state: dict[str, torch.Tensor], expected: dict[str, torch.T
 
 
 def _meta_backbone(info: CheckpointInfo, **kwargs) -> VisionTransformer:
+    if info.num_heads:
+        kwargs.setdefault("num_heads", info.num_heads)
     with torch.device("meta"):  # no memory and no initialisation, since every tensor comes from the file
         return ARCHS[info.arch](info.patch_size, img_size=info.grid * info.patch_size, class_token=info.class_token,
                                 final_norm=info.final_norm, **kwargs)
@@ -318,6 +323,9 @@ def load_with_info(path: str | Path, key: str = "teacher", arch: str | None = No
         if info.kind.startswith("mmdet") and "num_heads" not in kwargs:
             print(f"note: {model.num_heads} attention heads, as in pretraining; files do not record the number, and "
                   "the published detectors have 8: load_backbone(path, num_heads=8)")
+        elif info.num_heads and "num_heads" not in kwargs:
+            print(f"note: {model.num_heads} attention heads, as published for this kind of file, which does not record "
+                  "the number")
         return model, info
     if not random_weights:
         raise CheckpointError("--pretrained_weights is empty, so the features would be those of a random network: "

@@ -94,12 +94,15 @@ def loading_code(info: CheckpointInfo, to: str, keep_heads: bool, output: Path) 
             options.append(f"patch_size={info.patch_size}")
         if info.grid * info.patch_size != 224:
             options.append(f"img_size={info.grid * info.patch_size}")
+        if info.num_heads:
+            options.append(f"num_heads={info.num_heads}")
         return f"timm.create_model('{info.arch}_patch16_224', {', '.join(options)}, checkpoint_path='{output}')"
     if to == "backbone":
-        return f"checkpoints.load_backbone('{output}')"
+        return f"checkpoints.load_backbone('{output}'{f', num_heads={info.num_heads}' if info.num_heads else ''})"
     if keep_heads:
         return f"load_from = '{output}'"
-    return f"backbone=dict(init_cfg=dict(type='Pretrained', checkpoint='{output}'))"
+    num_heads = f"num_heads={info.num_heads}, " if info.num_heads else ""
+    return f"backbone=dict({num_heads}init_cfg=dict(type='Pretrained', checkpoint='{output}'))"
 
 
 def convert_file(source: str | Path, output: str | Path, to: str, key: str = "teacher", keep_heads: bool = False,

@@ -33,7 +33,7 @@ def state(empty_state):
     (lambda s: s.pop("blocks.3.attn.qkv.bias"), r"missing \(1\): blocks.3.attn.qkv.bias"),
     (lambda s: s.pop("pos_embed"), "no Vision Transformer: missing pos_embed; it has"),
     (lambda s: s.update({"blocks.12.norm1.weight": torch.zeros(192)}), r"unexpected \(1\): blocks.12.norm1.weight"),
-    (lambda s: s.update({"mask_token": torch.zeros(1, 1, 192)}), r"unexpected \(1\): mask_token"),
+    (lambda s: s.update({"some_token": torch.zeros(1, 1, 192)}), r"unexpected \(1\): some_token"),
     (lambda s: s.update({"blocks.0.mlp.fc1.bias": torch.zeros(7)}),
      r"wrong shape \(1\): blocks.0.mlp.fc1.bias is \[7\], expected \[768\]"),
     (lambda s: s.update({"pos_embed": torch.zeros(1, 197, 192)}), r"pos_embed is \[1, 197, 192\], without class token"),
