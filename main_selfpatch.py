@@ -19,6 +19,7 @@ from torch import nn
 
 from augmentations import DataAugmentationDINO  # noqa: F401 (DINO's users import it from here)
 from batchnorm import sync_batchnorms
+from checkpoint_files import CheckpointError
 from data import CropLoader, build_dataset
 from distributed import Processes, init_distributed_mode, is_distributed, is_main_process, keep_freed_memory
 from engine import health_warnings, train_one_epoch
@@ -211,13 +212,8 @@ def save(state: dict, path: Path) -> None:
     """save_on_master, with a full disk as a TrainingError."""
     try:
         save_on_master(state, path)
-    except (OSError, RuntimeError) as error:
-        # torch.save ends with an error of its own, raised while it handled the disk's
-        cause = error if isinstance(error, OSError) else error.__context__
-        if not isinstance(cause, OSError):
-            raise
-        raise TrainingError(f"cannot write {path} ({cause.strerror}): make room and run the same command "
-                            "again; earlier checkpoints are kept") from None
+    except CheckpointError as error:
+        raise TrainingError(f"{error}; make room, and the same command continues from it") from None
 
 
 def is_out_of_shared_memory(error: RuntimeError | OSError) -> bool:

@@ -10,6 +10,7 @@ from golden_rules import load, rand
 from torch import nn
 
 import utils
+from checkpoint_files import CheckpointError
 from errors import ConfigError
 from losses import DINOLoss
 from optim import update_teacher
@@ -119,7 +120,7 @@ def test_checkpoint_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
         raise OSError("no space left on device")
 
     monkeypatch.setattr(torch, "save", dies_halfway)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(CheckpointError, match="no space"):
         utils.save_on_master({"epoch": 2}, path)
     assert torch.load(path, weights_only=True) == {"epoch": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pth"]
