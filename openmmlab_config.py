@@ -28,8 +28,8 @@ class KeyValueAction(DictAction):
 
 
 def add_common_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--work-dir", help="folder for logs and checkpoints (default: work_dirs/<name of the config>)")
-    parser.add_argument("--data-root", help="folder of the dataset, replacing the config's data_root")
+    parser.add_argument("--work-dir", type=os.path.expanduser, help="folder for logs and checkpoints (default: work_dirs/<name of the config>)")
+    parser.add_argument("--data-root", type=os.path.expanduser, help="folder of the dataset, replacing the config's data_root")
     parser.add_argument("--cfg-options", nargs="+", action=KeyValueAction, default={}, metavar="key=value",
                         help="override config values: model.backbone.num_heads=8 train_dataloader.batch_size=2 …")
     parser.add_argument("--launcher", choices=["none", "pytorch", "slurm", "mpi"], default="none",
@@ -39,12 +39,12 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
 
 def get_train_parser(description: str) -> ArgumentParser:
     parser = ArgumentParser(description=description)
-    parser.add_argument("config", help="one of configs/*.py")
-    parser.add_argument("--pretrained", default="", help="any checkpoint, or the folder of a run, for the backbone")
+    parser.add_argument("config", type=os.path.expanduser, help="one of configs/*.py")
+    parser.add_argument("--pretrained", type=os.path.expanduser, default="", help="any checkpoint, or the folder of a run, for the backbone")
     parser.add_argument("--checkpoint_key", default="teacher", help="network of a training run: teacher or student")
     parser.add_argument("--random_weights", action="store_true", help="start from an untrained backbone")
     parser.add_argument("--amp", action="store_true", help="mixed precision, if there is a GPU")
-    parser.add_argument("--resume", nargs="?", const="auto",
+    parser.add_argument("--resume", type=os.path.expanduser, nargs="?", const="auto",
                         help="continue from this checkpoint, or without a value from the latest in --work-dir, if any")
     add_common_options(parser)
     return parser
@@ -52,9 +52,9 @@ def get_train_parser(description: str) -> ArgumentParser:
 
 def get_test_parser(description: str) -> ArgumentParser:
     parser = ArgumentParser(description=description)
-    parser.add_argument("config", help="one of configs/*.py")
-    parser.add_argument("checkpoint", help="a model saved by train.py, or a released one")
-    parser.add_argument("--show-dir", help="draw the predictions on the images and save them in this folder")
+    parser.add_argument("config", type=os.path.expanduser, help="one of configs/*.py")
+    parser.add_argument("checkpoint", type=os.path.expanduser, help="a model saved by train.py, or a released one")
+    parser.add_argument("--show-dir", type=os.path.expanduser, help="draw the predictions on the images and save them in this folder")
     add_common_options(parser)
     return parser
 

@@ -157,11 +157,12 @@ def main(args: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Images per second and core, for each way from a file to crops")
-    parser.add_argument("--data_path", help="folder of class folders of images; made here if not given")
+    parser.add_argument("--data_path", type=os.path.expanduser,
+                        help="folder of class folders of images; made here if not given")
     parser.add_argument("--images", type=int, default=64, help="number of images to use")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch_size", type=int, default=16, help="of the photometric part and of the loaders")
     parser.add_argument("--workers", type=int, default=0, help="also time the loader with this many workers")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
-    parser.add_argument("--json", metavar="FILE", help="also write the figures to this file")
+    parser.add_argument("--json", type=os.path.expanduser, metavar="FILE", help="also write the figures to this file")
     run_main(main, parser.parse_args())

@@ -237,8 +237,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Seconds per frame of DAVIS evaluation, stage by stage")
     parser.add_argument("--arch", choices=list(ARCHS), help="default: the checkpoint's own; vit_small without one")
     parser.add_argument("--patch_size", type=int, help="default: the checkpoint's own; 16 without one")
-    parser.add_argument("--pretrained_weights", default="", help="checkpoint of any kind; random weights without one")
-    parser.add_argument("--data_path", help="DAVIS, to take a clip of 854×480 from")
+    parser.add_argument("--pretrained_weights", type=os.path.expanduser, default="",
+                        help="checkpoint of any kind; random weights without one")
+    parser.add_argument("--data_path", type=os.path.expanduser, help="DAVIS, to take a clip of 854×480 from")
     parser.add_argument("--sequence", help="its name in val.txt; the first without it")
     parser.add_argument("--frames", type=int, default=50, help="of the clip, at most")
     parser.add_argument("--bs", type=int, default=6)

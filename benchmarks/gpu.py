@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from pictures import make_images
 from train_step import PARTS as ORDERS
 
-from errors import ConfigError, TrainingError, run_main
+from errors import ConfigError, TrainingError, run_main, user_path
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("tests", "step", *ORDERS, "no_compile", "checkpointed", "data", "jpegs", "davis", "davis_patch8")
@@ -112,12 +112,12 @@ def table(output: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--output", required=True, type=Path, help="folder for the output of all parts")
+    parser.add_argument("--output", required=True, type=user_path, help="folder for the output of all parts")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--arch", default="vit_small")
     parser.add_argument("--batch_size", default="128")
     parser.add_argument("--workers", default="16")
-    parser.add_argument("--data_path", type=Path, help="folder of class folders of images")
+    parser.add_argument("--data_path", type=user_path, help="folder of class folders of images")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         raise ConfigError("torch sees no CUDA GPU here: benchmarks/train_step.py, data.py and davis.py measure CPUs")

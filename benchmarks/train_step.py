@@ -258,7 +258,7 @@ def main() -> None:
                              "the given parts")
     parser.add_argument("--warmup", default=2, type=int, help="steps before the first timed one")
     parser.add_argument("--steps", default=8, type=int)
-    parser.add_argument("--json", help="also write the figures to this file")
+    parser.add_argument("--json", type=os.path.expanduser, help="also write the figures to this file")
     args = parser.parse_args()
     print(f"{args.arch}/{args.patch_size}, {args.batch_size} images, 2×{GLOBAL} + {args.local_crops_number}×{LOCAL}, "
           f"heads 65536/4096, torch {torch.__version__}, {torch.get_num_threads()} threads, "
