@@ -30,7 +30,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = ArgumentParser(description="Convert a checkpoint for another library.")
     parser.add_argument("input", type=os.path.expanduser,
                         help="any checkpoint: a training run, a backbone, a detector, a segmenter")
-    parser.add_argument("output", type=os.path.expanduser, help="file to write: .pth, or .safetensors for backbone and timm")
+    parser.add_argument("output", type=os.path.expanduser,
+                        help="file to write: .pth, or .safetensors for backbone and timm")
     parser.add_argument("--to", required=True, choices=list(FORMATS),
                         help="; ".join(f"{name}: {text}" for name, text in FORMATS.items()))
     parser.add_argument("--checkpoint_key", default="teacher", help="network of a training run: teacher or student")

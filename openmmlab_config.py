@@ -28,8 +28,10 @@ class KeyValueAction(DictAction):
 
 
 def add_common_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--work-dir", type=os.path.expanduser, help="folder for logs and checkpoints (default: work_dirs/<name of the config>)")
-    parser.add_argument("--data-root", type=os.path.expanduser, help="folder of the dataset, replacing the config's data_root")
+    parser.add_argument("--work-dir", type=os.path.expanduser,
+                        help="folder for logs and checkpoints (default: work_dirs/<name of the config>)")
+    parser.add_argument("--data-root", type=os.path.expanduser,
+                        help="folder of the dataset, replacing the config's data_root")
     parser.add_argument("--cfg-options", nargs="+", action=KeyValueAction, default={}, metavar="key=value",
                         help="override config values: model.backbone.num_heads=8 train_dataloader.batch_size=2 …")
     parser.add_argument("--launcher", choices=["none", "pytorch", "slurm", "mpi"], default="none",
@@ -40,7 +42,8 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
 def get_train_parser(description: str) -> ArgumentParser:
     parser = ArgumentParser(description=description)
     parser.add_argument("config", type=os.path.expanduser, help="one of configs/*.py")
-    parser.add_argument("--pretrained", type=os.path.expanduser, default="", help="any checkpoint, or the folder of a run, for the backbone")
+    parser.add_argument("--pretrained", type=os.path.expanduser, default="",
+                        help="any checkpoint, or the folder of a run, for the backbone")
     parser.add_argument("--checkpoint_key", default="teacher", help="network of a training run: teacher or student")
     parser.add_argument("--random_weights", action="store_true", help="start from an untrained backbone")
     parser.add_argument("--amp", action="store_true", help="mixed precision, if there is a GPU")
@@ -54,7 +57,8 @@ def get_test_parser(description: str) -> ArgumentParser:
     parser = ArgumentParser(description=description)
     parser.add_argument("config", type=os.path.expanduser, help="one of configs/*.py")
     parser.add_argument("checkpoint", type=os.path.expanduser, help="a model saved by train.py, or a released one")
-    parser.add_argument("--show-dir", type=os.path.expanduser, help="draw the predictions on the images and save them in this folder")
+    parser.add_argument("--show-dir", type=os.path.expanduser,
+                        help="draw the predictions on the images and save them in this folder")
     add_common_options(parser)
     return parser
 

@@ -270,7 +270,8 @@ def add_overlay(subparsers) -> None:
     parser = subparsers.add_parser("overlay", help="masks over the frames of a DAVIS sequence")
     add_results(parser)
     parser.add_argument("--sequence", help="its name; default: the first of the list")
-    parser.add_argument("--output", help=".gif, .mp4, or a new folder for PNGs; default: <sequence>.gif")
+    parser.add_argument("--output", type=os.path.expanduser,
+                        help=".gif, .mp4, or a new folder for PNGs; default: <sequence>.gif")
     parser.add_argument("--fps", type=float, default=12, help="frames per second")
     parser.add_argument("--width", type=int, default=427, help="width of each panel in pixels")
     parser.set_defaults(func=draw_overlay)
