@@ -201,8 +201,10 @@ def record_bad_images(loader: CropLoader, path: Path) -> None:
     if is_distributed():
         errors = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(errors, loader.bad_images)
-    lines = sorted(set().union(*errors))
-    if lines and is_main_process():
+    errors = set().union(*errors)
+    if errors and is_main_process():
+        # a resumed run adds to what it found before
+        lines = sorted(errors.union(path.read_text().splitlines() if path.is_file() else ()))
         path.write_text("".join(f"{line}\n" for line in lines))
         print(f"warning: {len(lines)} of {len(loader.dataset)} images cannot be read and are replaced, see {path}",
               flush=True)
