@@ -71,18 +71,22 @@ def annotation_notes(sequence: Sequence, labels: torch.Tensor, annotation: np.nd
 # ---------------------------------------------------------------- videos
 
 @torch.inference_mode()
-def segment(sequence: Sequence, extract: PatchFeatures, output_dir: str | Path, executor: Executor,
+def segment(sequence: Sequence, extract: PatchFeatures, output_dir: str | Path, executor: Executor | None = None,
             n_last_frames: int = 7, size_mask_neighborhood: int = 12, topk: int = 5,
             progress: tqdm | None = None) -> np.ndarray:
     """Masks of a video, uint8 [T, H, W]; written to <output_dir>/<sequence> once all of them are there.
 
     Args:
-        executor: threads that read frames and write masks.
+        executor: threads that read frames and write masks; four of its own if None.
         n_last_frames, size_mask_neighborhood, topk: see propagation_bounds.propagate.
 
     Raises:
         ConfigError: a frame or the annotation cannot be read, the annotation has no object, or memory runs out.
     """
+    if executor is None:
+        with ThreadPoolExecutor(4) as executor:
+            return segment(sequence, extract, output_dir, executor, n_last_frames, size_mask_neighborhood, topk,
+                           progress)
     patch_size = extract.model.patch_size
     labels, annotation = read_seg(sequence.annotation, patch_size)
     if not num_objects(annotation):

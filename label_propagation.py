@@ -63,7 +63,8 @@ def best_matches(similarity: torch.Tensor, best: torch.Tensor, count: int) -> tu
     """The count largest similarities of each of m targets, and their indices into T·n, both [m, count] or fewer.
 
     A position is one of the n patches that the T contexts have in common. The count largest similarities are at the
-    count positions where the best of the T is largest, which needs a search over n instead of T·n.
+    count positions where the best of the T is largest: a value anywhere else is at most as large as the best at each of
+    those. So the search is over n instead of T·n.
 
     Args:
         similarity: [T, m, n].

@@ -31,8 +31,9 @@ class PatchFeatures:
         batch_size: frames per forward pass.
     """
 
-    def __init__(self, model: VisionTransformer, device: torch.device, dtype: torch.dtype, batch_size: int):
-        self.model, self.device, self.dtype, self.batch_size = model, device, dtype, batch_size
+    def __init__(self, model: VisionTransformer, device: torch.device | str = "cpu",
+                 dtype: torch.dtype = torch.float32, batch_size: int = 6):
+        self.model, self.device, self.dtype, self.batch_size = model, torch.device(device), dtype, batch_size
 
     def forward(self, frames: np.ndarray) -> torch.Tensor:
         images = normalise(torch.from_numpy(frames).to(self.device))

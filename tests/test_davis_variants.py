@@ -11,6 +11,16 @@ from PIL import Image
 import eval_video_segmentation as job
 from davis_data import read_mask
 from davis_metrics import score_folder, summarise
+from vision_transformer import vit_tiny
+
+
+def test_a_notebook_segments_one_video(tmp_path):
+    """Without the job: what it writes is what it returns."""
+    data = make_davis(tmp_path / "data", "clip")
+    sequence = job.davis_data.find_sequence(data, "clip")
+    masks = job.segment(sequence, job.PatchFeatures(vit_tiny(32).eval()), tmp_path / "masks")
+    assert masks.shape == (4, 60, 100)
+    assert all(np.array_equal(read_mask(tmp_path / "masks" / "clip" / f"{t:05}.png")[0], masks[t]) for t in range(4))
 
 
 def test_gaps_are_allowed_if_asked_for(tmp_path):

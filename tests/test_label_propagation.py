@@ -151,7 +151,9 @@ def test_norm_mask_of_channels_without_range():
 
 
 @pytest.mark.parametrize("shape, radius, topk", [((4, 6), 1, 5), ((6, 4), 0, 3), ((3, 5), 2, 1)])
-def test_tiles_give_what_the_plain_form_gives(shape, radius, topk):
+@pytest.mark.parametrize("similarities", [1, 500, 2**20])
+def test_tiles_give_what_the_plain_form_gives(shape, radius, topk, similarities, monkeypatch):
+    monkeypatch.setitem(label_propagation.MAX_SIMILARITIES, "cpu", similarities)
     contexts = F.normalize(torch.randn(3, *shape, 8), dim=-1)
     contexts[2] = contexts[1]  # ties
     labels, target = torch.rand(3, *shape, 2), F.normalize(torch.randn(*shape, 8), dim=-1)
