@@ -1,4 +1,4 @@
-"""Files become batches of crops on the device: the data set, and the loader that copies the next batch meanwhile."""
+"""Files become batches of crops on the device: the data set, and a loader that copies ahead of the current step."""
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -51,7 +51,7 @@ class ClassFolders(ImageFolder):
             samples += [(path, label) for path in sorted(filter(is_image_name, paths), key=os.path.split)]
         return samples
 
-    def unread(self) -> str:
+    def unread_summary(self) -> str:
         """The files that look like images but are of formats that are not read, in words; empty if there are none."""
         counts = ", ".join(f"{count} {suffix}" for suffix, count in sorted(self.unread_formats.items()))
         return f"not read: {counts} (only {' '.join(IMAGE_SUFFIXES)} are)" if counts else ""
@@ -63,7 +63,7 @@ class ClassFolders(ImageFolder):
                 return self.transform(self.loader(self.samples[i % len(self)][0])), error
             except UnreadableImage as unreadable:
                 error = error or str(unreadable)
-        raise UnreadableImage(f"{error}; nor the {i - index} images after it")
+        raise UnreadableImage(f"{error}; and neither can the {i - index} images after it")
 
 
 def build_dataset(data_path: str | Path, global_crops_scale: tuple[float, float] = (0.25, 1.0),
@@ -79,6 +79,10 @@ def build_dataset(data_path: str | Path, global_crops_scale: tuple[float, float]
     Raises:
         ConfigError: there are no class folders, or no images in them.
     """
+    if augment not in ("device", "pil"):
+        raise ConfigError(f"augment is {augment!r}: it must be device or pil")
+    if not os.path.isdir(data_path):
+        raise ConfigError(f"there is no folder {data_path}: give --data_path, a folder of class folders of images")
     transform, loader = (RandomCrops, load_uint8) if augment == "device" else (DataAugmentationDINO, load_rgb)
     transform = transform(global_crops_scale, local_crops_scale, local_crops_number, global_crops_size,
                           local_crops_size)
@@ -89,7 +93,7 @@ def build_dataset(data_path: str | Path, global_crops_scale: tuple[float, float]
                           f"such as {str(data_path).rstrip('/')}/all/0001.jpg") from None
     if not len(dataset):
         raise ConfigError(f"--data_path {data_path} has class folders, but no images in them: "
-                          + (dataset.unread() or f"files ending in {' '.join(IMAGE_SUFFIXES)}"))
+                          + (dataset.unread_summary() or f"files ending in {' '.join(IMAGE_SUFFIXES)}"))
     return dataset
 
 
@@ -129,7 +133,7 @@ class CropLoader:
         max_bad_images: share of the images that may be unreadable.
 
     Raises:
-        TrainingError: more are (while iterating).
+        TrainingError: while iterating, if more images than that are unreadable.
     """
 
     def __init__(self, dataset: ClassFolders, batch_size: int, num_workers: int = 0,
@@ -158,9 +162,13 @@ class CropLoader:
         """The crops of each batch, on the CPU; what could not be read is counted."""
         for crops, errors in self.batches:
             self.bad_images.update(filter(None, errors))
-            if len(self.bad_images) > self.max_bad_images * len(self.dataset):
-                listed = sorted(self.bad_images)
-                raise TrainingError("; ".join(listed[:5]) + (f"; and {len(listed) - 5} more" if listed[5:] else "")
-                                    + f" ({len(listed)} of {len(self.dataset)} images, which is more than "
-                                    f"--max_bad_images {self.max_bad_images:g})")
+            self.check_bad_images()
             yield crops
+
+    def check_bad_images(self) -> None:
+        """Raise TrainingError if more than the share max_bad_images of the data set is in bad_images."""
+        if len(self.bad_images) > self.max_bad_images * len(self.dataset):
+            listed = sorted(self.bad_images)
+            raise TrainingError("; ".join(listed[:5]) + (f"; and {len(listed) - 5} more" if listed[5:] else "")
+                                + f" ({len(listed)} of {len(self.dataset)} images, which is more than "
+                                f"--max_bad_images {self.max_bad_images:g})")

@@ -1,4 +1,4 @@
-"""Processes and devices: who we are among the processes of a launcher, and which device is ours."""
+"""Processes and devices: this process's rank among those the launcher started, and its device."""
 import ctypes
 import math
 import os
@@ -38,7 +38,7 @@ def init_distributed_mode(device: str = "auto", local_rank: int = 0, port: int =
         notice_after: seconds of waiting after which a line on stderr says for whom.
 
     Raises:
-        ConfigError: the device does not exist, the environment makes no sense, or other processes do not come.
+        ConfigError: the device does not exist, the environment is inconsistent, or other processes do not join.
     """
     launch = read_launcher(local_rank)
     processes = Processes(launch.rank, launch.world_size, launch.local_rank, pick_device(device, launch.local_rank))
@@ -124,7 +124,7 @@ def join(launch: Launch, backend: str, port: int = 29500, dist_url: str = "env:/
     more = f"{launch.world_size - 1} other process{'es' * (launch.world_size > 2)}"
     place = f"{os.environ['MASTER_ADDR']}:{read_number('MASTER_PORT', 0)}" if dist_url == "env://" else dist_url
     who = f"rank {launch.rank} ({assignments(launch.variables)})"
-    alone = f"if plain python was to run alone, unset {' '.join(launch.variables)}"
+    alone = f"to run a single process, unset {' '.join(launch.variables)}"
     minutes, start = f"{timeout.total_seconds() / 60:.3g} minutes (--dist_timeout)", datetime.now()
 
     def notice() -> None:
@@ -139,7 +139,8 @@ def join(launch: Launch, backend: str, port: int = 29500, dist_url: str = "env:/
                                 timeout=timeout)
     except (RuntimeError, ValueError, OSError) as error:
         waited = datetime.now() - start >= 0.9 * timeout
-        reason = f"they did not all come within {minutes}" if waited else str(error).splitlines()[0]
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = f"not all of them joined within {minutes}" if waited else first_line
         raise ConfigError(f"{who} could not join {more} at {place}: {reason}; {alone}", every_rank=True) from None
     finally:
         timer.cancel()

@@ -78,7 +78,7 @@ def train_one_epoch(run: TrainingRun, loader: CropLoader, log_every: int = 10) -
         losses = train_step(run, islice(batches, run.accum_steps))
         logger.update(**losses._asdict())
         if step % log_every == 0 or step == steps:
-            logger.read()  # the only wait for the device
+            logger.read()  # the only wait for the device within an epoch
             check_finite(logger, run)
             if is_main_process():
                 print(progress_line(logger, run, images_per_step), flush=True)

@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from losses import DINOLoss, entropy
 from vision_transformer import CropLogits, Logits
 
-# Logits of one chunk: 16 MiB in float32 on a CPU, near its caches; 128 MiB in half precision on a GPU, whose large
-# products are the fast ones
+# Logits of one chunk: 16 MiB in float32 on a CPU, near its caches; 128 MiB in half precision on a GPU, where
+# large matrix products are the efficient ones
 MAX_CHUNK_LOGITS = {"cpu": 2**22, "cuda": 2**26}
 
 
@@ -67,7 +67,7 @@ class FusedCrossEntropy(torch.autograd.Function):
             w, teacher_w, center = prototypes.to(dtype), teacher.prototypes.to(dtype), center / temp
             grad_z, grad_w = torch.empty_like(z), None
             loss, assignments = z.new_zeros(()), z.new_zeros(len(prototypes))
-            # chunks of equal size, so that compiled code sees at most two shapes
+            # chunks of equal size, so that compiled code sees at most two shapes in each of its calls
             max_logits = MAX_CHUNK_LOGITS.get(device_type, MAX_CHUNK_LOGITS["cuda"])
             num_chunks = -(-views * samples * len(prototypes) // max_logits)
             chunk_size = -(-samples // num_chunks)
@@ -97,8 +97,13 @@ class FusedCrossEntropy(torch.autograd.Function):
 class FusedDINOLoss(DINOLoss):
     """DINOLoss by FusedCrossEntropy; arguments and state dict are the same.
 
-    Overriding teacher_probs or student_log_probs has no effect here: change the plain DINOLoss.
+    teacher_probs and student_log_probs are not used here: to override them, subclass the plain DINOLoss.
     """
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if unused := {"teacher_probs", "student_log_probs"} & cls.__dict__.keys():
+            raise TypeError(f"{cls.__name__}.{min(unused)} would have no effect: derive it from DINOLoss")
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)

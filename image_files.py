@@ -182,7 +182,10 @@ def scale_integers(image: Image.Image, path: str | Path, data: bytes) -> Image.I
 
 
 def sample_depth(image: Image.Image, data: bytes) -> int | None:
-    """Bits of a sample by the file's header: TIFF's BitsPerSample, PNG's sBIT or bit depth, PGM's 16; None if not."""
+    """Bits of a sample by the file's header: TIFF's BitsPerSample, PNG's sBIT or bit depth, 16 for PGM.
+
+    None if the header does not say.
+    """
     if image.format == "TIFF":
         bits = image.tag_v2.get(258, (0,))[0]
         return bits if 0 < bits <= 16 else None

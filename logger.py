@@ -23,7 +23,7 @@ class SmoothedValue:
         self.pending.append(value)
 
     def read(self) -> None:
-        """Fetch the values since the last call; the only moment that waits for the device."""
+        """Fetch the values since the last call, which waits for the device."""
         if self.pending and isinstance(self.pending[0], torch.Tensor):
             self.pending = torch.stack(self.pending).tolist()
         for value in self.pending:
@@ -54,7 +54,7 @@ class MetricLogger:
         self.steps += 1
 
     def read(self) -> None:
-        """Fetch all values and measure the rate since the last call, which has waited for the device as well."""
+        """Fetch all values and measure the rate since the last call (which also waited for the device)."""
         for meter in self.meters.values():
             meter.read()
         if self.steps:

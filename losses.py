@@ -8,8 +8,8 @@ With V views (crops) of each of B images, the two global ones first, and logits 
     patch = mean over views, and over the patches i of each, of H(P_t(positives of i), P_s(i))       SelfPatch, Sec. 3
     loss = image + 0.1 · patch
 
-The centres C keep the teacher from giving all samples the same prototype, its low temperature τ_t from giving each all
-prototypes alike.
+The centres C keep the teacher from giving all samples the same prototype, and the low temperature τ_t keeps it from
+spreading each sample evenly over all prototypes.
 """
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -58,7 +58,7 @@ class DINOLoss(nn.Module):
         ncrops: V, views of each image.
         warmup_teacher_temp, teacher_temp, warmup_teacher_temp_epochs: τ_t rises linearly from the first to the second
             over the warm-up epochs, and is constant after them.
-        nepochs: length of the run; DINO's signature has it.
+        nepochs: unused; DINO's signature has it.
         student_temp: τ_s.
         center_momentum: of the centres' moving average.
         patch_loss_weight: 0 is DINO's loss.
@@ -116,7 +116,7 @@ class DINOLoss(nn.Module):
                    temp: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Each patch of the student against its positives, aggregated by the teacher in the same view (SelfPatch).
 
-        Every view counts alike, so a patch of a small local crop weighs more than one of a global crop.
+        Every view has the same weight, so a patch of a small local crop weighs more than one of a global crop.
 
         Args:
             student, teacher: patch logits [V_r·B, N_r, K] for each run of V_r equally sized views.
@@ -150,7 +150,7 @@ class DINOLoss(nn.Module):
         Args:
             batch_means: what batch_means gave for each small batch of the step; averaged here, and over all ranks.
         """
-        # without a patch loss the second centre has no means, and stays
+        # without a patch loss there are no patch means, and the patch centre is unchanged
         for center, means in zip((self.center, self.patch_center), zip(*batch_means, strict=True), strict=False):
             mean = torch.stack(means).mean(0)
             if get_world_size() > 1:

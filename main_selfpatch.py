@@ -39,7 +39,7 @@ from utils import fix_random_seeds, restart_from_checkpoint, save_on_master
 
 
 def choose_augment(augment: str, device: torch.device) -> str:
-    """Where --augment auto augments: on the device, by benchmarks/data.py the faster place on CPUs too.
+    """Where --augment auto augments: on the device; according to benchmarks/data.py that is faster on CPUs too.
 
     MPS has not been measured, and stays with PIL.
     """
@@ -81,7 +81,7 @@ def choose_loss(fused_loss: str, loss_class: type[DINOLoss] | None) -> type[DINO
     """The class of the loss, by --fused_loss; a class of the caller's own is used as it is."""
     if loss_class is None:
         return DINOLoss if fused_loss == "off" else FusedDINOLoss
-    if fused_loss == "on":
+    if fused_loss == "on" and not issubclass(loss_class, FusedDINOLoss):
         raise ConfigError(f"--fused_loss on: {loss_class.__name__} has no fused form, leave the option out")
     return loss_class
 
@@ -201,13 +201,21 @@ def record_bad_images(loader: CropLoader, path: Path) -> None:
     if is_distributed():
         errors = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(errors, loader.bad_images)
-    errors = set().union(*errors)
-    if errors and is_main_process():
-        # a resumed run adds to what it found before
-        lines = sorted(errors.union(path.read_text().splitlines() if path.is_file() else ()))
-        path.write_text("".join(f"{line}\n" for line in lines))
-        print(f"warning: {len(lines)} of {len(loader.dataset)} images cannot be read and are replaced, see {path}",
+    loader.bad_images = set().union(*errors)  # from here on every rank counts what all of them have found
+    if loader.bad_images and is_main_process():
+        encoding = {"encoding": "utf-8", "errors": "surrogateescape"}  # as file names are read
+        try:
+            # a resumed run adds to the list of the run before
+            earlier = path.read_text(**encoding).splitlines() if path.is_file() else ()
+            lines = sorted(loader.bad_images.union(earlier))
+            path.write_text("".join(f"{line}\n" for line in lines), **encoding)
+        except OSError as error:
+            raise TrainingError(f"cannot write {path} ({error.strerror}): make room and run the same command "
+                                "again") from None
+        print(f"warning: {len(loader.bad_images)} of {len(loader.dataset)} images cannot be read and are replaced, "
+              f"see {path}",
               flush=True)
+    loader.check_bad_images()
 
 
 def save(state: dict, path: Path) -> None:
@@ -260,7 +268,7 @@ def start_line(args: argparse.Namespace, processes: Processes, loader: CropLoade
             f"{small_batches} images per step on {processes.device.type} in {str(run.dtype).removeprefix('torch.')}"
             f"{', compiled (the first steps take minutes)' if compiled else ''}; "
             + (f"resuming after epoch {run.epoch - 1}" if run.epoch else "starting from scratch")
-            + (f"\n{loader.dataset.unread()}" if loader.dataset.unread() else ""))
+            + (f"\n{loader.dataset.unread_summary()}" if loader.dataset.unread_summary() else ""))
 
 
 def plain_args(args: argparse.Namespace, world_size: int) -> dict:

@@ -1,4 +1,4 @@
-"""Label propagation through a video, on CPUs with bounds that rule most context patches out before they are compared.
+"""Label propagation through a video. On CPUs, upper bounds rule out most context patches before the full comparison.
 
 A product over a quarter of the dimensions bounds every cosine from above; only patches whose bound reaches the cosine
 of the k-th best are compared in full. The selected patches, ties included, are those of label_propagation.
@@ -11,7 +11,7 @@ from label_propagation import TEMPERATURE, best_matches, label_propagation, prod
 
 SKETCH_SHARE = 1 / 4  # of the features' dimensions, from which similarities are bounded
 MAX_LOOKUPS = 5  # full comparisons per target and context, above which the whole product is faster
-PAIRS_PER_CHUNK = 512  # whose features fit a CPU's cache
+PAIRS_PER_CHUNK = 512  # so that their features fit in a CPU's cache
 
 
 def leading_axes(features: torch.Tensor) -> torch.Tensor:
@@ -83,7 +83,7 @@ def mix_pairs(row: torch.Tensor, cosine: torch.Tensor, labels: torch.Tensor, num
 def propagation_by_bounds(target: torch.Tensor, contexts: torch.Tensor, labels: torch.Tensor,
                           sketches: tuple[torch.Tensor, torch.Tensor], radius: int, topk: int,
                           max_contexts: int) -> torch.Tensor | None:
-    """label_propagation from sketches of the target and of its contexts; None if too many pairs are left."""
+    """label_propagation from sketches of the target and of its contexts; None if too many pairs remain."""
     (height, width, _), limit, mixed = target.shape, MAX_LOOKUPS * len(contexts), []
     if topk > limit:
         return None

@@ -10,7 +10,7 @@ Schedule = Callable[[int], float]
 def cosine_schedule(base: float, final: float, steps: int, warmup_steps: int = 0, start: float = 0.0) -> Schedule:
     """A linear warm-up from start to base, then half a cosine from base towards final.
 
-    The warm-up ends on base and the cosine begins on it, so the peak stands twice, as in DINO. Values are plain
+    The warm-up ends on base and the cosine begins on it, so the peak value occurs twice, as in DINO. Values are plain
     floats: the optimizer's state keeps them, and weights_only loading refuses numpy's.
 
     Args:

@@ -124,8 +124,8 @@ class ClassAttentionBlock(nn.Module):
 class SelfPatchHead(nn.Module):
     """Positive matching and aggregation of neighbouring patches (SelfPatch, Sec. 3).
 
-    The student calls the head, the teacher its targets. Both exist in the paper's plain form and in a faster one,
-    which is the default: set fast to False after changing the plain methods, summarise and aggregate.
+    The student calls the head, the teacher its targets. Both exist in the paper's plain form and in a faster one. The
+    faster one is the default, except in a subclass that overrides the plain methods, summarise or aggregate.
 
     Args:
         in_dim: width of the backbone.
@@ -133,10 +133,15 @@ class SelfPatchHead(nn.Module):
         k_num: positives of a patch among its 8 neighbours.
 
     Raises:
-        ValueError: k_num is not in 1 … 8.
+        ConfigError: k_num is not in 1 … 8.
     """
 
     fast = True
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if {"summarise", "aggregate"} & cls.__dict__.keys():
+            cls.fast = False  # or the change would have no effect
 
     def __init__(self, in_dim: int, num_heads: int, k_num: int = 4):
         super().__init__()
@@ -164,7 +169,7 @@ class SelfPatchHead(nn.Module):
             grid: rows and columns of patches; a square if None.
 
         Raises:
-            ValueError: the grid does not have N patches, or has fewer than 3 in a side.
+            ConfigError: the grid does not have N patches, or has fewer than 3 in a side.
         """
         positives = positive_matching(x, check_grid(x.shape[1], grid), self.k_num)
         if self.fast:
@@ -211,7 +216,7 @@ def check_grid(num_patches: int, grid: tuple[int, int] | None) -> tuple[int, int
     """The grid, a square if None.
 
     Raises:
-        ValueError: it has another number of patches, or fewer than 3 in a side.
+        ConfigError: it has another number of patches, or fewer than 3 in a side.
     """
     grid = grid or (round(num_patches ** 0.5),) * 2
     if grid[0] * grid[1] != num_patches:

@@ -46,7 +46,7 @@ def build_schedules(epochs: int, steps_per_epoch: int, lr: float = 0.0005, min_l
 def build_networks(arch: str, patch_size: int = 16, out_dim: int = 65536, out_dim_selfpatch: int = 4096,
                    k_num: int = 4, norm_last_layer: bool = True, use_bn_in_head: bool = False,
                    drop_path_rate: float = 0.1, use_patches: bool = True) -> tuple[MultiCropWrapper, MultiCropWrapper]:
-    """Student, and teacher: a copy without stochastic depth and gradients.
+    """Student, and teacher: a copy with neither stochastic depth nor gradients.
 
     Args:
         arch: a key of vision_transformer.ARCHS.
@@ -76,7 +76,7 @@ class TrainingRun:
     Args:
         student: a MultiCropWrapper, or DistributedDataParallel around one.
         teacher: a MultiCropWrapper without gradients.
-        dino_loss: DINOLoss, or one with its methods.
+        dino_loss: a DINOLoss, or an object with the same methods.
         optimizer: over optim.get_params_groups(student).
         schedules: what build_schedules gives.
         dtype: of autocast; float32 for none. float16 brings a GradScaler.
@@ -120,10 +120,14 @@ class TrainingRun:
         self.optimizer.param_groups[0]["weight_decay"] = self.schedules.weight_decay(self.step)
 
     def state_dict(self) -> dict:
-        """The published layout; the student's keys begin with module. under DistributedDataParallel."""
-        return {"student": self.student.state_dict(), "teacher": self.teacher.state_dict(),
-                "optimizer": self.optimizer.state_dict(), "epoch": self.epoch,
-                "dino_loss": self.dino_loss.state_dict(), "fp16_scaler": self.scaler.state_dict()}
+        """The published layout; the student's keys begin with module. under DistributedDataParallel.
+
+        Within an epoch there is a "step" as well; at its end, epoch says it, whatever the number of steps in one.
+        """
+        state = {"student": self.student.state_dict(), "teacher": self.teacher.state_dict(),
+                 "optimizer": self.optimizer.state_dict(), "epoch": self.epoch,
+                 "dino_loss": self.dino_loss.state_dict(), "fp16_scaler": self.scaler.state_dict()}
+        return state | ({"step": self.step} if self.step % self.steps_per_epoch else {})
 
     def load_state_dict(self, state: dict) -> None:
         """Continue from state, strictly; with or without DistributedDataParallel, and with or without a scaler.
@@ -135,15 +139,20 @@ class TrainingRun:
                  "dino_loss": self.dino_loss}
         if missing := [name for name in (*parts, "epoch") if name not in state]:
             raise ConfigError(f"has no {missing[0]!r}, only {', '.join(map(str, state))}")
+        if wrong := [name for name in parts if not isinstance(state[name], dict)]:
+            raise ConfigError(f"its {wrong[0]} is a {type(state[wrong[0]]).__name__}, not a state dict")
+        step = state.get("step", state["epoch"] * self.steps_per_epoch if isinstance(state["epoch"], int) else None)
+        if not isinstance(step, int):
+            raise ConfigError(f"its epoch is {state['epoch']!r}, not a number")
+        if state.get("fp16_scaler") and self.scaler.is_enabled():  # empty where that run was not in float16
+            parts["fp16_scaler"] = self.scaler
         for name, part in parts.items():
             try:
                 if name == "optimizer":
                     load_optimizer(part, state[name])
                 else:
                     part.load_state_dict({key.removeprefix("module."): value for key, value in state[name].items()})
-            except (RuntimeError, ValueError, KeyError) as error:
+            except (RuntimeError, ValueError, LookupError, AttributeError, TypeError) as error:
                 lines = [line.strip() for line in str(error).splitlines()[:4]]
                 raise ConfigError(f"its {name} does not fit this run's options: {'; '.join(lines)}") from None
-        if state.get("fp16_scaler") and self.scaler.is_enabled():  # empty where that run was not in float16
-            self.scaler.load_state_dict(state["fp16_scaler"])
-        self.step = state["epoch"] * self.steps_per_epoch
+        self.step = step

@@ -1,4 +1,4 @@
-"""The helpers that people who know DINO look for here; most live in modules by subject."""
+"""Helpers under DINO's names; most are defined in modules by subject."""
 import argparse
 import random
 from pathlib import Path

@@ -96,7 +96,7 @@ def test_each_file_once_where_links_lead_back(folder):
 def test_formats_that_are_not_read_are_counted(folder):
     for name in ("class0/a.heic", "class0/b.HEIC", "class1/c.gif", "class1/notes.txt"):
         (folder / name).touch()
-    assert build_dataset(folder).unread().startswith("not read: 1 .gif, 2 .heic (only .jpg")
+    assert build_dataset(folder).unread_summary().startswith("not read: 1 .gif, 2 .heic (only .jpg")
     for path in folder.rglob("*.jpg"):
         path.unlink()
     with pytest.raises(ConfigError, match="no images in them: not read: 1 .gif, 2 .heic .only .jpg"):
@@ -140,8 +140,15 @@ def test_too_many_unreadable_images_end_the_epoch_with_a_list(folder):
         list(loader)
 
 
+@pytest.mark.parametrize("path, augment, message", [
+    ("nowhere", "pil", "no folder nowhere"), (__file__, "pil", "no folder"), (".", "auto", "must be device or pil")])
+def test_arguments_that_make_no_data_set(path, augment, message):
+    with pytest.raises(ConfigError, match=message):
+        build_dataset(path, augment=augment)
+
+
 def test_a_data_set_without_one_readable_image(folder):
     for path in folder.rglob("*.jpg"):
         path.write_bytes(b"")
-    with pytest.raises(UnreadableImage, match="nor the 11 images after it"):
+    with pytest.raises(UnreadableImage, match="neither can the 11 images after it"):
         build_dataset(folder)[0]

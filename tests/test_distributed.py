@@ -113,7 +113,7 @@ def test_who_waits_says_so(clean_env, capsys, tmp_path, env, variables):
     assert f"({variables}) waits for {others} {place} until 20" in notice and "0.01 minutes" in notice
     unset = "unset " + " ".join(word.split("=")[0] for word in variables.split())
     assert notice.endswith(unset) and end.endswith(unset)
-    assert f"could not join {others} {place}: they did not all come within 0.01 minutes (--dist_timeout)" in end
+    assert f"could not join {others} {place}: not all of them joined within 0.01 minutes (--dist_timeout)" in end
 
 
 def test_no_word_without_a_wait(clean_env, capsys):

@@ -44,7 +44,8 @@ def run_step(batch, use_bn=False, accum_steps=1, compiled=False, loss_class=Fuse
                        accum_steps=accum_steps)
     share = [crop.chunk(world_size)[rank].chunk(accum_steps) for crop in batch]
     losses = train_step(run, zip(*share, strict=True))
-    return {"losses": torch.stack(losses[:3]), "centres": dino_loss.state_dict(), "weights": student.state_dict(),
+    return {"losses": torch.stack(losses[:3]), "entropies": torch.stack(losses[3:]),
+            "centres": dino_loss.state_dict(), "weights": student.state_dict(),
             "buffers": dict(student.named_buffers()),
             "grads": {name: p.grad for name, p in student.named_parameters() if p.grad is not None}}
 
@@ -90,6 +91,11 @@ def test_two_processes_equal_one_with_all_the_images(two_processes, case):
         for name, ours in one[part].items():
             for rank in (first, second):
                 torch.testing.assert_close(rank[part][name], ours, rtol=1e-5, atol=1e-5, msg=f"{part} {name}")
+    if case.startswith("plain"):  # entropies are of a rank's own images: the two forms agree rank by rank
+        counterpart = {"plain": "fused", "plain, small batches": "small batches"}[case]
+        fused = [torch.load(folder / f"{counterpart}.{rank}.pth") for rank in (0, 1)]
+        for rank, other in zip((first, second), fused, strict=True):
+            torch.testing.assert_close(rank["entropies"], other["entropies"], rtol=1e-5, atol=1e-6)
     if use_bn:
         assert any("running_mean" in name for name in one["buffers"])
 

@@ -25,6 +25,11 @@ def make_loss(request, monkeypatch):
     return make
 
 
+def test_the_fused_form_refuses_methods_that_it_does_not_use():
+    with pytest.raises(TypeError, match="Variant.teacher_probs would have no effect"):
+        type("Variant", (FusedDINOLoss,), {"teacher_probs": lambda *_: None})
+
+
 def make_output(scale=1.0):
     """Image logits [V·B, K], patch logits of 2 global and 3 local views."""
     image, patch = torch.randn(K, 6) * scale, torch.randn(KP, 6) * scale

@@ -1,5 +1,6 @@
 """Resuming, to the bit, and runs that must not be saved."""
 import argparse
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -8,14 +9,18 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from networks import assert_same, shrink_job
+from networks import assert_same, shrink_job, small_wrapper
 from small_job import load, options
 
 import engine
 import main_selfpatch
-from errors import TrainingError
+from engine import train_step
+from errors import ConfigError, TrainingError
+from fused_loss import FusedDINOLoss
 from logger import MetricLogger
 from main_selfpatch import train_dino
+from optim import build_optimizer
+from training_run import TrainingRun, build_schedules
 
 EARLIER_RUN = Path(__file__).parent / "earlier_run"
 pytestmark = [pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning"),
@@ -127,3 +132,35 @@ def test_a_run_of_an_earlier_version_continues(image_folder, tmp_path, monkeypat
     ours = json.loads((tmp_path / "log.txt").read_text())
     assert ours == pytest.approx(json.loads((EARLIER_RUN / "log.txt").read_text().splitlines()[1]), rel=1e-3)
     assert load(tmp_path / "checkpoint.pth").keys() == load(EARLIER_RUN / "checkpoint.pth").keys()
+
+
+def test_a_run_saved_within_an_epoch_continues_at_its_step():
+    """Seven steps of five an epoch, then three more, are as ten in one go, to the bit."""
+    def new_run():
+        torch.manual_seed(0)
+        student, teacher = small_wrapper(), small_wrapper().requires_grad_(False)
+        return TrainingRun(student, teacher, FusedDINOLoss(12, 10, 3), build_optimizer(student),
+                           build_schedules(2, 5, lr=0.1, warmup_epochs=1))
+
+    batches = [[torch.randn(2, 3, 32, 32) for _ in range(3)] for _ in range(10)]
+    whole, first, second = new_run(), new_run(), new_run()
+    for batch in batches:
+        train_step(whole, [batch])
+    for batch in batches[:7]:
+        train_step(first, [batch])
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    assert second.step == 7 and "step" not in whole.state_dict()
+    for batch in batches[7:]:
+        train_step(second, [batch])
+    assert_same(second.state_dict(), whole.state_dict())
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"student": None}, "student is a NoneType"), ({"epoch": "x"}, "epoch is 'x'"),
+    ({"optimizer": {"param_groups": [], "state": {}}}, "optimizer does not fit"),
+    ({"teacher": {}}, "teacher does not fit")])
+def test_states_that_do_not_fit_are_config_errors(change, message):
+    student, teacher = small_wrapper(), small_wrapper().requires_grad_(False)
+    run = TrainingRun(student, teacher, FusedDINOLoss(12, 10, 3), build_optimizer(student), build_schedules(1, 2))
+    with pytest.raises(ConfigError, match=message):
+        run.load_state_dict(run.state_dict() | change)

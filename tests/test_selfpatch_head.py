@@ -4,7 +4,7 @@ import torch
 from golden_rules import assert_close, load, rand, set_weights
 from networks import small_wrapper
 
-from selfpatch_head import MultiCropWrapper, SelfPatchHead, positive_matching
+from selfpatch_head import MultiCropWrapper, SelfPatchHead, gather_patches, positive_matching
 from vision_transformer import DINOHead, vit_tiny
 
 
@@ -66,19 +66,34 @@ def test_aggregation_is_class_attention_over_the_positives_alone():
     torch.testing.assert_close(targets[:, 0], head(x)[:, 0])
 
 
-def test_fast_and_plain_forms_are_the_same():
+def test_fast_and_plain_forms_are_the_same(monkeypatch):
     """Outputs, and gradients of the input and of every parameter, of the student's and of the teacher's call."""
     torch.manual_seed(0)
     head, x = set_weights(SelfPatchHead(24, 3, 4), salt=0), torch.randn(2, 45, 24, requires_grad=True)
     for call in (head, lambda x: head.targets(x, (5, 9)), head.image_token):
         outputs, gradients = [], []
         for head.fast in (True, False):
-            outputs.append(call(x))
+            other = ("summarise", "aggregate") if head.fast else ("summarise_absorbed", "aggregate_projected")
+            with monkeypatch.context() as patch:
+                for name in other:
+                    patch.setattr(head, name, lambda *_, name=name: pytest.fail(f"used {name}"))
+                outputs.append(call(x))
             leaves = [x, *head.parameters()]
             gradients.append(torch.autograd.grad(outputs[-1].square().mean(), leaves, allow_unused=True))
         torch.testing.assert_close(*outputs)
         for fast, plain in zip(*gradients, strict=True):
             torch.testing.assert_close(fast, plain, rtol=1e-4, atol=1e-6)
+
+
+def test_a_changed_aggregation_is_used():
+    class Mean(SelfPatchHead):
+        def aggregate(self, x, positives):
+            return gather_patches(x, positives).mean(1).unflatten(0, positives.shape[:2])
+
+    head, x = Mean(24, 3, 4), torch.randn(2, 45, 24)
+    expected = head.norm(head.aggregate(x, positive_matching(x, (5, 9), 4)))
+    torch.testing.assert_close(head.targets(x, (5, 9))[:, 1:], expected)
+    assert SelfPatchHead.fast and not Mean.fast
 
 
 @torch.no_grad()
