@@ -1,16 +1,14 @@
-"""Files become batches of crops on the device: the data set, and a loader that copies ahead of the current step."""
+"""The training images: files in class folders, each as random crops. loader.py makes batches of them."""
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
-from torch.utils.data import DataLoader, DistributedSampler
 from torchvision.datasets import ImageFolder
 
 from augmentations import DataAugmentationDINO
-from device_augmentations import DeviceAugmentation, RandomCrops
-from errors import ConfigError, TrainingError
+from device_augmentations import RandomCrops
+from errors import ConfigError
 from image_files import (
     IMAGE_SUFFIXES,
     UnreadableImage,
@@ -95,80 +93,3 @@ def build_dataset(data_path: str | Path, global_crops_scale: tuple[float, float]
         raise ConfigError(f"--data_path {data_path} has class folders, but no images in them: "
                           + (dataset.unread_summary() or f"files ending in {' '.join(IMAGE_SUFFIXES)}"))
     return dataset
-
-
-def prefetch(batches: Iterable[list[torch.Tensor]], device: torch.device,
-             copy_stream: torch.cuda.Stream | None = None) -> Iterator[list[torch.Tensor]]:
-    """The batches on the device.
-
-    On a GPU, copies from pinned memory run on copy_stream. No operation of a training step waits for the GPU, so the
-    next batch is asked for, and copied, while the GPU still works on this one.
-    """
-    for crops in batches:
-        if copy_stream is None:
-            yield [crop.to(device) for crop in crops]
-            continue
-        with torch.cuda.stream(copy_stream):
-            crops = [crop.to(device, non_blocking=True) for crop in crops]
-        stream = torch.cuda.current_stream(device)
-        stream.wait_stream(copy_stream)
-        for crop in crops:
-            crop.record_stream(stream)  # or the allocator could give the memory to the next copy too early
-        yield crops
-
-
-class CropLoader:
-    """Batches of this rank's share of the images, reshuffled by sampler.set_epoch.
-
-    A batch is a list of V normalised crops, float32 [B, 3, H, W], on the device: 2 global ones, then the local ones.
-    Images that cannot be read are replaced; bad_images has the reasons.
-
-    Args:
-        dataset: from build_dataset.
-        batch_size: B, images of this rank.
-        num_workers: processes that load and crop; 0 does it in this one.
-        rank, world_size: which share of how many.
-        seed: of the order of images.
-        compiled: fuse the augmentation on the device with torch.compile.
-        max_bad_images: share of the images that may be unreadable.
-
-    Raises:
-        TrainingError: while iterating, if more images than that are unreadable.
-    """
-
-    def __init__(self, dataset: ClassFolders, batch_size: int, num_workers: int = 0,
-                 device: torch.device | str = "cpu", rank: int = 0, world_size: int = 1, seed: int = 0,
-                 compiled: bool = False, max_bad_images: float = 0.001):
-        self.dataset, self.batch_size, self.device = dataset, batch_size, torch.device(device)
-        self.max_bad_images, self.bad_images = max_bad_images, set()
-        self.sampler = DistributedSampler(dataset, world_size, rank, shuffle=True, seed=seed)
-        on_gpu = self.device.type == "cuda"
-        # workers start anew each epoch: persistent ones would carry random state that a resumed run does not have
-        self.batches = DataLoader(dataset, batch_size, sampler=self.sampler, num_workers=num_workers,
-                                  pin_memory=on_gpu, drop_last=True)
-        self.copy_stream = torch.cuda.Stream(self.device) if on_gpu else None
-        self.augment = None
-        if isinstance(dataset.transform, RandomCrops):
-            self.augment = DeviceAugmentation(dataset.transform.local_crops_number, compiled).to(self.device)
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Iterator[list[torch.Tensor]]:
-        for crops in prefetch(self.readable(), self.device, self.copy_stream):
-            yield self.augment(crops) if self.augment else crops
-
-    def readable(self) -> Iterator[list[torch.Tensor]]:
-        """The crops of each batch, on the CPU; what could not be read is counted."""
-        for crops, errors in self.batches:
-            self.bad_images.update(filter(None, errors))
-            self.check_bad_images()
-            yield crops
-
-    def check_bad_images(self) -> None:
-        """Raise TrainingError if more than the share max_bad_images of the data set is in bad_images."""
-        if len(self.bad_images) > self.max_bad_images * len(self.dataset):
-            listed = sorted(self.bad_images)
-            raise TrainingError("; ".join(listed[:5]) + (f"; and {len(listed) - 5} more" if listed[5:] else "")
-                                + f" ({len(listed)} of {len(self.dataset)} images, which is more than "
-                                f"--max_bad_images {self.max_bad_images:g})")

@@ -8,9 +8,9 @@ from itertools import islice
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from data import CropLoader
 from distributed import get_world_size, is_main_process, peak_memory_gb
 from errors import TrainingError
+from loader import CropLoader
 from logger import MetricLogger
 from losses import DINOLoss, Losses
 from optim import cancel_gradients_last_layer, clip_gradients, update_teacher

@@ -7,10 +7,23 @@ Library code raises; only a job's main ends the process:
 """
 import argparse
 import os
+import signal
 import sys
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
+
+LONGEST_MESSAGE = 4000  # characters: a file chooses the names in a message, and their length
+CONTINUE_STATUS = 75  # EX_TEMPFAIL of sysexits.h: start the same command again
+
+
+def printable(text: object) -> str:
+    """The text as one line for a terminal: control characters become ?, and a text of over 4000 characters is cut."""
+    text = str(text)
+    line = "".join("?" if unicodedata.category(char) in ("Cc", "Cf", "Cs", "Zl", "Zp") else char
+                   for char in text[:LONGEST_MESSAGE])
+    return line if len(text) <= LONGEST_MESSAGE else f"{line}…"
 
 
 class ConfigError(ValueError):
@@ -33,6 +46,18 @@ class ConfigError(ValueError):
 
 class TrainingError(RuntimeError):
     """Training cannot continue, for a reason found on the way; the message says what to try. Exit status 1."""
+
+    every_rank, status = True, 1
+
+
+class RunStopped(TrainingError):
+    """A run was asked to end and has saved: the same command continues it. Exit status 75."""
+
+    every_rank, status = False, CONTINUE_STATUS
+
+    def __init__(self, message: str, signal_number: int | None = None):
+        super().__init__(message)
+        self.signal_number = signal_number
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -66,18 +91,25 @@ def is_first_of_machine() -> bool:
 
 def report(error: Exception) -> int:
     """Print an error as one line on stderr, once per machine unless it asks for more; return the exit status."""
-    if getattr(error, "every_rank", isinstance(error, TrainingError)) or is_first_of_machine():
-        print(f"{program_name()}: error: {error}", file=sys.stderr)
-    return 1 if isinstance(error, TrainingError) else 2
+    if error.every_rank or is_first_of_machine():
+        kind = "" if isinstance(error, RunStopped) else "error: "
+        print(f"{program_name()}: {kind}{printable(error)}", file=sys.stderr, flush=True)
+    return getattr(error, "status", 2)
 
 
 def run_main(main: Callable[..., int | None], *args) -> NoReturn:
     """Call main(*args) and end the process with the status it returns.
 
-    A ConfigError becomes one line and status 2, a TrainingError one line and status 1.
+    A ConfigError becomes one line and status 2, a TrainingError one line and its status; Ctrl-C one line, and the
+    process ends as by that signal.
     """
     try:
         status = main(*args)
     except (ConfigError, TrainingError) as error:
         status = report(error)
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # nothing is left to interrupt
+        if is_first_of_machine():
+            print(f"{program_name()}: interrupted", file=sys.stderr, flush=True)
+        status = 128 + signal.SIGINT
     sys.exit(status)

@@ -7,9 +7,11 @@
 - Whatever is wrong with a file is an UnreadableImage that names it. Only regular files are opened: a FIFO would hang.
 - Hidden files and folders (._photo.jpg, .ipynb_checkpoints) are not part of a data set.
 """
+import errno
 import io
 import os
 import stat
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -29,6 +31,10 @@ except ImportError:  # torchvision 0.29 announces the end of its decoders; PIL t
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 OTHER_IMAGE_SUFFIXES = (".gif", ".heic", ".heif", ".avif", ".jp2", ".jxl", ".svg", ".psd", ".raw", ".cr2", ".nef",
                         ".dng", ".arw", ".jfif", ".exr", ".hdr", ".tga", ".ico")
+# what a network file system may report once: the file is read again
+TRANSIENT_ERRORS = {errno.EIO, errno.ESTALE, errno.EAGAIN, errno.ETIMEDOUT, errno.ENOTCONN, errno.ECONNRESET,
+                    errno.EHOSTDOWN}
+RETRY_SECONDS = (0.1, 1.0)  # before the second and the third attempt
 MAX_PIXELS = 179_000_000  # PIL's own limit against decompression bombs, twice MAX_IMAGE_PIXELS
 
 UNDO_ORIENTATION = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
@@ -92,7 +98,7 @@ def read_bytes(path: str | Path) -> bytes:
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise UnreadableImage(f"{path} is not a regular file")
-        data = Path(path).read_bytes()
+        data = read_with_retries(path)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path, and what is raised above
         if isinstance(error, UnreadableImage):
             raise
@@ -100,6 +106,18 @@ def read_bytes(path: str | Path) -> bytes:
     if not data:
         raise UnreadableImage(f"cannot read the image {path} (0 bytes): replace it or remove it")
     return data
+
+
+def read_with_retries(path: str | Path) -> bytes:
+    """The bytes of a file, of which the first two transient errors are ignored."""
+    for seconds in RETRY_SECONDS:
+        try:
+            return Path(path).read_bytes()
+        except OSError as error:
+            if error.errno not in TRANSIENT_ERRORS:
+                raise
+            time.sleep(seconds)
+    return Path(path).read_bytes()
 
 
 def open_image(path: str | Path, data: bytes | None = None) -> Image.Image:

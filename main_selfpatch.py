@@ -20,12 +20,13 @@ from torch import nn
 from augmentations import DataAugmentationDINO  # noqa: F401 (DINO's users import it from here)
 from batchnorm import sync_batchnorms
 from checkpoint_files import CheckpointError
-from data import CropLoader, build_dataset
+from data import build_dataset
 from distributed import Processes, init_distributed_mode, is_distributed, is_main_process, keep_freed_memory
 from engine import health_warnings, train_one_epoch
 from errors import ArgumentParser, ConfigError, TrainingError, run_main
 from fused_loss import FusedDINOLoss
 from image_files import UnreadableImage
+from loader import CropLoader
 from logger import RunLog
 from losses import DINOLoss
 from optim import all_finite, build_optimizer

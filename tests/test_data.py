@@ -4,9 +4,10 @@ import shutil
 import pytest
 import torch
 
-from data import CropLoader, build_dataset, prefetch
+from data import build_dataset
 from errors import ConfigError, TrainingError
 from image_files import UnreadableImage
+from loader import CropLoader, prefetch
 from main_selfpatch import choose_augment
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")
@@ -19,7 +20,7 @@ def test_ranks_share_the_images_and_epochs_shuffle_them(image_folder):
         dataset.loader = str
         loader = CropLoader(dataset, batch_size=4, rank=rank, world_size=2, seed=3)
         loader.sampler.set_epoch(epoch)
-        return [path for batch, _ in loader.batches for path in batch]
+        return [path for batch, *_ in loader.batches for path in batch]
 
     first, second = paths(0, 0), paths(1, 0)
     assert len(first) == len(second) == 4  # of 6 each: the last 2 are no whole batch
