@@ -36,6 +36,15 @@ class CheckpointError(ConfigError):
         super().__init__(printable(message), every_rank)
 
 
+class WriteError(CheckpointError):
+    """A checkpoint that could not be written; errno says why."""
+
+    def __init__(self, path: str | Path, error: OSError):
+        kept = "; the file that was there before is kept" if os.path.isfile(path) else ""
+        super().__init__(f"{path} cannot be written: {error.strerror or error}{kept}")
+        self.errno = error.errno
+
+
 class HistoryPlaceholder:
     """Replaces mmengine's HistoryBuffer, which its training checkpoints contain but this project does not need."""
 
@@ -79,15 +88,16 @@ def allowed_classes() -> list:
     return ALLOWED_CLASSES + [entry for entry in PLACEHOLDERS if entry[1] not in registered]
 
 
-def write_checkpoint(state: dict, path: str | Path) -> None:
+def write_checkpoint(state: dict, path: str | Path, previous: Path | None = None) -> None:
     """Save state atomically: after a crash at any moment, path is either the old file or the complete new one.
 
     Args:
         state: anything that torch.save takes; a flat dictionary of tensors if path ends in .safetensors.
         path: file to write or replace.
+        previous: where the file that was there before is kept.
 
     Raises:
-        CheckpointError: the disk is full or cannot be written; the old file is kept.
+        WriteError: the disk is full or cannot be written; the old file is kept.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # two processes never write to one file
@@ -101,15 +111,27 @@ def write_checkpoint(state: dict, path: str | Path) -> None:
                 torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
+        if previous is not None and path.is_file():
+            keep_as(path, previous)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
         if (cause := _os_error(error)) is None:
             raise
-        kept = "; the file that was there before is kept" if os.path.isfile(path) else ""
-        raise CheckpointError(f"{path} cannot be written: {cause.strerror or cause}{kept}") from None
+        raise WriteError(path, cause) from None
     finally:
         with contextlib.suppress(OSError):  # a disk that became read-only
             temporary.unlink(missing_ok=True)
+
+
+def keep_as(path: Path, name: Path) -> None:
+    """Give a file a second name, in place of what has that name; where there are no hard links, rename it."""
+    temporary = name.with_name(f".{name.name}.{os.getpid()}.tmp")
+    try:
+        os.link(path, temporary)
+    except OSError:
+        os.replace(path, name)
+    else:
+        os.replace(temporary, name)
 
 
 def _os_error(error: BaseException | None) -> OSError | None:

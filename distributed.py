@@ -6,13 +6,16 @@ import re
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from datetime import datetime, timedelta
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from errors import ConfigError, program_name
+from errors import ConfigError, TrainingError, program_name
+
+T = TypeVar("T")
 
 
 class Processes(NamedTuple):
@@ -198,6 +201,37 @@ def get_world_size() -> int:
 
 def is_main_process() -> bool:
     return get_rank() == 0
+
+
+def together(function: Callable[[], T]) -> T:
+    """Call function on every rank, and where one of them raises, raise the first error on all of them.
+
+    A rank that ended alone would leave the others waiting for it.
+    """
+    result, error = None, None
+    try:
+        result = function()
+    except (ConfigError, TrainingError) as raised:
+        error = raised
+    if is_distributed():
+        errors = [None] * get_world_size()
+        dist.all_gather_object(errors, error)
+        error = next((one for one in errors if one), None)
+        if error:
+            error.every_rank = False  # all ranks of a machine have it
+    if error:
+        raise error
+    return result
+
+
+def on_main_process(function: Callable[[], T]) -> T:
+    """What function returns on rank 0, on every rank; if it raises there, raise it on all of them."""
+    result = together(lambda: function() if is_main_process() else None)
+    if is_distributed():
+        results = [result]
+        dist.broadcast_object_list(results)
+        result = results[0]
+    return result
 
 
 def keep_freed_memory() -> None:

@@ -1,7 +1,7 @@
 """One step, one epoch, and the line of progress."""
 import datetime
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from itertools import islice
 
@@ -13,7 +13,7 @@ from errors import TrainingError
 from loader import CropLoader
 from logger import MetricLogger
 from losses import DINOLoss, Losses
-from optim import cancel_gradients_last_layer, clip_gradients, update_teacher
+from optim import all_finite, cancel_gradients_last_layer, clip_gradients, update_teacher
 from training_run import TrainingRun
 
 
@@ -63,18 +63,22 @@ def small_batch_losses(run: TrainingRun, crops: list[torch.Tensor]) -> tuple[Los
     return losses, run.dino_loss.batch_means(targets)
 
 
-def train_one_epoch(run: TrainingRun, loader: CropLoader, log_every: int = 10) -> dict[str, float]:
-    """Train through the loader once; the epoch's means over all ranks.
+def train_one_epoch(run: TrainingRun, loader: CropLoader, log_every: int = 10, logger: MetricLogger | None = None,
+                    after_step: Callable[[], None] = lambda: None) -> dict[str, float]:
+    """Train through the loader once, or through what is left of the epoch; the epoch's means over all ranks.
 
     Args:
         log_every: steps between two lines of progress, which rank 0 prints.
+        logger: with the sums of the epoch's steps that are done already.
+        after_step: called after every step but the epoch's last; what it raises ends the epoch.
 
     Raises:
         TrainingError: a loss was NaN or infinite.
     """
-    logger, batches, steps = MetricLogger(window=log_every), iter(loader), run.steps_per_epoch
+    logger = logger or MetricLogger(window=log_every)
+    batches, steps = iter(loader), run.steps_per_epoch
     images_per_step = loader.batch_size * run.accum_steps * get_world_size()
-    for step in range(1, steps + 1):
+    for step in range(run.step % steps + 1, steps + 1):
         losses = train_step(run, islice(batches, run.accum_steps))
         logger.update(**losses._asdict())
         if step % log_every == 0 or step == steps:
@@ -82,6 +86,8 @@ def train_one_epoch(run: TrainingRun, loader: CropLoader, log_every: int = 10) -
             check_finite(logger, run)
             if is_main_process():
                 print(progress_line(logger, run, images_per_step), flush=True)
+        if step < steps:
+            after_step()
     logger.synchronize_between_processes(run.device)
     return {"loss": logger["total"].global_avg, "clsloss": logger["image"].global_avg,
             "patchloss": logger["patch"].global_avg, "lr": run.schedules.lr(run.step - 1),
@@ -99,6 +105,15 @@ def check_finite(logger: MetricLogger, run: TrainingRun) -> None:
             raise TrainingError(f"the loss was {value} at step {step_of_epoch} of epoch {epoch} (iteration {step}): "
                                 "the same command continues from the last checkpoint; try --precision fp32, a smaller "
                                 "--clip_grad or --lr")
+
+
+def check_weights(run: TrainingRun) -> None:
+    """Raise TrainingError if a weight of the student is NaN or infinite."""
+    if not all_finite(run.student_module):
+        epoch, step = divmod(run.step - 1, run.steps_per_epoch)
+        raise TrainingError(f"step {step} of epoch {epoch}, or one before it, made weights NaN or infinite, so they "
+                            "are not saved: the same command continues from the last checkpoint; try a smaller --lr "
+                            "or --clip_grad")
 
 
 def prototypes(dino_loss: DINOLoss) -> dict[str, int]:

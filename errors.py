@@ -6,6 +6,7 @@ Library code raises; only a job's main ends the process:
         run_main(main)
 """
 import argparse
+import errno
 import os
 import signal
 import sys
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import NoReturn
 
 LONGEST_MESSAGE = 4000  # characters: a file chooses the names in a message, and their length
+# of a disk, and may well be gone at the next attempt
+PASSING_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EAGAIN, errno.ETIMEDOUT}
 CONTINUE_STATUS = 75  # EX_TEMPFAIL of sysexits.h: start the same command again
 
 
@@ -100,8 +103,7 @@ def report(error: Exception) -> int:
 def run_main(main: Callable[..., int | None], *args) -> NoReturn:
     """Call main(*args) and end the process with the status it returns.
 
-    A ConfigError becomes one line and status 2, a TrainingError one line and its status; Ctrl-C one line, and the
-    process ends as by that signal.
+    A ConfigError becomes one line and status 2, a TrainingError one line and its status, Ctrl-C one line and 130.
     """
     try:
         status = main(*args)

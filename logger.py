@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from distributed import is_distributed
-from errors import ConfigError, TrainingError, describe
+from errors import PASSING_ERRORS, ConfigError, TrainingError, describe
 
 
 class SmoothedValue:
@@ -61,6 +61,16 @@ class MetricLogger:
             self.seconds_per_step = (time.time() - self.last_read) / self.steps
         self.steps, self.last_read = 0, time.time()
 
+    def state_dict(self) -> dict[str, list[float]]:
+        """Sum and number of each series, of this rank."""
+        self.read()
+        return {name: [meter.total, meter.count] for name, meter in self.meters.items()}
+
+    def load_state_dict(self, state: dict[str, list[float]]) -> None:
+        for name, (total, count) in state.items():
+            meter = self.meters.setdefault(name, SmoothedValue(self.window))
+            meter.total, meter.count = total, count
+
     def __getitem__(self, name: str) -> SmoothedValue:
         return self.meters[name]
 
@@ -102,41 +112,95 @@ def read_log(path: Path) -> str:
                           "--output_dir") from None
 
 
+def parse_row(line: str) -> dict | None:
+    """A line of log.txt as a row; None for any other text."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("epoch"), int) else None
+
+
+def reconcile(text: str, rows: list[dict]) -> str:
+    """log.txt as it should be: the rows of the checkpoint, each once, and lines that are no rows where they were.
+
+    A process that is killed between checkpoint and log leaves a row missing, half written, or of an epoch that will be
+    done again.
+    """
+    lines, seen = [], set()
+    expected = {row["epoch"]: row for row in rows}
+    for line in text.splitlines(keepends=True):
+        row = parse_row(line)
+        if row is None and line.endswith("\n"):
+            lines.append(line)
+        elif row and row["epoch"] in expected and row["epoch"] not in seen:
+            seen.add(row["epoch"])
+            lines.append(json.dumps(expected[row["epoch"]]) + "\n")
+    return "".join(lines + [json.dumps(row) + "\n" for epoch, row in expected.items() if epoch not in seen])
+
+
+def make_row(stats: dict[str, float], epoch: int) -> dict[str, float]:
+    """An epoch's line in log.txt, with DINO's names."""
+    return {f"train_{name}": value for name, value in stats.items()} | {"epoch": epoch}
+
+
 class RunLog:
     """log.txt, one JSON object per line and epoch, and TensorBoard curves if asked for.
+
+    Args:
+        output: the run's folder.
+        resumed: whether the run continues; one that begins where an older log lies adds to it.
+        start_epoch: epochs that are done.
+        rows: theirs, from the checkpoint; None: those in log.txt.
+
+    Attributes:
+        rows: one for each epoch, to which write's are added.
 
     Raises:
         ConfigError: they cannot be written.
     """
 
-    def __init__(self, output: Path, start_epoch: int, tensorboard: bool):
+    def __init__(self, output: Path, resumed: bool = False, start_epoch: int = 0, tensorboard: bool = False,
+                 rows: list[dict] | None = None):
         check_log(output, tensorboard)
         self.path, self.board = output / "log.txt", None
         text = read_log(self.path) if self.path.is_file() else ""
-        half_line = text and not text.endswith("\n")  # of a run that was killed
+        if rows is None:
+            found = {row["epoch"]: row for row in map(parse_row, text.splitlines()) if row}
+            rows = [found[epoch] for epoch in sorted(found) if epoch < start_epoch]
+        self.rows = rows
+        self.older = "" if resumed else text + "\n" * bool(text and not text.endswith("\n"))
         try:
-            with open(self.path, "a") as file:
-                file.write("\n" if half_line else "")
+            self.rewrite(text)
             if tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
                 self.board = SummaryWriter(output / "tensorboard", purge_step=start_epoch)
         except OSError as error:
             raise ConfigError(f"cannot write to {error.filename or output} ({error.strerror})") from None
 
-    def write(self, stats: dict[str, float], epoch: int) -> None:
-        """Append an epoch.
+    def rewrite(self, text: str) -> None:
+        """Make text, what log.txt holds, what it should hold."""
+        wanted = self.older + reconcile(text[len(self.older):], self.rows)
+        if wanted != text or not self.path.is_file():
+            temporary = self.path.with_name(f".log.txt.{os.getpid()}.tmp")
+            temporary.write_text(wanted, encoding="utf-8")
+            os.replace(temporary, self.path)
+
+    def write(self, row: dict[str, float]) -> None:
+        """Append an epoch's row, which rows has already, and the rows that could not be written before.
 
         Raises:
-            TrainingError: the disk is full, or the folder has become unwritable.
+            TrainingError: the folder has become unwritable. A full disk is a warning.
         """
-        row = {f"train_{name}": value for name, value in stats.items()} | {"epoch": epoch}
         try:
-            with open(self.path, "a") as file:
-                file.write(json.dumps(row) + "\n")
+            self.rewrite(read_log(self.path) if self.path.is_file() else "")
             if self.board:
-                for name, value in stats.items():
-                    self.board.add_scalar(f"train/{name}", value, epoch)
+                for name, value in row.items():
+                    if name != "epoch":
+                        self.board.add_scalar(name.replace("_", "/", 1), value, row["epoch"])
                 self.board.flush()
         except OSError as error:
-            raise TrainingError(f"cannot write to {error.filename or self.path} ({error.strerror}): make room and run "
-                                "the same command again: it continues from the last checkpoint") from None
+            message = f"cannot write to {self.path} ({error.strerror})"
+            if error.errno not in PASSING_ERRORS:
+                raise TrainingError(f"{message}: the same command continues from the last checkpoint") from None
+            print(f"warning: {message}; training goes on, and the next epoch will try again", flush=True)

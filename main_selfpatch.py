@@ -8,87 +8,41 @@ The same command again continues from output_dir/checkpoint.pth.
 """
 import argparse
 import errno
-import importlib.util
-import os
-import shutil
 from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from augmentations import DataAugmentationDINO  # noqa: F401 (DINO's users import it from here)
 from batchnorm import sync_batchnorms
-from checkpoint_files import CheckpointError
 from data import build_dataset
-from distributed import Processes, init_distributed_mode, is_distributed, is_main_process, keep_freed_memory
-from engine import health_warnings, train_one_epoch
-from errors import ArgumentParser, ConfigError, TrainingError, run_main
+from distributed import (
+    Processes,
+    init_distributed_mode,
+    is_distributed,
+    is_main_process,
+    keep_freed_memory,
+    on_main_process,
+    together,
+)
+from engine import check_finite, check_weights, health_warnings, train_one_epoch
+from errors import ArgumentParser, ConfigError, RunStopped, TrainingError, run_main
 from fused_loss import FusedDINOLoss
 from image_files import UnreadableImage
 from loader import CropLoader
-from logger import RunLog
+from logger import MetricLogger, RunLog, make_row
 from losses import DINOLoss
-from optim import all_finite, build_optimizer
+from optim import build_optimizer
 from options import check_args, get_args_parser
+from resuming import begin_epoch, compare_ranks, epoch_state, plain_args, resume
+from run_folder import RunFolder
 from selfpatch_head import MultiCropWrapper  # noqa: F401
+from settings import choose_augment, choose_compile, choose_loss, choose_precision
+from stopping import STOP, Interruption
 from training_run import TrainingRun, build_networks, build_schedules
-from utils import fix_random_seeds, restart_from_checkpoint, save_on_master
-
-# ----------------------------------------------------------------------------------------------------------------------
-# From options to what they mean on this machine
-
-
-def choose_augment(augment: str, device: torch.device) -> str:
-    """Where --augment auto augments: on the device; according to benchmarks/data.py that is faster on CPUs too.
-
-    MPS has not been measured, and stays with PIL.
-    """
-    if augment != "auto":
-        return augment
-    return "device" if device.type in ("cuda", "cpu") else "pil"
-
-
-def choose_precision(precision: str, use_fp16: bool, device: torch.device) -> torch.dtype:
-    """Autocast's dtype for --precision and --use_fp16; float32 means no autocast."""
-    if precision == "fp16" and device.type == "mps":
-        raise ConfigError("--precision fp16 needs a GradScaler, which MPS does not have: use fp32 or bf16")
-    if precision != "auto":
-        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    if not use_fp16 or device.type != "cuda":
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-
-
-def choose_compile(choice: str, device: torch.device) -> bool:
-    """Whether to compile, by --compile; auto does on CUDA, if the compiler has what it needs."""
-    if choice == "off" or (choice == "auto" and device.type != "cuda"):
-        return False
-    missing = ""
-    if not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
-        missing = "there is no C++ compiler here: install g++, or set CXX"
-    elif device.type == "cuda" and importlib.util.find_spec("triton") is None:
-        missing = "torch's Triton is not installed"
-    elif device.type == "cuda" and torch.cuda.get_device_capability(device) < (7, 0):
-        missing = "it needs a GPU of compute capability 7.0 or more"
-    if missing and choice == "on":
-        raise ConfigError(f"--compile on: {missing}")
-    if missing and is_main_process():
-        print(f"not compiled, which is slower: {missing}")
-    return not missing
-
-
-def choose_loss(fused_loss: str, loss_class: type[DINOLoss] | None) -> type[DINOLoss]:
-    """The class of the loss, by --fused_loss; a class of the caller's own is used as it is."""
-    if loss_class is None:
-        return DINOLoss if fused_loss == "off" else FusedDINOLoss
-    if fused_loss == "on" and not issubclass(loss_class, FusedDINOLoss):
-        raise ConfigError(f"--fused_loss on: {loss_class.__name__} has no fused form, leave the option out")
-    return loss_class
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The job
+from utils import fix_random_seeds
 
 
 def images_per_step(args: argparse.Namespace, world_size: int) -> int:
@@ -107,7 +61,7 @@ def build_loader(args: argparse.Namespace, processes: Processes, compiled: bool)
             f"{args.accum_steps} small batches × {processes.world_size} processes): lower --batch_size_per_gpu or "
             "--accum_steps")
     return CropLoader(dataset, args.batch_size_per_gpu, args.num_workers, processes.device, processes.rank,
-                      processes.world_size, args.seed, compiled, args.max_bad_images)
+                      processes.world_size, args.seed, compiled, args.max_bad_images, args.loader_timeout)
 
 
 def build_run(args: argparse.Namespace, processes: Processes, steps_per_epoch: int, compiled: bool = False,
@@ -142,20 +96,6 @@ def build_run(args: argparse.Namespace, processes: Processes, steps_per_epoch: i
                        args.freeze_last_layer, args.accum_steps)
 
 
-def resume(run: TrainingRun, output_dir: str, world_size: int) -> None:
-    """Continue from output_dir/checkpoint.pth where there is one, on all ranks alike."""
-    try:
-        restart_from_checkpoint(Path(output_dir) / "checkpoint.pth", run)
-    except ValueError as error:
-        raise ConfigError(f"{error}: give the options of that run, or another --output_dir") from None
-    if world_size > 1:
-        epochs = [0] * world_size
-        torch.distributed.all_gather_object(epochs, run.epoch)
-        if len(set(epochs)) > 1:
-            raise ConfigError(f"the processes found checkpoints of different epochs ({sorted(set(epochs))}) in "
-                              f"--output_dir {output_dir}: it must be one folder that all machines share")
-
-
 def pretrain(args: argparse.Namespace, loss_class: type[DINOLoss] | None = None) -> None:
     """Set up, resume, train, save."""
     check_args(args)
@@ -163,68 +103,102 @@ def pretrain(args: argparse.Namespace, loss_class: type[DINOLoss] | None = None)
     processes = init_distributed_mode(args.device, args.local_rank, args.port, args.dist_url,
                                       timedelta(minutes=args.dist_timeout))
     compiled = choose_compile(args.compile, processes.device)
-    loader = build_loader(args, processes, compiled)
+    loader = together(lambda: build_loader(args, processes, compiled))
+    saved_args = plain_args(args, processes.world_size, loader.dataset)
+    compare_ranks(saved_args)
     fix_random_seeds(args.seed)
     torch.backends.cudnn.benchmark = True
     if processes.device.type == "cpu":
         keep_freed_memory()
     run = build_run(args, processes, len(loader) // args.accum_steps, compiled, loss_class)
-    resume(run, args.output_dir, processes.world_size)
+    folder = RunFolder(args.output_dir)
+    on_main_process(folder.lock)
+    try:
+        rows, within = resume(run, loader, folder, args, processes)
+        if is_main_process():
+            print(start_line(args, processes, loader, run, compiled), flush=True)
+        log = together(lambda: RunLog(folder.path, run.step > 0, run.epoch, args.tensorboard, rows)
+                       if is_main_process() else None)
+        train(run, loader, folder, log, saved_args, args, processes, within)
+    finally:
+        loader.close()
+        folder.unlock()
 
-    output = Path(args.output_dir)
-    if is_main_process():
-        print(start_line(args, processes, loader, run, compiled), flush=True)
-    log = RunLog(output, run.epoch, args.tensorboard) if is_main_process() else None
-    for epoch in range(run.epoch, args.epochs):
-        # seeds that depend on the epoch alone: a resumed run draws what the uninterrupted one would have drawn
-        fix_random_seeds(args.seed, processes.rank, epoch)
-        loader.sampler.set_epoch(epoch)
-        stats = train_one_epoch(run, loader, args.log_every)
-        if not all_finite(run.student_module):
-            raise TrainingError(f"the last step of epoch {epoch} made weights NaN or infinite, so they are not saved: "
-                                "the same command continues from the epoch before; try a smaller --lr or --clip_grad")
-        state = run.state_dict() | {"args": plain_args(args, processes.world_size)}
-        save(state, output / "checkpoint.pth")
-        if args.saveckp_freq and epoch % args.saveckp_freq == 0:
-            save(state, output / f"checkpoint{epoch:04}.pth")
-        record_bad_images(loader, output / "bad_images.txt")
-        if log:
-            log.write(stats, epoch)
-            for warning in health_warnings(stats, run.dino_loss, epoch >= args.warmup_epochs, args.batch_size_per_gpu):
-                print(f"warning: {warning}", flush=True)
+
+def train(run: TrainingRun, loader: CropLoader, folder: RunFolder, log: RunLog | None, saved_args: dict,
+          args: argparse.Namespace, processes: Processes, within: dict) -> None:
+    """The epochs that are left.
+
+    Args:
+        log: None on other ranks than 0.
+        within: of resume, the state within the first of them.
+    """
+    def save(last_chance: bool, within: dict | None = None, epoch: int | None = None) -> None:
+        together(lambda: check_weights(run))
+        state = run.state_dict() | {"args": saved_args, "log": log.rows if log else []} | (within or {})
+        on_main_process(lambda: folder.try_save(state, epoch, last_chance))
+        interruption.saved()
+
+    def after_step() -> None:
+        agreed = interruption.agree()
+        if agreed or (args.save_every_steps and run.step % args.save_every_steps == 0):
+            logger.read()
+            together(lambda: check_finite(logger, run))
+            save(agreed == STOP, epoch_state(loader, logger))
+        if agreed == STOP:
+            raise stopped()
+
+    def stopped() -> RunStopped:
+        epoch, step = divmod(run.step, run.steps_per_epoch)
+        return RunStopped(f"{interruption.reason}: saved after step {step} of epoch {epoch} in {folder.last}; the same "
+                          "command continues from there", interruption.signal)
+
+    with Interruption(args.save_every_minutes) as interruption:
+        for epoch in range(run.epoch, args.epochs):
+            logger = MetricLogger(window=args.log_every)
+            begin_epoch(run, loader, logger, within, args.seed, processes)
+            within = {}
+            stats = train_one_epoch(run, loader, args.log_every, logger, after_step)
+            row = make_row(stats, epoch)
+            if log:
+                log.rows.append(row)
+            last, agreed = epoch + 1 == args.epochs, interruption.agree()
+            save(last or agreed == STOP, epoch=epoch if args.saveckp_freq and epoch % args.saveckp_freq == 0 else None)
+            record_bad_images(loader, folder.path / "bad_images.txt")
+            if log:
+                log.write(row)
+                for warning in health_warnings(stats, run.dino_loss, epoch >= args.warmup_epochs,
+                                               args.batch_size_per_gpu):
+                    print(f"warning: {warning}", flush=True)
+            if agreed == STOP and not last:
+                raise stopped()
     if log:
-        print(f"done: {args.epochs} epochs, {output / 'checkpoint.pth'}")
+        print(f"done: {args.epochs} epochs, {folder.last}")
 
 
 def record_bad_images(loader: CropLoader, path: Path) -> None:
     """Write what all ranks could not read to path, one line per image, if there is anything; rank 0 says so."""
     errors = [loader.bad_images]
     if is_distributed():
-        errors = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(errors, loader.bad_images)
+        errors = [None] * dist.get_world_size()
+        dist.all_gather_object(errors, loader.bad_images)
     loader.bad_images = set().union(*errors)  # from here on every rank counts what all of them have found
-    if loader.bad_images and is_main_process():
-        encoding = {"encoding": "utf-8", "errors": "surrogateescape"}  # as file names are read
-        try:
-            # a resumed run adds to the list of the run before
-            earlier = path.read_text(**encoding).splitlines() if path.is_file() else ()
-            lines = sorted(loader.bad_images.union(earlier))
-            path.write_text("".join(f"{line}\n" for line in lines), **encoding)
-        except OSError as error:
-            raise TrainingError(f"cannot write {path} ({error.strerror}): make room and run the same command "
-                                "again") from None
-        print(f"warning: {len(loader.bad_images)} of {len(loader.dataset)} images cannot be read and are replaced, "
-              f"see {path}",
-              flush=True)
+    if loader.bad_images:
+        on_main_process(lambda: write_bad_images(loader, path))
     loader.check_bad_images()
 
 
-def save(state: dict, path: Path) -> None:
-    """save_on_master, with a full disk as a TrainingError."""
+def write_bad_images(loader: CropLoader, path: Path) -> None:
+    encoding = {"encoding": "utf-8", "errors": "surrogateescape"}  # as file names are read
     try:
-        save_on_master(state, path)
-    except CheckpointError as error:
-        raise TrainingError(f"{error}; make room, and the same command continues from it") from None
+        # a resumed run adds to the list of the run before
+        earlier = path.read_text(**encoding).splitlines() if path.is_file() else ()
+        path.write_text("".join(f"{line}\n" for line in sorted(loader.bad_images.union(earlier))), **encoding)
+    except OSError as error:
+        raise TrainingError(f"cannot write {path} ({error.strerror}): make room and run the same command "
+                            "again") from None
+    print(f"warning: {len(loader.bad_images)} of {len(loader.dataset)} images cannot be read and are replaced, see "
+          f"{path}", flush=True)
 
 
 def is_out_of_shared_memory(error: RuntimeError | OSError) -> bool:
@@ -233,6 +207,12 @@ def is_out_of_shared_memory(error: RuntimeError | OSError) -> bool:
         return error.errno == errno.ENOSPC and error.filename is None
     return any(words in str(error) for words in (
         "unable to allocate shared memory", "unable to write to file </torch_", "killed by signal: Bus error"))
+
+
+def is_lost_contact(error: RuntimeError | OSError) -> bool:
+    """Whether an exchange with other processes failed because one of them has ended or does not answer."""
+    return isinstance(error, dist.DistError) or any(words in str(error) for words in (
+        "Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Broken pipe", "gloo", "NCCL"))
 
 
 def train_dino(args: argparse.Namespace, loss_class: type[DINOLoss] | None = None) -> None:
@@ -244,20 +224,28 @@ def train_dino(args: argparse.Namespace, loss_class: type[DINOLoss] | None = Non
 
     Raises:
         ConfigError: options, data or machine do not fit together.
-        TrainingError: an image cannot be read, a loss was not finite, or disk or shared memory is full.
+        TrainingError: an image cannot be read, a loss was not finite, disk or shared memory is full, or another
+            process is gone.
+        RunStopped: a signal asked the run to end, and it has saved.
     """
     try:
         pretrain(args, loss_class)
     except UnreadableImage as error:
         raise TrainingError(str(error)) from None
     except (RuntimeError, OSError) as error:
-        if isinstance(error, TrainingError) or not is_out_of_shared_memory(error):
+        if isinstance(error, TrainingError):
+            raise
+        if is_distributed() and is_lost_contact(error):
+            raise TrainingError(f"lost contact with another process, which has ended, hangs or cannot be reached "
+                                f"({str(error).splitlines()[0]}): see its own message; the same command continues "
+                                "from the last checkpoint") from None
+        if not is_out_of_shared_memory(error):
             raise
         raise TrainingError("the data workers have run out of shared memory (/dev/shm): lower --num_workers (0 needs "
                             "none), or give a container more than Docker's 64 MB: docker run --shm-size=8g") from None
     finally:
         if is_distributed():
-            torch.distributed.destroy_process_group()
+            dist.destroy_process_group()
 
 
 def start_line(args: argparse.Namespace, processes: Processes, loader: CropLoader, run: TrainingRun,
@@ -268,14 +256,10 @@ def start_line(args: argparse.Namespace, processes: Processes, loader: CropLoade
             f"{len(loader.dataset.classes)} folders, {processes.world_size} × {args.batch_size_per_gpu}"
             f"{small_batches} images per step on {processes.device.type} in {str(run.dtype).removeprefix('torch.')}"
             f"{', compiled (the first steps take minutes)' if compiled else ''}; "
-            + (f"resuming after epoch {run.epoch - 1}" if run.epoch else "starting from scratch")
+            + (f"resuming in epoch {run.epoch} after step {run.step % run.steps_per_epoch}"
+               if run.step % run.steps_per_epoch else
+               f"resuming after epoch {run.epoch - 1}" if run.epoch else "starting from scratch")
             + (f"\n{loader.dataset.unread_summary()}" if loader.dataset.unread_summary() else ""))
-
-
-def plain_args(args: argparse.Namespace, world_size: int) -> dict:
-    """The options as plain values, which torch.load(weights_only=True) reads."""
-    plain = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    return plain | {"world_size": world_size}
 
 
 def main(loss_class: type[DINOLoss] | None = None) -> None:

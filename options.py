@@ -5,8 +5,10 @@ import os
 import tempfile
 from pathlib import Path
 
-from errors import ArgumentParser, ConfigError, describe
+from errors import ArgumentParser, ConfigError
 from logger import check_log
+from resuming import FIXED
+from run_folder import RunFolder
 from utils import bool_flag
 from vision_transformer import ARCHS
 
@@ -109,12 +111,20 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
                        help="where checkpoints and log.txt are written, and where a run is resumed from")
     group.add_argument("--saveckp_freq", default=10, type=int,
                        help="keep a numbered checkpoint every N epochs, 0: none")
+    group.add_argument("--save_every_minutes", default=15, type=float,
+                       help="save within an epoch after so many minutes, 0: at the ends of epochs alone. A resumed run "
+                            "continues at the next sample")
+    group.add_argument("--save_every_steps", default=0, type=int, help="save after every N-th step of the run as well")
+    group.add_argument("--allow_changed", default=[], nargs="+", metavar="NAME", choices=FIXED,
+                       help="resume although these are not what they were: " + ", ".join(FIXED))
     group.add_argument("--log_every", default=10, type=int, help="steps between two lines of progress")
     group.add_argument("--tensorboard", action="store_true", help="write curves to output_dir/tensorboard as well")
     group.add_argument("--seed", default=0, type=int, help="of weights, order of images and crops")
     group.add_argument("--max_bad_images", default=0.001, type=float,
                        help="largest share of the images that may be unreadable; each is replaced by the next one, and "
                             "listed in output_dir/bad_images.txt")
+    group.add_argument("--loader_timeout", default=600, type=float,
+                       help="seconds that the data workers may take for a batch; then the run ends, naming the file")
     group.add_argument("--num_workers", default=10, type=int, help="processes that load data, per GPU")
 
 
@@ -149,12 +159,10 @@ def check_output_dir(output: Path, tensorboard: bool) -> None:
     try:
         output.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=output).close()
-    except OSError as error:
-        raise ConfigError(f"cannot write to --output_dir {output} ({error.strerror}): choose another folder") from None
-    checkpoint = output / "checkpoint.pth"
-    require(checkpoint.is_file() or not os.path.lexists(checkpoint),
-            f"{checkpoint} is {describe(checkpoint)}, not a checkpoint to resume from: remove it, or choose another "
-            "--output_dir")
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"cannot write to --output_dir {output} ({reason}): choose another folder") from None
+    RunFolder(output).check()
     check_log(output, tensorboard)
 
 
@@ -163,19 +171,30 @@ def require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+# far above what anyone uses, far below what overflows a 64-bit integer or the memory of a list
+LARGEST = {"epochs": 10**6, "batch_size_per_gpu": 10**6, "accum_steps": 10**6, "patch_size": 10**4,
+           "out_dim": 10**8, "out_dim_selfpatch": 10**8, "local_crops_number": 1000, "global_crops_size": 10**4,
+           "local_crops_size": 10**4, "num_workers": 1000, "seed": 2**63 - 1, "log_every": 10**9, "saveckp_freq": 10**9,
+           "save_every_steps": 10**12, "save_every_minutes": 10**6, "freeze_last_layer": 10**9, "port": 65535}
+
+
 def check_ranges(args: argparse.Namespace) -> None:
     """Each number by itself."""
+    for name, largest in LARGEST.items():
+        require(getattr(args, name) <= largest, f"--{name} is {getattr(args, name)}: it must be at most {largest}")
     for name in ("epochs", "batch_size_per_gpu", "patch_size", "out_dim", "out_dim_selfpatch", "log_every",
                  "accum_steps"):
         require(getattr(args, name) > 0, f"--{name} is {getattr(args, name)}: it must be at least 1")
     for name in ("local_crops_number", "num_workers", "warmup_epochs", "warmup_teacher_temp_epochs", "clip_grad",
-                 "patch_loss_weight", "saveckp_freq"):
+                 "patch_loss_weight", "saveckp_freq", "save_every_minutes", "save_every_steps"):
         require(getattr(args, name) >= 0, f"--{name} is {getattr(args, name)}: it must not be negative")
     for name in ("lr", "min_lr", "weight_decay", "weight_decay_end", "seed"):
         require(0 <= getattr(args, name) < math.inf, f"--{name} is {getattr(args, name)}: it must be 0 or more")
     for name in ("warmup_teacher_temp", "teacher_temp"):
         require(0 < getattr(args, name) < math.inf, f"--{name} is {getattr(args, name)}: it must be above 0")
     require(0 <= args.max_bad_images <= 1, f"--max_bad_images is {args.max_bad_images}: it is a share, from 0 to 1")
+    require(0 < args.loader_timeout < math.inf,
+            f"--loader_timeout is {args.loader_timeout}: it must be above 0 seconds")
     require(0 < args.dist_timeout <= 100_000,
             f"--dist_timeout is {args.dist_timeout}: it must be above 0 and at most 100000 minutes")
     require(0 <= args.drop_path_rate < 1, f"--drop_path_rate is {args.drop_path_rate}: it must be from 0 to below 1")

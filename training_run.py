@@ -122,12 +122,13 @@ class TrainingRun:
     def state_dict(self) -> dict:
         """The published layout; the student's keys begin with module. under DistributedDataParallel.
 
-        Within an epoch there is a "step" as well; at its end, epoch says it, whatever the number of steps in one.
+        Within an epoch there is the number of its steps that are done, step_of_epoch, as well.
         """
         state = {"student": self.student.state_dict(), "teacher": self.teacher.state_dict(),
                  "optimizer": self.optimizer.state_dict(), "epoch": self.epoch,
                  "dino_loss": self.dino_loss.state_dict(), "fp16_scaler": self.scaler.state_dict()}
-        return state | ({"step": self.step} if self.step % self.steps_per_epoch else {})
+        step_of_epoch = self.step % self.steps_per_epoch
+        return state | ({"step_of_epoch": step_of_epoch} if step_of_epoch else {})
 
     def load_state_dict(self, state: dict) -> None:
         """Continue from state, strictly; with or without DistributedDataParallel, and with or without a scaler.
@@ -141,9 +142,9 @@ class TrainingRun:
             raise ConfigError(f"has no {missing[0]!r}, only {', '.join(map(str, state))}")
         if wrong := [name for name in parts if not isinstance(state[name], dict)]:
             raise ConfigError(f"its {wrong[0]} is a {type(state[wrong[0]]).__name__}, not a state dict")
-        step = state.get("step", state["epoch"] * self.steps_per_epoch if isinstance(state["epoch"], int) else None)
-        if not isinstance(step, int):
-            raise ConfigError(f"its epoch is {state['epoch']!r}, not a number")
+        for name in ("epoch", "step_of_epoch"):
+            if not isinstance(number := state.get(name, 0), int) or number < 0:
+                raise ConfigError(f"its {name} is {number!r}, not a number from 0")
         if state.get("fp16_scaler") and self.scaler.is_enabled():  # empty where that run was not in float16
             parts["fp16_scaler"] = self.scaler
         for name, part in parts.items():
@@ -155,4 +156,4 @@ class TrainingRun:
             except (RuntimeError, ValueError, LookupError, AttributeError, TypeError) as error:
                 lines = [line.strip() for line in str(error).splitlines()[:4]]
                 raise ConfigError(f"its {name} does not fit this run's options: {'; '.join(lines)}") from None
-        self.step = step
+        self.step = state["epoch"] * self.steps_per_epoch + state.get("step_of_epoch", 0)

@@ -9,6 +9,7 @@ from small_job import SMALL, load, options
 
 import engine
 import main_selfpatch
+import resuming
 from augmentations import DataAugmentationDINO
 from distributed import Processes
 from engine import health_warnings
@@ -31,7 +32,7 @@ def test_names_that_people_import():
 
 def test_run_writes_checkpoints_and_log(two_epochs):
     state = load(two_epochs / "checkpoint.pth")
-    assert set(state) == {"student", "teacher", "optimizer", "epoch", "args", "dino_loss", "fp16_scaler"}
+    assert set(state) == {"student", "teacher", "optimizer", "epoch", "args", "dino_loss", "fp16_scaler", "log"}
     assert state["epoch"] == 2 and type(state["args"]) is dict and state["args"]["out_dim"] == 64
     assert state["dino_loss"]["center"].shape == (1, 1, 64)
     assert state["dino_loss"]["patch_center"].shape == (1, 32) and state["dino_loss"]["patch_center"].any()
@@ -141,7 +142,8 @@ def test_epoch_sets_rates_decay_and_momentum_at_every_step(monkeypatch):
 
 def test_each_rank_and_epoch_draws_its_own_crops(image_folder, tmp_path, monkeypatch):
     seeds = []
-    monkeypatch.setattr(main_selfpatch, "fix_random_seeds", lambda *seed: seeds.append(seed))
+    for module in (main_selfpatch, resuming):
+        monkeypatch.setattr(module, "fix_random_seeds", lambda *seed: seeds.append(seed))
     train_dino(options("--epochs", 2, "--data_path", image_folder, "--output_dir", tmp_path, "--seed", 7))
     assert seeds == [(7,), (7, 0, 0), (7, 0, 1)]
 
@@ -241,24 +243,37 @@ def test_full_disk_is_one_line_and_the_good_file_stays(image_folder, two_epochs,
     assert status in (1, 2) and err.count("\n") == 1
     assert str(good) in err and "No space left on device" in err
     assert good.read_bytes() == before and sorted(path.name for path in tmp_path.iterdir()) == [
-        "checkpoint.pth", "log.txt"]
+        "checkpoint.pth", "checkpoint0000.pth", "log.txt"]  # the copy was due when the run before was killed
 
 
-@pytest.mark.parametrize("text, expected", [("", []), ('{"epoch": 0}\n', ['{"epoch": 0}']),
-                                            ('{"epoch": 0}\n{"ep', ['{"epoch": 0}', '{"ep'])])
-def test_log_of_a_run_that_was_killed_goes_on_in_a_line_of_its_own(tmp_path, text, expected):
+@pytest.mark.parametrize("text, expected", [
+    ("", ['{"epoch": 0}']), ('{"epoch": 0}\n', ['{"epoch": 0}']), ('{"epoch": 0}\n{"ep', ['{"epoch": 0}']),
+    ('hello\n{"epoch": 0}\n{"epoch": 0}\n{"epoch": 3}\n', ["hello", '{"epoch": 0}'])])
+def test_a_log_holds_what_the_checkpoint_does(tmp_path, text, expected):
+    """Rows that are missing, doubled, half written or to be done again; lines of other kinds stay."""
     (tmp_path / "log.txt").write_text(text)
-    main_selfpatch.RunLog(tmp_path, 1, tensorboard=False).write({"loss": 2.0}, epoch=1)
+    log = main_selfpatch.RunLog(tmp_path, resumed=True, start_epoch=1, rows=[{"epoch": 0}])
+    log.rows.append({"train_loss": 2.0, "epoch": 1})
+    log.write(log.rows[-1])
     assert (tmp_path / "log.txt").read_text().splitlines() == [*expected, '{"train_loss": 2.0, "epoch": 1}']
+
+
+def test_a_new_run_adds_to_an_older_log(tmp_path):
+    (tmp_path / "log.txt").write_text('{"epoch": 0}\n{"ep')
+    log = main_selfpatch.RunLog(tmp_path)
+    log.rows.append({"train_loss": 2.0, "epoch": 0})
+    log.write(log.rows[-1])
+    assert (tmp_path / "log.txt").read_text().splitlines() == [
+        '{"epoch": 0}', '{"ep', '{"train_loss": 2.0, "epoch": 0}']
 
 
 def test_log_that_cannot_be_written_is_one_line(image_folder, tmp_path, monkeypatch, capsys):
     write = main_selfpatch.RunLog.write
 
-    def folder_in_the_way(log, stats, epoch):
+    def folder_in_the_way(log, row):
         log.path.unlink()
         log.path.mkdir()
-        write(log, stats, epoch)
+        write(log, row)
 
     monkeypatch.setattr(main_selfpatch.RunLog, "write", folder_in_the_way)
     status, err = end_of_job(monkeypatch, capsys, image_folder, tmp_path)

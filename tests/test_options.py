@@ -27,7 +27,7 @@ def test_published_defaults():
         "lr": 0.0005, "warmup_epochs": 10, "min_lr": 1e-6, "optimizer": "adamw", "global_crops_scale": (0.25, 1.0),
         "local_crops_number": 8, "local_crops_scale": (0.05, 0.25), "output_dir": ".", "saveckp_freq": 10, "seed": 0,
         "num_workers": 10, "dist_url": "env://", "local_rank": 0, "port": 29500,
-        "dist_timeout": 30,
+        "dist_timeout": 30, "save_every_minutes": 15, "save_every_steps": 0, "loader_timeout": 600, "allow_changed": [],
         "patch_loss_weight": 0.1, "drop_path_rate": 0.1, "global_crops_size": 224, "local_crops_size": 96,
         "log_every": 10, "device": "auto", "precision": "auto", "tensorboard": False,
         "accum_steps": 1, "compile": "auto", "checkpoint_activations": False, "augment": "auto", "fused_loss": "auto",

@@ -1,0 +1,186 @@
+"""Continuing a run: what its checkpoint holds besides the training state, and whether it is still the same run."""
+import argparse
+import zlib
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from checkpoint_files import read_checkpoint
+from data import ClassFolders
+from distributed import Processes, is_distributed, on_main_process
+from errors import ConfigError
+from loader import CropLoader
+from logger import MetricLogger
+from run_folder import RunFolder
+from training_run import TrainingRun
+from utils import fix_random_seeds
+from vision_transformer import ARCHS
+
+# With another value of one of these it would be another run; "batch" is the images of a step, "data" the images.
+# With another network or optimizer the checkpoint does not fit at all.
+FIXED = ("k_num", "norm_last_layer", "patch_loss_weight", "global_crops_scale", "global_crops_size",
+         "local_crops_number", "local_crops_scale", "local_crops_size", "seed", "batch", "data")
+# where files are and how the work is done, not what is computed
+IRRELEVANT = {"data_path", "output_dir", "saveckp_freq", "save_every_minutes", "save_every_steps", "log_every",
+              "tensorboard", "num_workers", "max_bad_images", "loader_timeout", "allow_changed", "device", "dist_url",
+              "dist_timeout", "port", "local_rank", "world_size", "batch_size_per_gpu", "accum_steps", "fused_loss",
+              "compile", "checkpoint_activations"}
+
+
+def plain_args(args: argparse.Namespace, world_size: int, dataset: ClassFolders | None = None) -> dict:
+    """The options as plain values, which torch.load(weights_only=True) reads, and what identifies the images."""
+    plain = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    return plain | {"world_size": world_size} | ({"data": describe_images(dataset)} if dataset else {})
+
+
+def describe_images(dataset: ClassFolders) -> str:
+    """Number of images and folders, and a checksum of the names below the data set's folder."""
+    start, checksum = len(str(dataset.root)), 0
+    for path, _ in dataset.samples:
+        checksum = zlib.crc32(path[start:].strip("/").encode(errors="surrogateescape"), checksum)
+    return f"{len(dataset)} images in {len(dataset.classes)} folders, checksum {checksum:08x}"
+
+
+def with_batch(args: dict) -> dict:
+    """The options and "batch", the images of a step, where the number of processes is known."""
+    counts = [args.get(name) for name in ("batch_size_per_gpu", "world_size")]
+    return args if None in counts else args | {"batch": counts[0] * counts[1] * args.get("accum_steps", 1)}
+
+
+def differences(ours: dict, theirs: dict) -> dict[str, tuple]:
+    """name: (our value, theirs) of every option that both have and that changes what is computed."""
+    def comparable(name: str, value):
+        if name == "arch":
+            return ARCHS.get(value, value)  # deit_small is vit_small
+        return list(value) if isinstance(value, tuple) else value
+
+    ours, theirs = with_batch(ours), with_batch(theirs)
+    return {name: (ours[name], theirs[name]) for name in ours if name in theirs and name not in IRRELEVANT
+            and comparable(name, ours[name]) != comparable(name, theirs[name])}
+
+
+def compare_with_checkpoint(ours: dict, theirs: dict, allowed: list[str], path: Path) -> list[str]:
+    """What has changed since the checkpoint was written, as lines to print.
+
+    Raises:
+        ConfigError: it would be another run, and allowed does not name the option.
+    """
+    changed = differences(ours, theirs)
+    if refused := [name for name in changed if name in FIXED and name not in allowed]:
+        what = ", ".join(f"{option(name)} {changed[name][0]} (there {changed[name][1]})" for name in refused)
+        raise ConfigError(f"{path} is of another run: {what}; give its values, choose another --output_dir, or "
+                          f"continue all the same with --allow_changed {' '.join(refused)}")
+    return [f"changed since the checkpoint: {option(name)} {new} (was {old})" for name, (new, old) in changed.items()]
+
+
+def option(name: str) -> str:
+    return {"batch": "images in a step:", "data": "data:"}.get(name, f"--{name}")
+
+
+def compare_ranks(ours: dict) -> None:
+    """Find out whether all ranks have the same options and images.
+
+    Raises:
+        ConfigError: on every rank, naming the first rank that differs from rank 0, and the option.
+    """
+    if not is_distributed():
+        return
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, ours)
+    own = IRRELEVANT - {"output_dir", "batch_size_per_gpu", "accum_steps", "save_every_steps"}  # of each machine
+    for rank, theirs in enumerate(everyone):
+        for name in sorted((ours.keys() | theirs.keys()) - own):
+            first, other = everyone[0].get(name), theirs.get(name)
+            if first != other:
+                raise ConfigError(f"rank {rank} has {option(name)} {other}, rank 0 {first}: start all processes with "
+                                  "the same options and the same images")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The state within an epoch
+
+
+def epoch_state(loader: CropLoader, logger: MetricLogger) -> dict:
+    """What a checkpoint within an epoch holds besides the run's state: sums of losses and random states, by rank."""
+    own = {"loader": loader.state_dict(), "meters": logger.state_dict()}
+    if not is_distributed():
+        return {"ranks": [own]}
+    ranks = [None] * dist.get_world_size()
+    dist.all_gather_object(ranks, own)
+    return {"ranks": ranks}
+
+
+def resume(run: TrainingRun, loader: CropLoader, folder: RunFolder, args: argparse.Namespace,
+           processes: Processes) -> tuple[list[dict], dict]:
+    """Continue from the folder's checkpoint where there is one, on all ranks alike.
+
+    Returns:
+        the rows of the log so far (None if the checkpoint is of a version that did not keep them), and the state
+        within the epoch for begin_epoch, {} at the start of one.
+
+    Raises:
+        ConfigError: the checkpoint is damaged, does not fit, or is of another run.
+    """
+    path = on_main_process(folder.find)
+    if path is None:
+        return [], {}
+    state = folder.take_state() or read_checkpoint(path)
+    saved = state.get("args") or {}
+    saved = dict(saved) if isinstance(saved, dict) else vars(saved)
+    ours = plain_args(args, processes.world_size, loader.dataset)
+    for line in compare_with_checkpoint(ours, saved, args.allow_changed, path):
+        if processes.rank == 0:
+            print(line)
+    if steps := state.get("step_of_epoch"):
+        state["step_of_epoch"] = convert_steps(steps, with_batch(saved).get("batch"), with_batch(ours)["batch"], path)
+    try:
+        run.load_state_dict(state)
+    except ConfigError as error:
+        changed = "".join(f", here {option(name)} {new} and there {old}"
+                          for name, (new, old) in differences(ours, saved).items())
+        raise ConfigError(f"{path}: {error}{changed}: give the options of that run, or another --output_dir") from None
+    if run.epoch > args.epochs or (run.epoch == args.epochs and run.step % run.steps_per_epoch):
+        raise ConfigError(f"--epochs {args.epochs}, but {path} is in epoch {run.epoch} already: give more --epochs, or "
+                          "another --output_dir")
+    done, freq = run.epoch - 1, args.saveckp_freq
+    if freq and done >= 0 and done % freq == 0 and run.step % run.steps_per_epoch == 0 and path == folder.last:
+        on_main_process(lambda: folder.copy(done, replace=False))  # killed before it was written
+    return state.get("log"), {"ranks": state["ranks"]} if "ranks" in state else {}
+
+
+def convert_steps(steps: int, old_batch: int | None, new_batch: int, path: Path) -> int:
+    """Steps into an epoch with new_batch images each that are as many images as steps with old_batch.
+
+    Raises:
+        ConfigError: there is no such number.
+    """
+    images = steps * (old_batch or new_batch)
+    if images % new_batch:
+        raise ConfigError(f"{path} lies {images} images into an epoch, which is no whole number of steps of "
+                          f"{new_batch} images: continue with {old_batch} images a step until the epoch ends")
+    return images // new_batch
+
+
+def begin_epoch(run: TrainingRun, loader: CropLoader, logger: MetricLogger, within: dict, seed: int,
+                processes: Processes) -> None:
+    """Seed everything for the epoch that run.step is in, and place loader and logger where they were within it.
+
+    The batches are those of the run that was not interrupted, to the bit, with the same numbers of processes and
+    workers; with others, their images are.
+    """
+    ranks, step = within.get("ranks", []), run.step % run.steps_per_epoch
+    loader.sampler.set_epoch(run.epoch)
+    same = len(ranks) == processes.world_size and (
+        ranks[processes.rank]["loader"]["num_workers"] == loader.batches.num_workers)
+    # seeds depend on the epoch alone: a resumed run draws what the uninterrupted one would have drawn
+    fix_random_seeds(seed, processes.rank, run.epoch, *([] if same or not step else [step]))
+    if same:
+        loader.load_state_dict(ranks[processes.rank]["loader"])
+        logger.load_state_dict(ranks[processes.rank]["meters"])
+    elif step:
+        loader.load_state_dict({"batch": step * run.accum_steps})
+        if processes.rank == 0:  # the epoch's means are over all ranks
+            for name in ranks[0]["meters"] if ranks else ():
+                sums = torch.tensor([rank["meters"][name] for rank in ranks], dtype=torch.float64).sum(0)
+                logger.load_state_dict({name: sums.tolist()})

@@ -1,0 +1,164 @@
+"""What the folder of a run holds, and how it stays whole whenever the run is killed.
+
+    checkpoint.pth        the last state
+    previous.pth          the one before, used where checkpoint.pth is damaged
+    checkpoint0010.pth    a copy for good, after every --saveckp_freq-th epoch
+    log.txt               a line of JSON for each epoch, the same as in the checkpoint
+    bad_images.txt        what could not be read
+    damaged.pth, nan.pth  for a look: a checkpoint that was damaged, the state before a step that was not finite
+    run.lock              while a process trains: which one
+"""
+import contextlib
+import datetime
+import errno
+import os
+import shutil
+import socket
+from pathlib import Path
+
+from checkpoint_files import CheckpointError, WriteError, read_checkpoint, write_checkpoint
+from errors import PASSING_ERRORS, ConfigError, TrainingError, describe
+
+try:
+    import fcntl
+except ImportError:  # Windows: without a lock
+    fcntl = None
+
+
+class RunFolder:
+    """The folder of one run. All but check is for rank 0 alone."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.last, self.previous = self.path / "checkpoint.pth", self.path / "previous.pth"
+        self.lock_path, self.descriptor = self.path / "run.lock", None
+        self.state = None
+
+    def lock(self) -> None:
+        """Keep other processes from training here, and remove what one that was killed was writing.
+
+        The kernel gives the lock up when the process ends, however it ends.
+
+        Raises:
+            ConfigError: a live process is training here.
+        """
+        while fcntl is not None and self.descriptor is None:
+            descriptor = os.open(self.lock_path, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                # held by the process, unlike flock's: data workers do not inherit it
+                fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                with contextlib.suppress(FileNotFoundError):
+                    if os.path.samestat(os.fstat(descriptor), os.stat(self.lock_path)):
+                        self.descriptor = descriptor
+            except OSError as error:
+                holder = os.read(descriptor, 200).decode(errors="replace").strip() or "another process"
+                os.close(descriptor)
+                if error.errno in (errno.EACCES, errno.EAGAIN):
+                    raise ConfigError(f"--output_dir {self.path} is in use by {holder}: wait until that run ends, end "
+                                      "it, or choose another folder") from None
+                print(f"warning: {self.path} cannot be locked ({error.strerror}): start no second run there")
+                break
+            if self.descriptor is None:
+                os.close(descriptor)  # its holder removed the file in between: lock the new one
+        if self.descriptor is not None:
+            os.truncate(self.descriptor, 0)
+            os.write(self.descriptor, f"process {os.getpid()} on {socket.gethostname()} since "
+                                      f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S}\n".encode())
+        for leftover in self.path.glob(".*.tmp"):
+            leftover.unlink(missing_ok=True)
+
+    def unlock(self) -> None:
+        if self.descriptor is not None:
+            with contextlib.suppress(OSError):  # a folder that became read-only
+                self.lock_path.unlink(missing_ok=True)
+            os.close(self.descriptor)
+            self.descriptor = None
+
+    def numbered(self, epoch: int) -> Path:
+        return self.path / f"checkpoint{epoch:04}.pth"
+
+    def find(self) -> Path | None:
+        """The checkpoint to continue from, None where there has been no run; take_state gives what it holds.
+
+        It is the last one, or the one before where that is damaged; a damaged one is renamed to damaged.pth.
+
+        Raises:
+            ConfigError: there is no sound checkpoint, although there was a run.
+        """
+        damage = ""
+        if self.last.is_file():
+            try:
+                self.state = read_checkpoint(self.last)
+                return self.last
+            except CheckpointError as error:
+                damage = str(error)
+        if self.previous.is_file():
+            with contextlib.suppress(CheckpointError):
+                self.state = read_checkpoint(self.previous)
+                print(f"warning: {damage or f'there is no {self.last}'}; continuing from the one before, "
+                      f"{self.previous}", flush=True)
+                if damage:
+                    os.replace(self.last, self.path / "damaged.pth")
+                return self.previous
+        copies = sorted(path.name for path in self.path.glob("checkpoint[0-9]*.pth"))
+        if damage or copies:
+            raise ConfigError(f"{damage or f'there is no {self.last}, but a run was saved here'}: "
+                              + (f"to continue from a copy, rename it to checkpoint.pth ({', '.join(copies[-3:])}), "
+                                 if copies else "remove it, ") + "or choose another --output_dir")
+        return None
+
+    def take_state(self) -> dict | None:
+        """What find has read, once."""
+        state, self.state = self.state, None
+        return state
+
+    def save(self, state: dict, epoch: int | None = None) -> None:
+        """Write checkpoint.pth, and keep the one before.
+
+        Args:
+            epoch: also keep a copy with this number.
+
+        Raises:
+            WriteError: the files that were there before are kept.
+        """
+        write_checkpoint(state, self.last, self.previous)
+        if epoch is not None:
+            self.copy(epoch)
+
+    def copy(self, epoch: int, replace: bool = True) -> None:
+        """Copy checkpoint.pth to its numbered name, whole or not at all."""
+        if not replace and self.numbered(epoch).is_file():
+            return
+        temporary = self.path / f".{self.numbered(epoch).name}.{os.getpid()}.tmp"
+        try:
+            shutil.copyfile(self.last, temporary)
+            os.replace(temporary, self.numbered(epoch))
+        except OSError as error:
+            raise WriteError(self.numbered(epoch), error) from None
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+    def try_save(self, state: dict, epoch: int | None = None, last_chance: bool = False) -> None:
+        """save, where an error that may pass is a warning, as there is another save to come.
+
+        Raises:
+            TrainingError: it will not pass, or there is no other save to come.
+        """
+        try:
+            self.save(state, epoch)
+        except WriteError as error:
+            if last_chance or error.errno not in PASSING_ERRORS:
+                raise TrainingError(f"{error}; the same command continues from the last checkpoint") from None
+            print(f"warning: {error}; training goes on, and the next save will try again", flush=True)
+
+    def check(self) -> None:
+        """Find out whether checkpoint.pth can be one.
+
+        Raises:
+            ConfigError: it is a folder, a link to nothing or the like.
+        """
+        for path in (self.last, self.previous):
+            if os.path.lexists(path) and not path.is_file():
+                raise ConfigError(f"{path} is {describe(path)}, not a checkpoint to resume from: remove it, or choose "
+                                  "another --output_dir")
