@@ -10,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from distributed import get_world_size, is_main_process, peak_memory_gb
 from errors import TrainingError
+from finite import check_log, check_step, gradient_norms
 from loader import CropLoader
 from logger import MetricLogger
 from losses import DINOLoss, Losses
@@ -27,6 +28,9 @@ def train_step(run: TrainingRun, batches: Iterable[list[torch.Tensor]]) -> Losse
 
     Returns:
         means over the small batches, on the device.
+
+    Raises:
+        NotFiniteError: on a CPU, if a loss or gradient is not finite; nothing has changed then.
     """
     run.optimizer.zero_grad(set_to_none=True)
     run.set_rates()
@@ -41,17 +45,32 @@ def train_step(run: TrainingRun, batches: Iterable[list[torch.Tensor]]) -> Losse
         center_means.append(means)
     if len(losses) != run.accum_steps:
         raise ValueError(f"{len(losses)} small batches for a step of {run.accum_steps}")
-    run.dino_loss.update_centers(center_means)
+    losses = Losses(*torch.stack(losses).mean(0))
 
     run.scaler.unscale_(run.optimizer)
+    norms = gradient_norms(run.student)
+    finite = check_step(run, losses, norms)
+    update_centers(run, center_means, finite)
     if run.clip_grad:
-        clip_gradients(run.student, run.clip_grad)
+        clip_gradients(run.student, run.clip_grad, norms)
     cancel_gradients_last_layer(run.epoch, run.student, run.freeze_last_layer)
     run.scaler.step(run.optimizer)
     run.scaler.update()
-    update_teacher(run.student, run.teacher, run.schedules.momentum(run.step))
+    skipped = {"finite": finite} if run.scaler.is_enabled() else {}
+    update_teacher(run.student, run.teacher, run.schedules.momentum(run.step), **skipped)
     run.step += 1
-    return Losses(*torch.stack(losses).mean(0))
+    return losses
+
+
+def update_centers(run: TrainingRun, means: list[list[torch.Tensor]], finite: torch.Tensor) -> None:
+    """Move the loss's centres, unless the step was not finite."""
+    if run.reads_are_free and not run.scaler.is_enabled():
+        run.dino_loss.update_centers(means)
+        return
+    before = [center.clone() for center in run.dino_loss.buffers()]
+    run.dino_loss.update_centers(means)
+    for center, old in zip(run.dino_loss.buffers(), before, strict=True):
+        center.copy_(torch.where(finite, center, old))
 
 
 def small_batch_losses(run: TrainingRun, crops: list[torch.Tensor]) -> tuple[Losses, list[torch.Tensor]]:
@@ -83,7 +102,7 @@ def train_one_epoch(run: TrainingRun, loader: CropLoader, log_every: int = 10, l
         logger.update(**losses._asdict())
         if step % log_every == 0 or step == steps:
             logger.read()  # the only wait for the device within an epoch
-            check_finite(logger, run)
+            check_log(run, logger)
             if is_main_process():
                 print(progress_line(logger, run, images_per_step), flush=True)
         if step < steps:
@@ -93,18 +112,6 @@ def train_one_epoch(run: TrainingRun, loader: CropLoader, log_every: int = 10, l
             "patchloss": logger["patch"].global_avg, "lr": run.schedules.lr(run.step - 1),
             "wd": run.schedules.weight_decay(run.step - 1), "cls_entropy": logger["image_entropy"].global_avg,
             "patch_entropy": logger["patch_entropy"].global_avg}
-
-
-def check_finite(logger: MetricLogger, run: TrainingRun) -> None:
-    """Raise TrainingError if a loss since the last check was NaN or infinite; none of those steps has been saved."""
-    losses = logger["total"].recent  # the window is as long as the steps between two checks
-    for i, value in enumerate(losses):
-        if not math.isfinite(value):
-            step = run.step - len(losses) + i
-            epoch, step_of_epoch = divmod(step, run.steps_per_epoch)
-            raise TrainingError(f"the loss was {value} at step {step_of_epoch} of epoch {epoch} (iteration {step}): "
-                                "the same command continues from the last checkpoint; try --precision fp32, a smaller "
-                                "--clip_grad or --lr")
 
 
 def check_weights(run: TrainingRun) -> None:

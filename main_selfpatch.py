@@ -27,8 +27,9 @@ from distributed import (
     on_main_process,
     together,
 )
-from engine import check_finite, check_weights, health_warnings, train_one_epoch
+from engine import check_weights, health_warnings, train_one_epoch
 from errors import ArgumentParser, ConfigError, RunStopped, TrainingError, run_main
+from finite import NotFiniteError, check_log
 from fused_loss import FusedDINOLoss
 from image_files import UnreadableImage
 from loader import CropLoader
@@ -120,6 +121,8 @@ def pretrain(args: argparse.Namespace, loss_class: type[DINOLoss] | None = None)
         log = together(lambda: RunLog(folder.path, run.step > 0, run.epoch, args.tensorboard, rows)
                        if is_main_process() else None)
         train(run, loader, folder, log, saved_args, args, processes, within)
+    except NotFiniteError as error:
+        raise TrainingError(f"{error}{folder.keep_for_a_look(run.state_dict())}") from None
     finally:
         loader.close()
         folder.unlock()
@@ -143,7 +146,7 @@ def train(run: TrainingRun, loader: CropLoader, folder: RunFolder, log: RunLog |
         agreed = interruption.agree()
         if agreed or (args.save_every_steps and run.step % args.save_every_steps == 0):
             logger.read()
-            together(lambda: check_finite(logger, run))
+            together(lambda: check_log(run, logger))
             save(agreed == STOP, epoch_state(loader, logger))
         if agreed == STOP:
             raise stopped()

@@ -30,10 +30,15 @@ def build_optimizer(model: nn.Module, name: str = "adamw") -> torch.optim.Optimi
 
 
 @torch.no_grad()
-def clip_gradients(model: nn.Module, clip: float) -> None:
-    """Scale each gradient tensor on its own to a norm of at most clip, as DINO does, without a host-device sync."""
+def clip_gradients(model: nn.Module, clip: float, norms: torch.Tensor | None = None) -> None:
+    """Scale each gradient tensor on its own to a norm of at most clip, as DINO does, without a host-device sync.
+
+    Args:
+        norms: of the gradients, where they are known, [number of gradients].
+    """
     grads = [p.grad for p in model.parameters() if p.grad is not None]
-    factors = (clip / (torch.stack(torch._foreach_norm(grads)) + 1e-6)).clamp(max=1)
+    norms = torch.stack(torch._foreach_norm(grads)) if norms is None else norms
+    factors = (clip / (norms + 1e-6)).clamp(max=1)
     torch._foreach_mul_(grads, list(factors.unbind()))
 
 
@@ -46,9 +51,20 @@ def cancel_gradients_last_layer(epoch: int, model: nn.Module, freeze_last_layer:
 
 
 @torch.no_grad()
-def update_teacher(student: nn.Module, teacher: nn.Module, momentum: float) -> None:
-    """teacher ← momentum · teacher + (1 − momentum) · student for all parameters, frozen ones too (DINO, Sec. 3.1)."""
-    torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)
+def update_teacher(student: nn.Module, teacher: nn.Module, momentum: float,
+                   finite: torch.Tensor | None = None) -> None:
+    """teacher ← momentum · teacher + (1 − momentum) · student for all parameters, frozen ones too (DINO, Sec. 3.1).
+
+    Args:
+        finite: a bool on the device; the teacher does not move where it is false.
+    """
+    weights, towards = list(teacher.parameters()), list(student.parameters())
+    if finite is None:
+        torch._foreach_lerp_(weights, towards, 1 - momentum)
+    else:
+        difference = torch._foreach_sub(towards, weights)
+        torch._foreach_mul_(difference, (1 - momentum) * finite.float())
+        torch._foreach_add_(weights, difference)
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ import socket
 from pathlib import Path
 
 from checkpoint_files import CheckpointError, WriteError, read_checkpoint, write_checkpoint
+from distributed import is_main_process
 from errors import PASSING_ERRORS, ConfigError, TrainingError, describe
 
 try:
@@ -151,6 +152,16 @@ class RunFolder:
             if last_chance or error.errno not in PASSING_ERRORS:
                 raise TrainingError(f"{error}; the same command continues from the last checkpoint") from None
             print(f"warning: {error}; training goes on, and the next save will try again", flush=True)
+
+    def keep_for_a_look(self, state: dict) -> str:
+        """Write nan.pth from rank 0; say so, or why not."""
+        path = self.path / "nan.pth"
+        try:
+            if is_main_process():
+                write_checkpoint(state, path)
+        except WriteError as error:
+            return f"; {error}"
+        return f"; the state before that step is in {path}"
 
     def check(self) -> None:
         """Find out whether checkpoint.pth can be one.

@@ -97,6 +97,8 @@ class TrainingRun:
         self.dtype, self.clip_grad, self.freeze_last_layer = dtype, clip_grad, freeze_last_layer
         self.accum_steps = accum_steps
         self.device = next(student.parameters()).device
+        self.reads_are_free = self.device.type == "cpu"  # a GPU would have to be waited for
+        self.skipped_steps, self.bad_norms = torch.zeros((), device=self.device), None  # see finite.py
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
 
     @property

@@ -4,15 +4,12 @@ import signal
 
 import pytest
 import torch
-from networks import assert_same, small_wrapper
+from networks import assert_same
 from small_job import load, options
 
 import engine
 from errors import CONTINUE_STATUS, ConfigError, RunStopped
-from fused_loss import FusedDINOLoss
 from main_selfpatch import train_dino
-from optim import build_optimizer
-from training_run import TrainingRun, build_schedules
 
 pytestmark = [pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning"),
               pytest.mark.usefixtures("small_network")]
