@@ -176,7 +176,7 @@ def check_sums(path: str | Path) -> None:
     Raises:
         zipfile.BadZipFile: a record has changed since it was written.
     """
-    if not zipfile.is_zipfile(path):
+    if not is_zip(path):
         return
     with zipfile.ZipFile(path) as archive:
         for record in archive.infolist():
@@ -186,6 +186,13 @@ def check_sums(path: str | Path) -> None:
             with archive.open(record) as file:
                 while file.read(2**22):
                     pass
+
+
+def is_zip(path: str | Path) -> bool:
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:  # a damaged end, which torch's reader refuses as well
+        return False
 
 
 def _explain(path: str | Path, error: Exception) -> CheckpointError:
@@ -225,7 +232,7 @@ def _is_safetensors(path: str | Path) -> bool:
     text = start.lstrip(b"\xef\xbb\xbf \t\r\n")
     if text.lower().startswith((b"<!doctype", b"<html", b"<head", b"<?xml", b"<!--")):
         raise CheckpointError(f"{path} is an HTML page, probably from a failed download: download it again")
-    if start.startswith(b"PK") and not zipfile.is_zipfile(path):
+    if start.startswith(b"PK") and not is_zip(path):
         raise CheckpointError(f"{path} is truncated: download or copy it again")
     if start.startswith(b"\x80") and LEGACY_TORCH_MAGIC not in start:
         raise CheckpointError(f"{path} is a plain pickle, not written by torch.save: loading it could execute code")

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from datetime import datetime, timedelta
 from typing import NamedTuple, TypeVar
@@ -71,6 +72,9 @@ def read_launcher(local_rank: int = 0) -> Launch:
         # a batch script has SLURM_PROCID too, but plain python in it is a single process
         count = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in env else "SLURM_NTASKS"
         variables, local, local_rank = ("SLURM_PROCID", count), "SLURM_LOCALID", 0
+    elif others := [name for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE") if read_number(name, 1) > 1]:
+        raise ConfigError(f"{assignments(tuple(others))}: mpirun's processes cannot join each other here: start them with "
+                          f"torchrun or srun, or unset {others[0]} to run a single process", every_rank=True)
     else:
         return Launch()
     rank, world_size = read_number(variables[0], 0), read_number(variables[1], 1)
@@ -92,9 +96,19 @@ def read_number(name: str, default: int) -> int:
 def is_interactive_step() -> bool:
     """Whether this is the shell of `srun --pty bash`, whose SLURM_* count all tasks though plain python is one process.
 
-    An srun started in that shell passes SLURM_PTY_PORT on to its tasks, but they have no terminal.
+    An srun started in that shell passes SLURM_PTY_PORT on to its tasks, but they have no terminal. A task that srun
+    itself has started in a terminal is one of several.
     """
-    return "SLURM_PTY_PORT" in os.environ and has_terminal()
+    return "SLURM_PTY_PORT" in os.environ and has_terminal() and parent_name() != "slurmstepd"
+
+
+def parent_name() -> str:
+    """Name of the program that started this process; empty where there is no /proc."""
+    try:
+        with open(f"/proc/{os.getppid()}/comm") as file:
+            return file.read().strip()
+    except OSError:
+        return ""
 
 
 def has_terminal() -> bool:
@@ -111,8 +125,12 @@ def assignments(variables: tuple[str, ...]) -> str:
 
 
 def join(launch: Launch, backend: str, port: int = 29500, dist_url: str = "env://",
-         timeout: timedelta = timedelta(minutes=30), notice_after: float = 10) -> None:
+         timeout: timedelta = timedelta(minutes=30), notice_after: float = 10,
+         option: str = " (--dist_timeout)") -> None:
     """torch.distributed.init_process_group for several processes, saying what it waits for when that takes long.
+
+    Args:
+        option: what sets the timeout, for messages.
 
     Raises:
         ConfigError: the processes did not come together, for whatever reason.
@@ -128,25 +146,76 @@ def join(launch: Launch, backend: str, port: int = 29500, dist_url: str = "env:/
     place = f"{os.environ['MASTER_ADDR']}:{read_number('MASTER_PORT', 0)}" if dist_url == "env://" else dist_url
     who = f"rank {launch.rank} ({assignments(launch.variables)})"
     alone = f"to run a single process, unset {' '.join(launch.variables)}"
-    minutes, start = f"{timeout.total_seconds() / 60:.3g} minutes (--dist_timeout)", datetime.now()
+    limit, start, missing = f"{format_duration(timeout)}{option}", datetime.now(), []
 
     def notice() -> None:
-        print(f"{program_name()}: {who} waits for {more} at {place} until {start + timeout:%Y-%m-%d %H:%M}, {minutes} "
-              f"in all; {alone}", file=sys.stderr, flush=True)
+        absent = f"missing: {name_ranks(missing)}; " if missing else ""
+        print(f"{program_name()}: {who} waits for {more} at {place} until {start + timeout:%Y-%m-%d %H:%M}, {limit} in "
+              f"all; {absent}{alone}", file=sys.stderr, flush=True)
 
     timer = threading.Timer(notice_after, notice)
     timer.daemon = True
     timer.start()
     try:
-        dist.init_process_group(backend, init_method=dist_url, rank=launch.rank, world_size=launch.world_size,
-                                timeout=timeout)
+        store = None
+        if dist_url == "env://":
+            missing[:] = [0] if launch.rank else []
+            store = connect_store(timeout, server=launch.rank == 0)
+            call_roll(store, launch, timeout, missing)
+            dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.world_size,
+                                    timeout=timeout)
+        else:
+            dist.init_process_group(backend, init_method=dist_url, rank=launch.rank, world_size=launch.world_size,
+                                    timeout=timeout)
     except (RuntimeError, ValueError, OSError) as error:
         waited = datetime.now() - start >= 0.9 * timeout
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
-        reason = f"not all of them joined within {minutes}" if waited else first_line
+        absent = f", {name_ranks(missing)} did not" if missing else ""
+        reason = f"not all of them joined within {limit}{absent}" if waited else first_line
         raise ConfigError(f"{who} could not join {more} at {place}: {reason}; {alone}", every_rank=True) from None
     finally:
         timer.cancel()
+
+
+def call_roll(store: dist.Store, launch: Launch, timeout: timedelta, missing: list[int]) -> None:
+    """Wait until every rank is there, keeping the list of those that are missing up to date."""
+    store.set(f"here/{launch.rank}", "")
+    deadline = time.monotonic() + timeout.total_seconds()
+    missing[:] = range(launch.world_size)
+    while True:
+        missing[:] = [rank for rank in missing if not store.check([f"here/{rank}"])]
+        if not missing:
+            return
+        if time.monotonic() > deadline:
+            raise TimeoutError("some processes are missing")
+        time.sleep(0.05)
+
+
+def name_ranks(ranks: list[int]) -> str:
+    shown = ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
+    return f"rank{'s' * (len(ranks) > 1)} {shown}"
+
+
+def format_duration(duration: timedelta) -> str:
+    minutes = duration.total_seconds() / 60
+    return f"{minutes / 60:g} hours" if minutes >= 120 else f"{minutes:.3g} minutes"
+
+
+def connect_store(timeout: timedelta, server: bool = False) -> dist.Store | None:
+    """A connection to the store at MASTER_ADDR:MASTER_PORT; None where the processes met by another --dist_url.
+
+    Args:
+        timeout: of every operation.
+        server: be the store as well, on rank 0, unless torchrun is.
+    """
+    env = os.environ
+    if not env.get("MASTER_PORT", "").isdecimal():
+        return None
+    world_size, of_torchrun = read_launcher().world_size, env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), world_size, server and not of_torchrun,
+                          timeout, wait_for_workers=False)
+    # torchrun starts all processes again after a failure, with the same store
+    return dist.PrefixStore(f"selfpatch/{env.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
 def first_slurm_host() -> str:
@@ -218,7 +287,7 @@ def together(function: Callable[[], T]) -> T:
         dist.all_gather_object(errors, error)
         error = next((one for one in errors if one), None)
         if error:
-            error.every_rank = False  # all ranks of a machine have it
+            error.every_rank, error.on_all_ranks = False, True
     if error:
         raise error
     return result

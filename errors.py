@@ -10,6 +10,7 @@ import errno
 import os
 import signal
 import sys
+import time
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import NoReturn
 LONGEST_MESSAGE = 4000  # characters: a file chooses the names in a message, and their length
 # of a disk, and may well be gone at the next attempt
 PASSING_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EAGAIN, errno.ETIMEDOUT}
+GRACE_SECONDS = 3.0
 CONTINUE_STATUS = 75  # EX_TEMPFAIL of sysexits.h: start the same command again
 
 
@@ -36,8 +38,13 @@ class ConfigError(ValueError):
 
     Args:
         message: that line.
-        every_rank: print it from every process, since the first one of each machine may not have met the error.
+        every_rank: print it from every process at once, since the first one of each machine cannot have met the error.
+
+    Attributes:
+        on_all_ranks: every process raises the same error, so that the first one of each machine speaks for all.
     """
+
+    on_all_ranks = False
 
     def __init__(self, message: str, every_rank: bool = False):
         if "Traceback (most recent call last)" in message:
@@ -50,13 +57,13 @@ class ConfigError(ValueError):
 class TrainingError(RuntimeError):
     """Training cannot continue, for a reason found on the way; the message says what to try. Exit status 1."""
 
-    every_rank, status = True, 1
+    every_rank, on_all_ranks, status = True, False, 1
 
 
 class RunStopped(TrainingError):
     """A run was asked to end and has saved: the same command continues it. Exit status 75."""
 
-    every_rank, status = False, CONTINUE_STATUS
+    every_rank, on_all_ranks, status = False, True, CONTINUE_STATUS
 
     def __init__(self, message: str, signal_number: int | None = None):
         super().__init__(message)
@@ -67,8 +74,7 @@ class ArgumentParser(argparse.ArgumentParser):
     """argparse's parser, reporting an error as one line without the page of usage before it."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{program_name()}: error: {message} (--help lists the options)\n"
-                  if is_first_of_machine() else None)
+        sys.exit(report(ConfigError(f"{message} (--help lists the options)")))
 
 
 def user_path(text: str) -> Path:
@@ -93,8 +99,14 @@ def is_first_of_machine() -> bool:
 
 
 def report(error: Exception) -> int:
-    """Print an error as one line on stderr, once per machine unless it asks for more; return the exit status."""
-    if error.every_rank or is_first_of_machine():
+    """Print an error as one line on stderr, and return the exit status.
+
+    Of several processes the first of each machine prints it. The others may not have met the same one: they wait a
+    little, in which a launcher ends them if the first has failed as well, and print it then.
+    """
+    if not (error.every_rank or is_first_of_machine()):
+        time.sleep(0 if error.on_all_ranks else GRACE_SECONDS)
+    if error.every_rank or is_first_of_machine() or not error.on_all_ranks:
         kind = "" if isinstance(error, RunStopped) else "error: "
         print(f"{program_name()}: {kind}{printable(error)}", file=sys.stderr, flush=True)
     return getattr(error, "status", 2)

@@ -284,7 +284,8 @@ def main(args: argparse.Namespace) -> int:
         raise DataError(f"--output_dir {args.output_dir}: {error.strerror}") from None
     if rank == 0:
         announce(sequences, failed, args.output_dir)
-    join(launch, "gloo", timeout=timedelta(days=1))  # the processes exchange their scores alone, once, at the end
+    # the processes exchange their scores alone, once, at the end
+    join(launch, "gloo", timeout=timedelta(days=1), option="")
     outcome = evaluate(share(sequences, rank, world_size), extract, args.output_dir, not args.no_score,
                        quiet=rank > 0, n_last_frames=args.n_last_frames,
                        size_mask_neighborhood=args.size_mask_neighborhood, topk=args.topk)

@@ -37,6 +37,7 @@ from logger import MetricLogger, RunLog, make_row
 from losses import DINOLoss
 from optim import build_optimizer
 from options import check_args, get_args_parser
+from rank_watch import RankWatch
 from resuming import begin_epoch, compare_ranks, epoch_state, plain_args, resume
 from run_folder import RunFolder
 from selfpatch_head import MultiCropWrapper  # noqa: F401
@@ -156,7 +157,9 @@ def train(run: TrainingRun, loader: CropLoader, folder: RunFolder, log: RunLog |
         return RunStopped(f"{interruption.reason}: saved after step {step} of epoch {epoch} in {folder.last}; the same "
                           "command continues from there", interruption.signal)
 
-    with Interruption(args.save_every_minutes) as interruption:
+    timeout = timedelta(minutes=args.dist_timeout)
+    with Interruption(args.save_every_minutes, timeout) as interruption, \
+            RankWatch(processes.rank, processes.world_size, timeout):
         for epoch in range(run.epoch, args.epochs):
             logger = MetricLogger(window=args.log_every)
             begin_epoch(run, loader, logger, within, args.seed, processes)

@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 import time
+from datetime import timedelta
 from types import FrameType
 
 import torch
@@ -31,17 +32,19 @@ class Interruption:
 
     Args:
         save_every_minutes: minutes between two saves, 0 for none within an epoch.
+        timeout: of the exchange between ranks.
     """
 
-    def __init__(self, save_every_minutes: float = 0):
-        self.seconds = save_every_minutes * 60
+    def __init__(self, save_every_minutes: float = 0, timeout: timedelta = timedelta(minutes=30)):
+        self.timeout, self.seconds = timeout, save_every_minutes * 60
         self.signal: int | None = None
         self.last_save, self.handlers = time.monotonic(), {}
         self.flag, self.exchange, self.group = None, None, None
 
     def __enter__(self) -> "Interruption":
         if is_distributed():
-            self.group = dist.new_group(backend="gloo")  # of its own: the exchange runs beside a step's own ones
+            # a group of its own: the exchange runs beside those of a step
+            self.group = dist.new_group(backend="gloo", timeout=self.timeout)
         if threading.current_thread() is threading.main_thread():
             for number in (getattr(signal, name) for name in SIGNALS if hasattr(signal, name)):
                 if signal.getsignal(number) != signal.SIG_IGN:

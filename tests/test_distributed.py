@@ -3,6 +3,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -63,6 +64,14 @@ def test_interactive_step_is_one_process(clean_env, terminal, processes):
         clean_env.setenv(name, value)
     clean_env.setattr(distributed, "has_terminal", lambda: terminal)
     assert distributed.read_launcher().world_size == processes
+    clean_env.setattr(distributed, "parent_name", lambda: "slurmstepd")
+    assert distributed.read_launcher().world_size == 4  # srun --pty -n4 python ...
+
+
+def test_processes_of_mpirun_are_refused(clean_env):
+    clean_env.setenv("OMPI_COMM_WORLD_SIZE", "4")
+    with pytest.raises(ConfigError, match="OMPI_COMM_WORLD_SIZE=4: mpirun's processes cannot join.*torchrun or srun"):
+        distributed.read_launcher()
 
 
 @pytest.mark.slow
@@ -118,9 +127,12 @@ def test_who_waits_says_so(clean_env, capsys, tmp_path, env, variables):
 
 def test_no_word_without_a_wait(clean_env, capsys):
     clean_env.setattr(torch.distributed, "init_process_group", lambda *args, **kwargs: None)
+    for part in ("connect_store", "call_roll"):
+        clean_env.setattr(distributed, part, lambda *_, **__: None)
     for name, value in {"RANK": "1", "WORLD_SIZE": "2"}.items():
         clean_env.setenv(name, value)
-    assert init_distributed_mode("cpu")[:2] == (1, 2)
+    assert init_distributed_mode("cpu", notice_after=0.5)[:2] == (1, 2)
+    time.sleep(0.7)  # a timer that still ran would speak now
     assert capsys.readouterr().err == ""
 
 
