@@ -73,8 +73,8 @@ def read_launcher(local_rank: int = 0) -> Launch:
         count = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in env else "SLURM_NTASKS"
         variables, local, local_rank = ("SLURM_PROCID", count), "SLURM_LOCALID", 0
     elif others := [name for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE") if read_number(name, 1) > 1]:
-        raise ConfigError(f"{assignments(tuple(others))}: mpirun's processes cannot join each other here: start them with "
-                          f"torchrun or srun, or unset {others[0]} to run a single process", every_rank=True)
+        raise ConfigError(f"{assignments(tuple(others))}: mpirun's processes cannot join each other here: start them "
+                          f"with torchrun or srun, or unset {others[0]} to run a single process", every_rank=True)
     else:
         return Launch()
     rank, world_size = read_number(variables[0], 0), read_number(variables[1], 1)

@@ -3,10 +3,10 @@
 A worker that is killed is replaced, and the batches that it would have given come out the same; one that gives nothing
 for too long is an error that names the file it was reading.
 """
-import multiprocessing
+import contextlib
+import multiprocessing.connection
 import signal
 import threading
-import time
 from collections.abc import Iterable, Iterator
 from ctypes import c_int64
 from functools import partial
@@ -20,7 +20,6 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_co
 from device_augmentations import DeviceAugmentation, RandomCrops
 from errors import TrainingError
 
-POLL_SECONDS = 5  # how often a wait for the workers looks whether they are alive
 MAX_RESTARTS = 3  # of workers, in an epoch
 
 
@@ -103,9 +102,37 @@ class WorkerDied(Exception):
     """A data worker ended before its work was done; the message says which one and by what."""
 
 
+class TimeLimit(Exception):
+    """The time is over."""
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raise TimeLimit if what is done within takes longer; 0, or another thread than the main one, for no limit.
+
+    By an alarm, since what a stopped worker blocks is a read from a socket.
+    """
+    def end(*_) -> None:
+        raise TimeLimit
+
+    if not seconds or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.signal(signal.SIGALRM, end)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+
+
 def raise_for_exit(workers: list[BaseProcess]) -> None:
     """Raise WorkerDied if one of the workers has ended; RuntimeError if that was for want of shared memory."""
+    ended = multiprocessing.connection.wait([worker.sentinel for worker in workers], timeout=1)
     for worker in workers:
+        if worker.sentinel in ended:
+            worker.join(1)  # its connections close a moment before it has a status
         if worker.exitcode == -signal.SIGBUS:  # how a full /dev/shm shows itself, which new workers would meet again
             raise RuntimeError("DataLoader worker is killed by signal: Bus error")
         if worker.exitcode:
@@ -143,8 +170,7 @@ class CropLoader:
         self.tracked = Tracked(dataset, num_workers)
         # workers start anew each epoch: persistent ones would carry random state that a resumed run does not have
         self.batches = DataLoader(self.tracked, batch_size, sampler=self.sampler, num_workers=num_workers,
-                                  pin_memory=on_gpu, drop_last=True, collate_fn=collate,
-                                  timeout=min(POLL_SECONDS, timeout) if num_workers else 0)
+                                  pin_memory=on_gpu, drop_last=True, collate_fn=collate)
         self.copy_stream = torch.cuda.Stream(self.device) if on_gpu else None
         self.augment = None
         if isinstance(dataset.transform, RandomCrops):
@@ -228,21 +254,20 @@ class CropLoader:
             WorkerDied: one of them was killed.
             TrainingError: they have given nothing for too long.
         """
-        asked = time.monotonic()
-        while True:
-            try:
+        try:
+            with time_limit(self.timeout if self.workers else 0):
                 return next(batches)
-            except RuntimeError as error:  # torch has no classes for these
-                if "DataLoader worker" in str(error):
-                    raise_for_exit(self.workers)
-                if "DataLoader timed out" not in str(error):
-                    raise
-            waited = time.monotonic() - asked
-            if waited >= self.timeout:
-                worker = (self.position - self.first) % self.batches.num_workers
-                path = self.dataset.samples[self.tracked.loading[worker]][0]
-                raise TrainingError(f"data worker {worker} has given nothing for {waited:.0f} s (--loader_timeout); "
-                                    f"the last image that it began to read is {path}")
+        except TimeLimit:
+            worker = (self.position - self.first) % len(self.workers)
+            path = self.dataset.samples[self.tracked.loading[worker]][0]
+            self.close()  # or torch would wait for each worker again
+            raise TrainingError(f"data worker {worker} has given nothing for {self.timeout:g} s (--loader_timeout); "
+                                f"the last image that it began to read is {path}") from None
+        except (RuntimeError, OSError, EOFError) as error:
+            # torch's own error, or that of the connection over which a worker hands on its memory
+            if "DataLoader worker" in str(error) or isinstance(error, (ConnectionError, FileNotFoundError, EOFError)):
+                raise_for_exit(self.workers)
+            raise
 
     def check_bad_images(self) -> None:
         """Raise TrainingError if more than the share max_bad_images of the data set is in bad_images."""

@@ -40,8 +40,8 @@ def test_a_gradient_that_is_not_finite_changes_nothing():
     train_step(run, CROPS)
     before, handle = state(run), poison(run)
     with pytest.raises(NotFiniteError, match=r"the loss was [0-9.]+ .image [0-9.]+, patch [0-9.]+. and 1 of \d+ "
-                                             r"gradients were not finite, first that of backbone.blocks.1.norm1.weight, "
-                                             r"at step 1"):
+                                             r"gradients were not finite, first that of "
+                                             r"backbone.blocks.1.norm1.weight, at step 1"):
         train_step(run, CROPS)
     assert_same(state(run), before)
     handle.remove()

@@ -149,7 +149,7 @@ def test_a_file_system_without_hard_links(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory):
     path = tmp_path_factory.mktemp("sound") / "checkpoint.pth"
-    write_checkpoint({"student": {f"w{i}": torch.randn(40, 30) for i in range(5)}, "epoch": 3, "args": {"lr": 0.1}}, path)
+    write_checkpoint({"student": {f"w{i}": torch.randn(40, 30) for i in range(5)}, "epoch": 3, "args": {}}, path)
     return path
 
 

@@ -1,0 +1,117 @@
+"""Data workers that are killed or stopped, files that hang or fail for a moment."""
+import errno
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import image_files
+import loader as loader_module
+from data import build_dataset
+from errors import TrainingError
+from image_files import UnreadableImage, load_rgb
+from loader import CropLoader
+from utils import fix_random_seeds
+
+pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning",
+                                        "ignore:.*fork.*:DeprecationWarning")
+
+
+def make_loader(folder, num_workers=2, augment="device", **kwargs):
+    dataset = build_dataset(folder, local_crops_number=1, global_crops_size=32, local_crops_size=16, augment=augment)
+    return CropLoader(dataset, 1, num_workers, **kwargs)
+
+
+def crops(loader, hurt=lambda i: None):
+    """All batches of the second epoch, and what hurts the workers after each."""
+    fix_random_seeds(0, 0, 1)
+    loader.sampler.set_epoch(1)
+    batches = []
+    for i, batch in enumerate(loader):
+        batches.append(torch.cat([crop.flatten() for crop in batch]))
+        hurt(i)
+    return batches
+
+
+@pytest.mark.parametrize("augment", ["device", "pil"])
+def test_a_killed_worker_is_replaced_and_changes_nothing(image_folder, augment, capsys):
+    loader = make_loader(image_folder, augment=augment)
+    expected = crops(make_loader(image_folder, augment=augment))
+    found = crops(loader, lambda i: os.kill(loader.workers[0].pid, signal.SIGKILL) if i in (0, 3) else None)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)) and len(found) == 12
+    assert capsys.readouterr().out.count("was ended by signal 9; new workers continue at the same batch") in (1, 2)
+
+
+@pytest.mark.long
+def test_workers_that_die_again_and_again_end_the_run(image_folder, monkeypatch):
+    monkeypatch.setattr(loader_module, "init_worker", lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(TrainingError, match="was ended by signal 9, and workers were restarted 3 times.*--num_workers"):
+        crops(make_loader(image_folder))
+
+
+def test_workers_outlive_the_signals_that_a_job_gets(image_folder):
+    loader = make_loader(image_folder)
+    found = crops(loader, lambda _: [os.kill(worker.pid, number) for worker in loader.workers
+                                     for number in (signal.SIGINT, signal.SIGTERM)])
+    assert all(torch.equal(a, b) for a, b in zip(found, crops(make_loader(image_folder)), strict=True))
+
+
+def test_a_stopped_worker_is_an_error_that_names_file_and_worker(image_folder):
+    loader = make_loader(image_folder, timeout=2)
+    start = time.monotonic()
+    with pytest.raises(TrainingError, match=r"data worker [01] has given nothing for 2 s \(--loader_timeout\); the "
+                                            rf"last image that it began to read is {image_folder}/class[01]/\d+.jpg"):
+        crops(loader, lambda i: [os.kill(worker.pid, signal.SIGSTOP) for worker in loader.workers])
+    assert time.monotonic() - start < 20
+    loader.close()
+    assert not loader.workers
+
+
+def test_a_worker_that_hangs_in_a_file(image_folder, monkeypatch):
+    def hang(path):
+        time.sleep(60)
+
+    loader = make_loader(image_folder, num_workers=1, timeout=2)
+    loader.dataset.loader = hang
+    with pytest.raises(TrainingError, match="has given nothing"):
+        crops(loader)
+
+
+def write_image(path):
+    Image.new("RGB", (8, 8)).save(path)
+    return path
+
+
+@pytest.mark.parametrize("number, failures, readable", [
+    (errno.EIO, 2, True), (errno.ESTALE, 1, True), (errno.EIO, 3, False), (errno.EACCES, 1, False)])
+def test_a_transient_error_is_tried_again(tmp_path, monkeypatch, number, failures, readable):
+    path, calls, read = write_image(tmp_path / "x.png"), [], Path.read_bytes
+
+    def fail(self):
+        calls.append(self)
+        if len(calls) <= failures:
+            raise OSError(number, os.strerror(number))
+        return read(self)
+
+    monkeypatch.setattr(Path, "read_bytes", fail)
+    monkeypatch.setattr(image_files, "RETRY_SECONDS", (0, 0))
+    if readable:
+        assert load_rgb(path).size == (8, 8) and len(calls) == failures + 1
+    else:
+        with pytest.raises(UnreadableImage, match=os.strerror(number)):
+            load_rgb(path)
+
+
+def test_a_fifo_among_the_images_is_replaced(image_folder, tmp_path):
+    for path in image_folder.rglob("*.jpg"):
+        target = tmp_path / path.relative_to(image_folder)
+        target.parent.mkdir(exist_ok=True)
+        target.symlink_to(path)
+    os.mkfifo(tmp_path / "class0" / "pipe.jpg")
+    loader = make_loader(tmp_path, num_workers=1, max_bad_images=0.1, timeout=20)
+    assert len(crops(loader)) == 13
+    assert loader.bad_images == {f"{tmp_path / 'class0' / 'pipe.jpg'} is not a regular file"}
