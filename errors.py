@@ -71,10 +71,35 @@ class RunStopped(TrainingError):
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse's parser, reporting an error as one line without the page of usage before it."""
+    """argparse's parser, reporting an error as one line without the page of usage before it.
+
+    Numbers of more than 64 bits and text that no path can be are errors in every job.
+    """
+
+    def parse_known_args(self, args=None, namespace=None) -> tuple[argparse.Namespace, list[str]]:
+        namespace, rest = super().parse_known_args(args, namespace)
+        for action in self._actions:
+            values = getattr(namespace, action.dest, None)
+            for value in values if isinstance(values, (list, tuple)) else [values]:
+                if reason := absurdity(value):
+                    self.error(f"argument {'/'.join(action.option_strings) or action.dest}: {reason}")
+        return namespace, rest
 
     def error(self, message: str) -> NoReturn:
         sys.exit(report(ConfigError(f"{message} (--help lists the options)")))
+
+
+def absurdity(value: object) -> str:
+    """Why an option's value cannot be meant, in words; empty if it can."""
+    if isinstance(value, int) and not -2**63 <= value < 2**63:
+        return f"{value} is beyond 64 bits"
+    if isinstance(value, (str, Path)):
+        if "\0" in str(value):
+            return f"{str(value)!r} has a NUL in it"
+        longest = max((os.fsencode(part) for part in str(value).split("/")), key=len)
+        if len(longest) > 255:
+            return f"a name of {len(longest)} bytes, of which file systems allow 255"
+    return ""
 
 
 def user_path(text: str) -> Path:

@@ -107,7 +107,7 @@ def pretrain(args: argparse.Namespace, loss_class: type[DINOLoss] | None = None)
     compiled = choose_compile(args.compile, processes.device)
     loader = together(lambda: build_loader(args, processes, compiled))
     saved_args = plain_args(args, processes.world_size, loader.dataset)
-    compare_ranks(saved_args)
+    together(lambda: compare_ranks(saved_args))
     fix_random_seeds(args.seed)
     torch.backends.cudnn.benchmark = True
     if processes.device.type == "cpu":
@@ -116,7 +116,7 @@ def pretrain(args: argparse.Namespace, loss_class: type[DINOLoss] | None = None)
     folder = RunFolder(args.output_dir)
     on_main_process(folder.lock)
     try:
-        rows, within = resume(run, loader, folder, args, processes)
+        rows, within = together(lambda: resume(run, loader, folder, args, processes))
         if is_main_process():
             print(start_line(args, processes, loader, run, compiled), flush=True)
         log = together(lambda: RunLog(folder.path, run.step > 0, run.epoch, args.tensorboard, rows)
