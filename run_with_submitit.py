@@ -3,15 +3,16 @@
     python run_with_submitit.py --nodes 2 --ngpus 8 --partition gpu --arch vit_small --data_path imagenet/train \
         --output_dir /shared/runs/one
 
-The job is requeued when its time is up, and continues from its last checkpoint.
+When its time is up the job saves, is requeued, and continues at the next step.
 """
 import argparse
 import os
+import signal
 import sys
 from pathlib import Path
 
 import main_selfpatch
-from errors import ArgumentParser, ConfigError, run_main
+from errors import ArgumentParser, ConfigError, RunStopped, run_main
 
 
 def get_args() -> argparse.Namespace:
@@ -46,7 +47,13 @@ class Trainer:
         # main_selfpatch reads a launcher's variables, which submitit's local executor does not set
         os.environ.update(RANK=str(job.global_rank), WORLD_SIZE=str(job.num_tasks), LOCAL_RANK=str(job.local_rank))
         os.environ.setdefault("MASTER_ADDR", job.hostnames[0])
-        main_selfpatch.train_dino(self.args)
+        try:
+            main_selfpatch.train_dino(self.args)
+        except RunStopped as stopped:
+            # training has saved and given the signals back: now it is submitit's turn, which calls checkpoint
+            if stopped.signal_number:
+                signal.raise_signal(stopped.signal_number)
+            raise
 
     def checkpoint(self):
         """Called when the time is up: submit the same job again, which resumes from its checkpoint."""

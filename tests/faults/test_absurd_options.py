@@ -49,7 +49,8 @@ def test_numbers_for_pretraining(image_folder, tmp_path, monkeypatch, capsys):
     assert refused > 150
 
 
-@pytest.mark.parametrize("path", [LONG, f"{LONG}/{LONG}", NUL, "\x1b[31mred", "new\nline", "/dev/null/x", "", "😀" * 200])
+@pytest.mark.parametrize("path", [LONG, f"{LONG}/{LONG}", NUL, "\x1b[31mred", "new\nline", "/dev/null/x", "",
+                                  "😀" * 200])
 def test_paths_for_every_job(image_folder, tmp_path, monkeypatch, capsys, path):
     out = tmp_path / "out"
     jobs = [(main_selfpatch, [*SMALL, "--data_path", path, "--output_dir", out]),
@@ -81,6 +82,7 @@ def test_random_words(image_folder, tmp_path, monkeypatch, capsys):
         words = []
         for action in rng.sample(actions, min(3, len(actions))):
             if "-h" not in action.option_strings:
-                words += [action.option_strings[0], rng.choice([str(10**20), "x", LONG, "", "-1", "0.5", str(tmp_path)])]
+                value = rng.choice([str(10**20), "x", LONG, "", "-1", "0.5", str(tmp_path)])
+                words += [action.option_strings[0], value]
         status, err = end_of(job, words, monkeypatch, capsys)
         assert status in (1, 2) and err.count("\n") == 1, (words, err)
