@@ -1,0 +1,87 @@
+"""Find an image's main object by the similarity of its patches: LOST and TokenCut, and CorLoc, which scores boxes.
+
+Both take keys [N, D] of an attention layer, as they are, on a grid of h × w patches, row by row, and give a mask of
+patches that box_of turns into pixels.
+"""
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+EXPANSION = 100  # patches of least degree that LOST compares with its seed
+TAU, EPSILON = 0.2, 1e-5  # TokenCut: the cosine above which two patches are connected, and the weight of other edges
+
+Grid = tuple[int, int]  # rows and columns of patches
+
+
+def lost_degrees(keys: torch.Tensor) -> torch.Tensor:
+    """How many other patches each patch is positively correlated with, [N]."""
+    positive = (keys @ keys.T) > 0
+    return positive.sum(1) - positive.diagonal().long()
+
+
+def lost(keys: torch.Tensor, grid: Grid, expansion: int = EXPANSION) -> tuple[np.ndarray, int]:
+    """Localising objects with self-supervised transformers (Siméoni et al. 2021, Sec. 3).
+
+    The seed is the patch with the fewest positive correlations: objects cover less of an image than its background.
+    Patches that correlate positively with the seed, of the `expansion` patches of least degree, vote for the object.
+
+    Returns:
+        The object, bool [h, w], and the seed's index.
+    """
+    keys = keys.double() if keys.device.type == "cpu" else keys.float()
+    degrees = lost_degrees(keys)
+    order = degrees.argsort(stable=True)
+    seed, similar = int(order[0]), order[:expansion]
+    similar = similar[keys[similar] @ keys[seed] > 0]
+    votes = keys @ keys[similar].sum(0)  # the sum of these patches' rows of the correlation matrix
+    foreground = (votes > 0).reshape(grid).cpu().numpy()
+    return component(foreground, seed), seed
+
+
+def cut_vector(keys: torch.Tensor, tau: float = TAU, epsilon: float = EPSILON) -> torch.Tensor:
+    """Second smallest generalised eigenvector of (D − A) v = λ D v, float64 [N]; its sign is arbitrary.
+
+    A joins patches whose cosine is above tau with weight 1, all others with epsilon. With v = D^−½ u, u is the second
+    largest eigenvector of the symmetric matrix D^−½ A D^−½.
+    """
+    keys = F.normalize(keys.cpu() if keys.device.type == "mps" else keys, dim=-1).double()
+    edges = torch.where(keys @ keys.T > tau, 1.0, epsilon).double()
+    scale = edges.sum(1).rsqrt()
+    return torch.linalg.eigh(scale[:, None] * edges * scale).eigenvectors[:, -2] * scale
+
+
+def tokencut(keys: torch.Tensor, grid: Grid, tau: float = TAU, epsilon: float = EPSILON) -> np.ndarray:
+    """Normalised cut of an image's patches (Wang et al. 2022, Sec. 3.2); the object, bool [h, w]."""
+    vector = cut_vector(keys, tau, epsilon)
+    seed = int(vector.abs().argmax())
+    high = vector > vector.mean()
+    return component((high if high[seed] else ~high).reshape(grid).cpu().numpy(), seed)
+
+
+def component(mask: np.ndarray, seed: int) -> np.ndarray:
+    """The 4-connected component of a mask [h, w] that has the patch of index seed; that patch alone if it is off."""
+    mask = mask.copy()
+    mask.flat[seed] = True
+    labels = cv2.connectedComponents(mask.astype(np.uint8), connectivity=4)[1]
+    return labels == labels.flat[seed]
+
+
+def box_of(mask: np.ndarray, patch_size: int, size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """xmin, ymin, xmax, ymax in pixels around a mask of patches [h, w], clipped to an image of size (height, width)."""
+    rows, columns = mask.any(1).nonzero()[0], mask.any(0).nonzero()[0]
+    return (int(columns[0]) * patch_size, int(rows[0]) * patch_size,
+            min((int(columns[-1]) + 1) * patch_size, size[1]), min((int(rows[-1]) + 1) * patch_size, size[0]))
+
+
+def box_iou(box: tuple[int, int, int, int], boxes: np.ndarray) -> np.ndarray:
+    """IoU of a box with each of boxes [B, 4], float64 [B]; xmax and ymax are exclusive."""
+    box, boxes = np.asarray(box, np.float64), np.asarray(boxes, np.float64).reshape(-1, 4)
+    sides = np.minimum(box[2:], boxes[:, 2:]) - np.maximum(box[:2], boxes[:, :2])
+    overlap = sides.clip(0).prod(1)
+    return overlap / ((box[2:] - box[:2]).prod() + (boxes[:, 2:] - boxes[:, :2]).prod(1) - overlap)
+
+
+def is_found(box: tuple[int, int, int, int], boxes: np.ndarray) -> bool:
+    """Whether a box counts for CorLoc: IoU 0.5 or more with any of the true boxes [B, 4]."""
+    return bool((box_iou(box, boxes) >= 0.5).any())
