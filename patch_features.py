@@ -26,19 +26,21 @@ class PatchFeatures:
     """Features of frames, in batches that are halved permanently when memory runs out.
 
     Args:
-        model: the backbone; its final norm, if any, is applied.
+        model: the backbone; its final norm, if any, is applied, as in DINO's script.
         dtype: of autocast; float32 for none.
         batch_size: frames per forward pass.
+        layer: block that the features are taken from; -1 is the last.
     """
 
     def __init__(self, model: VisionTransformer, device: torch.device | str = "cpu",
-                 dtype: torch.dtype = torch.float32, batch_size: int = 6):
+                 dtype: torch.dtype = torch.float32, batch_size: int = 6, layer: int = -1):
         self.model, self.device, self.dtype, self.batch_size = model, torch.device(device), dtype, batch_size
+        self.layer = layer
 
     def forward(self, frames: np.ndarray) -> torch.Tensor:
         images = normalise(torch.from_numpy(frames).to(self.device))
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            features = self.model(images)  # through the final norm of a backbone that has one, as in DINO's script
+            features = self.model.features(images, self.layer).patches
         return F.normalize(features.float(), dim=-1).unflatten(1, self.model.grid_size(images))
 
     def __call__(self, frames: np.ndarray) -> torch.Tensor:

@@ -96,26 +96,15 @@ def load(args: argparse.Namespace) -> tuple[VisionTransformer, CheckpointInfo | 
                           args.random_weights)
 
 
-def split_heads(x: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """[M, D] -> [heads, M, D / heads]."""
-    return x.unflatten(-1, (num_heads, -1)).transpose(0, 1)
-
-
-def attention_weights(q: torch.Tensor, k: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """Attention weights of one query q [1, D] over keys k [M, D], for each head: [heads, M], rows sum to 1."""
-    q, k = split_heads(q, num_heads), split_heads(k, num_heads)
-    return (q @ k.transpose(1, 2) * q.shape[-1] ** -0.5).softmax(-1)[:, 0]
+def attention_weights(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """Attention weights of one query [heads, D / heads] over keys [heads, M, D / heads]: [heads, M], rows sum to 1."""
+    return (k @ q[:, :, None] * q.shape[-1] ** -0.5)[..., 0].softmax(-1)
 
 
 def self_attention(backbone: VisionTransformer, x: torch.Tensor, query: int) -> torch.Tensor:
     """Attention of the last block from token `query` to the patches of image x [1, 3, H, W], [heads, N]."""
-    tokens = backbone.prepare_tokens(x)
-    for block in backbone.blocks[:-1]:
-        tokens = block(tokens)
-    block = backbone.blocks[-1]
-    q, k, _ = block.attn.qkv(block.norm1(tokens))[0].chunk(3, dim=-1)
-    weights = attention_weights(q[query:query + 1], k, backbone.num_heads)
-    return weights if backbone.cls_token is None else weights[:, 1:]
+    q, k = backbone.queries_and_keys(x)
+    return attention_weights(q[0, :, query], k[0])[:, backbone.num_prefix_tokens:]
 
 
 def head_attention(backbone: VisionTransformer, head: SelfPatchHead, x: torch.Tensor) -> torch.Tensor:
@@ -123,8 +112,9 @@ def head_attention(backbone: VisionTransformer, head: SelfPatchHead, x: torch.Te
     patches, c = backbone(x), head.cls_token[0]
     first, second = head.cls_blocks
     c = second.norm1(first.attend_projected(c, *first.project(patches)))
-    keys = second.project(patches)[0][0]
-    return attention_weights(second.attn.q(c), torch.cat([second.attn.k(c), keys]), backbone.num_heads)[:, 1:]
+    keys = torch.cat([second.attn.k(c), second.project(patches)[0][0]])
+    q, k = (part.unflatten(-1, (backbone.num_heads, -1)).transpose(0, 1) for part in (second.attn.q(c), keys))
+    return attention_weights(q[:, 0], k)[:, 1:]
 
 
 @torch.no_grad()
@@ -136,9 +126,9 @@ def draw_attention(args: argparse.Namespace) -> None:
     x = to_tensor(image)
     grid = backbone.grid_size(x)
     if args.patch is not None:
-        query = check_patches([args.patch], grid, "--patch")[0] + (backbone.cls_token is not None)
+        query = check_patches([args.patch], grid, "--patch")[0] + backbone.num_prefix_tokens
         maps, source = self_attention(backbone, x, query), "patch"
-    elif backbone.cls_token is not None:
+    elif backbone.num_prefix_tokens:
         maps, source = self_attention(backbone, x, 0), "class token"
     else:
         if info is None:
