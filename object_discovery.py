@@ -14,9 +14,9 @@ TAU, EPSILON = 0.2, 1e-5  # TokenCut: the cosine above which two patches are con
 Grid = tuple[int, int]  # rows and columns of patches
 
 
-def lost_degrees(keys: torch.Tensor) -> torch.Tensor:
-    """How many other patches each patch is positively correlated with, [N]."""
-    positive = (keys @ keys.T) > 0
+def lost_degrees(correlations: torch.Tensor) -> torch.Tensor:
+    """How many other patches each patch is positively correlated with, [N], from keys @ keys.T."""
+    positive = correlations > 0
     return positive.sum(1) - positive.diagonal().long()
 
 
@@ -26,17 +26,21 @@ def lost(keys: torch.Tensor, grid: Grid, expansion: int = EXPANSION) -> tuple[np
     The seed is the patch with the fewest positive correlations: objects cover less of an image than its background.
     Patches that correlate positively with the seed, of the `expansion` patches of least degree, vote for the object.
 
+    Degrees are small integers, so several patches often have the least; of these, the seed is the one with the largest
+    sum of positive correlations.
+
     Returns:
         The object, bool [h, w], and the seed's index.
     """
-    keys = keys.double() if keys.device.type == "cpu" else keys.float()
-    degrees = lost_degrees(keys)
-    order = degrees.argsort(stable=True)
+    correlations = keys.float() @ keys.float().T
+    order = correlations.clamp(min=0).sum(1).argsort(descending=True, stable=True)
+    order = order[lost_degrees(correlations)[order].argsort(stable=True)]
     seed, similar = int(order[0]), order[:expansion]
-    similar = similar[keys[similar] @ keys[seed] > 0]
-    votes = keys @ keys[similar].sum(0)  # the sum of these patches' rows of the correlation matrix
-    foreground = (votes > 0).reshape(grid).cpu().numpy()
-    return component(foreground, seed), seed
+    similar = similar[correlations[seed, similar] > 0]
+    foreground = (correlations[similar].sum(0) > 0).reshape(grid).cpu().numpy()
+    foreground.flat[seed] = True
+    labels = components(foreground)
+    return labels == labels.flat[seed], seed
 
 
 def cut_vector(keys: torch.Tensor, tau: float = TAU, epsilon: float = EPSILON) -> torch.Tensor:
@@ -52,19 +56,23 @@ def cut_vector(keys: torch.Tensor, tau: float = TAU, epsilon: float = EPSILON) -
 
 
 def tokencut(keys: torch.Tensor, grid: Grid, tau: float = TAU, epsilon: float = EPSILON) -> np.ndarray:
-    """Normalised cut of an image's patches (Wang et al. 2022, Sec. 3.2); the object, bool [h, w]."""
+    """Normalised cut of an image's patches (Wang et al. 2022, Sec. 3.2); the object, bool [h, w].
+
+    The object is the connected part, on the side of the mean where |v| is largest, that has the patch of largest |v|.
+    Patches with the same edges have the same value, but for rounding: of several parts with the largest one, it is the
+    part with the most such patches.
+    """
     vector = cut_vector(keys, tau, epsilon)
-    seed = int(vector.abs().argmax())
+    largest = vector.abs() >= vector.abs().max() * (1 - 1e-9)
     high = vector > vector.mean()
-    return component((high if high[seed] else ~high).reshape(grid).cpu().numpy(), seed)
+    foreground = high if high[largest].double().mean() > 0.5 else ~high
+    labels, largest = components(foreground.reshape(grid).cpu().numpy()), largest.reshape(grid).cpu().numpy()
+    return labels == np.bincount(labels[largest & (labels > 0)]).argmax()
 
 
-def component(mask: np.ndarray, seed: int) -> np.ndarray:
-    """The 4-connected component of a mask [h, w] that has the patch of index seed; that patch alone if it is off."""
-    mask = mask.copy()
-    mask.flat[seed] = True
-    labels = cv2.connectedComponents(mask.astype(np.uint8), connectivity=4)[1]
-    return labels == labels.flat[seed]
+def components(mask: np.ndarray) -> np.ndarray:
+    """The 4-connected components of a mask [h, w], numbered from 1; 0 where it is off."""
+    return cv2.connectedComponents(mask.astype(np.uint8), connectivity=4)[1]
 
 
 def box_of(mask: np.ndarray, patch_size: int, size: tuple[int, int]) -> tuple[int, int, int, int]:
