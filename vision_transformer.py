@@ -108,9 +108,13 @@ class VisionTransformer(nn.Module):
         return pos.flatten(2).transpose(1, 2)
 
     @property
+    def has_class_token(self) -> bool:
+        return self.cls_token is not None
+
+    @property
     def num_prefix_tokens(self) -> int:
         """Tokens before the patches: 1 with a class token, else 0."""
-        return int(self.cls_token is not None)
+        return int(self.has_class_token)
 
     @property
     def _num_pos_patches(self) -> int:
@@ -171,7 +175,7 @@ class VisionTransformer(nn.Module):
             tokens = self._run(block, tokens)
             if i in wanted:
                 normed = self.norm(tokens)
-                found[i] = Features(normed[:, 0] if self.num_prefix_tokens else None, self._patches(normed),
+                found[i] = Features(normed[:, 0] if self.has_class_token else None, self._patches(normed),
                                     None if k is None else self._patches(k))
         return [found[i] for i in wanted]
 
@@ -179,12 +183,12 @@ class VisionTransformer(nn.Module):
         """Queries, keys and values [B, N, D] of a block that gets these tokens."""
         return block.attn.qkv(block.norm1(tokens)).chunk(3, dim=-1)
 
-    def queries_and_keys(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the last block's attention compares, of all tokens, class token first: [B, heads, N, D / heads] each."""
+    def queries_and_keys(self, x: torch.Tensor, layer: int = -1) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a block's attention compares, of all tokens, class token first: [B, heads, N, D / heads] each."""
         tokens = self.prepare_tokens(x)
-        for block in self.blocks[:-1]:
+        for block in self.blocks[:layer]:
             tokens = self._run(block, tokens)
-        q, k, _ = self._qkv(self.blocks[-1], tokens)
+        q, k, _ = self._qkv(self.blocks[layer], tokens)
         return tuple(part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in (q, k))
 
 

@@ -24,13 +24,14 @@ import davis_metrics
 import drawing
 import overlays
 from augmentations import IMAGENET_MEAN, IMAGENET_STD
+from backbones import Backbone, TimmBackbone, check_layer, image_statistics, load_any_with_info
 from checkpoint_files import CheckpointError
-from checkpoints import CheckpointInfo, build_head, load_with_info
+from checkpoints import CheckpointInfo, build_head
 from davis_data import DataError, find_sequence, read_mask, read_set
 from errors import ArgumentParser, ConfigError, run_main
 from image_files import load_rgb, open_image, orientation
+from model_options import add_model_options
 from selfpatch_head import SelfPatchHead, neighbour_similarity, positive_matching
-from vision_transformer import ARCHS, VisionTransformer
 
 
 def row_column(text: str) -> tuple[int, int]:
@@ -42,11 +43,7 @@ def row_column(text: str) -> tuple[int, int]:
 
 
 def add_model_and_image(parser: argparse.ArgumentParser, output: str) -> None:
-    parser.add_argument("--pretrained_weights", default="", type=os.path.expanduser, help="checkpoint of any kind")
-    parser.add_argument("--random_weights", action="store_true", help="use an untrained network, without a checkpoint")
-    parser.add_argument("--checkpoint_key", default="teacher", help="network of a training run: teacher or student")
-    parser.add_argument("--arch", choices=list(ARCHS), help="default: the checkpoint's own; vit_small without one")
-    parser.add_argument("--patch_size", type=int, help="default: the checkpoint's own; 16 without one")
+    add_model_options(parser)
     parser.add_argument("--image_path", required=True, type=os.path.expanduser, help="image to draw on")
     parser.add_argument("--image_size", type=int, default=480, help="length of the image's short side, after scaling")
     parser.add_argument("--output", default=output, type=os.path.expanduser, help="PNG to write")
@@ -84,16 +81,17 @@ def fit_patches(image: Image.Image, short_side: int, patch_size: int) -> Image.I
     return image.crop((0, 0, *(side // patch_size * patch_size for side in image.size)))
 
 
-def to_tensor(image: Image.Image) -> torch.Tensor:
-    """A PIL image -> [1, 3, H, W], normalised with ImageNet's mean and standard deviation."""
+def to_tensor(image: Image.Image, statistics: tuple = (IMAGENET_MEAN, IMAGENET_STD)) -> torch.Tensor:
+    """A PIL image -> [1, 3, H, W], normalised with a mean and standard deviation of each channel."""
+    mean, std = statistics
     pixels = torch.from_numpy(np.asarray(image, dtype=np.float32) / 255)
-    return ((pixels - torch.tensor(IMAGENET_MEAN)) / torch.tensor(IMAGENET_STD)).permute(2, 0, 1)[None]
+    return ((pixels - torch.tensor(mean)) / torch.tensor(std)).permute(2, 0, 1)[None]
 
 
-def load(args: argparse.Namespace) -> tuple[VisionTransformer, CheckpointInfo | None]:
+def load(args: argparse.Namespace) -> tuple[Backbone, CheckpointInfo | None]:
     torch.manual_seed(0)  # the same random network every time
-    return load_with_info(args.pretrained_weights, args.checkpoint_key, args.arch, args.patch_size,
-                          args.random_weights)
+    return load_any_with_info(args.arch, args.pretrained_weights, args.checkpoint_key, args.patch_size,
+                              args.random_weights)
 
 
 def attention_weights(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
@@ -101,15 +99,15 @@ def attention_weights(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
     return (k @ q[:, :, None] * q.shape[-1] ** -0.5)[..., 0].softmax(-1)
 
 
-def self_attention(backbone: VisionTransformer, x: torch.Tensor, query: int) -> torch.Tensor:
-    """Attention of the last block from token `query` to the patches of image x [1, 3, H, W], [heads, N]."""
-    q, k = backbone.queries_and_keys(x)
+def self_attention(backbone: Backbone, x: torch.Tensor, query: int, layer: int = -1) -> torch.Tensor:
+    """Attention of a block from token `query` to the patches of image x [1, 3, H, W], [heads, N]."""
+    q, k = backbone.queries_and_keys(x, layer)
     return attention_weights(q[0, :, query], k[0])[:, backbone.num_prefix_tokens:]
 
 
-def head_attention(backbone: VisionTransformer, head: SelfPatchHead, x: torch.Tensor) -> torch.Tensor:
+def head_attention(backbone: Backbone, head: SelfPatchHead, x: torch.Tensor, layer: int = -1) -> torch.Tensor:
     """Attention of the SelfPatch head's second block, from its class token to the patches of x, [heads, N]."""
-    patches, c = backbone(x), head.cls_token[0]
+    patches, c = backbone.features(x, layer).patches, head.cls_token[0]
     first, second = head.cls_blocks
     c = second.norm1(first.attend_projected(c, *first.project(patches)))
     keys = torch.cat([second.attn.k(c), second.project(patches)[0][0]])
@@ -122,15 +120,18 @@ def draw_attention(args: argparse.Namespace) -> None:
     output = check_output(args.output, args.overwrite)
     image = read_image(args.image_path)
     backbone, info = load(args)
+    check_layer(backbone, args.layer)
     image = fit_patches(image, args.image_size, backbone.patch_size)
-    x = to_tensor(image)
+    x = to_tensor(image, image_statistics(backbone))
     grid = backbone.grid_size(x)
     if args.patch is not None:
         query = check_patches([args.patch], grid, "--patch")[0] + backbone.num_prefix_tokens
-        maps, source = self_attention(backbone, x, query), "patch"
-    elif backbone.num_prefix_tokens:
-        maps, source = self_attention(backbone, x, 0), "class token"
+        maps, source = self_attention(backbone, x, query, args.layer), "patch"
+    elif backbone.has_class_token:
+        maps, source = self_attention(backbone, x, 0, args.layer), "class token"
     else:
+        if isinstance(backbone, TimmBackbone):
+            raise ConfigError(f"--arch {args.arch} has no class token: give --patch ROW,COLUMN for a patch's attention")
         if info is None:
             head = SelfPatchHead(backbone.embed_dim, backbone.num_heads).eval()
         elif any(name.startswith("ca_head.") for name in info.other_tensors):
@@ -138,7 +139,7 @@ def draw_attention(args: argparse.Namespace) -> None:
         else:
             raise CheckpointError(f"{info.path} has neither a class token nor a SelfPatch head (ca_head): give a "
                                   "training checkpoint, or --patch ROW,COLUMN for a patch's own attention")
-        maps, source = head_attention(backbone, head, x), "class token of the SelfPatch head"
+        maps, source = head_attention(backbone, head, x, args.layer), "class token of the SelfPatch head"
     drawing.attention_maps(image, maps.unflatten(1, grid).numpy(), args.patch, backbone.patch_size).save(output)
     print(f"wrote {output}: attention of the {source} over {grid[0]}×{grid[1]} patches, {len(maps)} heads")
 
@@ -157,14 +158,16 @@ def draw_positives(args: argparse.Namespace) -> None:
     output = check_output(args.output, args.overwrite)
     image = read_image(args.image_path)
     backbone, info = load(args)
+    check_layer(backbone, args.layer)
     k_num = args.k_num or (info.k_num if info else 4)
     image = fit_patches(image, args.image_size, backbone.patch_size)
-    x = to_tensor(image)
+    x = to_tensor(image, image_statistics(backbone))
     grid = backbone.grid_size(x)
     rows, columns = ([side * n // 6 for n in (1, 3, 5)] for side in grid)
     patches = args.patches or [(row, column) for row in rows for column in columns]
     queries = check_patches(patches, grid, "--patches")
-    features = backbone.get_intermediate_layers(x, 1)[0]  # before a final norm, as the loss compares them
+    layer = range(len(backbone.blocks))[args.layer]
+    features = backbone.get_intermediate_layers(x, [layer])[0]  # before a final norm, as the loss compares them
     chosen = positive_matching(features, grid, k_num)[0, queries]
     similarity = neighbour_similarity(features, grid)[0, queries].sort(dim=-1, descending=True).values
     positives = [[divmod(index, grid[1]) for index in row] for row in chosen.tolist()]
@@ -179,7 +182,7 @@ def add_attention(subparsers) -> None:
     parser = subparsers.add_parser("attention", help="the class token's attention, one map per head")
     add_model_and_image(parser, "attention.png")
     parser.add_argument("--patch", type=row_column, metavar="ROW,COLUMN",
-                        help="draw this patch's attention in the backbone's last block, not the class token's")
+                        help="draw this patch's attention in the backbone's block, not the class token's")
     parser.set_defaults(func=draw_attention)
 
 

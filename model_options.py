@@ -1,0 +1,90 @@
+"""The options that say which backbone a job evaluates, and the networks that they stand for."""
+import argparse
+import contextlib
+import os
+import sys
+from typing import NamedTuple
+
+import torch
+
+from backbones import PREFIX, Backbone, check_layer, load_any_with_info
+from checkpoints import CheckpointInfo
+from errors import ConfigError
+from vision_transformer import ARCHS
+
+
+def arch_name(text: str) -> str:
+    """The type of the option --arch: one of ours, or timm:NAME."""
+    if text not in ARCHS and not text.startswith(PREFIX):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither {', '.join(ARCHS)} nor {PREFIX}NAME, a network of timm")
+    return text
+
+
+def add_model_options(parser: argparse.ArgumentParser, several: bool = False) -> None:
+    """Add --pretrained_weights, --checkpoint_key, --arch, --patch_size, --random_weights and --layer.
+
+    Args:
+        several: the job compares several checkpoints; --random_weights then adds an untrained network to them.
+    """
+    many = {"nargs": "+", "metavar": "FILE"} if several else {}
+    parser.add_argument("--pretrained_weights", default=[] if several else "", type=os.path.expanduser, **many,
+                        help="checkpoint of any kind, or a run's folder" + ("; several give one table" * several))
+    parser.add_argument("--checkpoint_key", default="teacher", help="network of a training run: teacher or student")
+    parser.add_argument("--arch", type=arch_name, default=[] if several else None, **(many and {"nargs": "+"}),
+                        help=f"{', '.join(ARCHS)}, or {PREFIX}NAME for a Vision Transformer of timm; default: the "
+                             "checkpoint's own; vit_small without one"
+                             + ("; one for all checkpoints, or one for each" * several))
+    parser.add_argument("--patch_size", type=int, help="default: the checkpoint's own; 16 without one")
+    parser.add_argument("--random_weights", action="store_true",
+                        help="an untrained network" + (", as a baseline beside the checkpoints or by itself" if several
+                                                       else ", without a checkpoint"))
+    parser.add_argument("--layer", type=int, default=-1,
+                        help="block that the features are taken from: 0 is the first, -1 the last; the final norm, if "
+                             "any, is applied to each")
+
+
+class Candidate(NamedTuple):
+    """A network to evaluate: its name in the table, the network in eval mode, its file's metadata (None for timm's)."""
+    name: str
+    model: Backbone
+    info: CheckpointInfo | None
+
+
+def load_candidates(args: argparse.Namespace, quiet: bool = False) -> list[Candidate]:
+    """The networks of the options (several=True) on the CPU, an untrained one last; prints a line about each.
+
+    Raises:
+        ConfigError: no network is asked for, one cannot be loaded, or one has no block --layer.
+    """
+    weights, archs = args.pretrained_weights, args.arch
+    if not weights and not args.random_weights:
+        raise ConfigError("--pretrained_weights is empty, so the features would be those of a random network: give a "
+                          "checkpoint, or --random_weights to run without one")
+    if len(archs) not in (0, 1, len(weights)):
+        raise ConfigError(f"--arch has {len(archs)} names for {len(weights)} files of --pretrained_weights: give one "
+                          "for all, or one for each")
+    archs = archs if len(archs) == len(weights) and weights else (archs or [None]) * max(len(weights), 1)
+    found = []
+    with contextlib.redirect_stdout(None if quiet else sys.stdout):
+        for path, arch, name in zip(weights, archs, row_names(weights), strict=False):
+            model, info = load_any_with_info(arch, path, args.checkpoint_key, args.patch_size)
+            found.append(Candidate(name, model, info))
+        if args.random_weights:
+            arch, patch_size = archs[0], args.patch_size
+            if found and found[0].info:  # the baseline of a checkpoint is its own architecture, untrained
+                arch, patch_size = found[0].info.arch, found[0].info.patch_size
+            torch.manual_seed(getattr(args, "seed", 0))
+            found.append(Candidate("random", *load_any_with_info(arch, "", patch_size=patch_size, random_weights=True)))
+    for candidate in found:
+        check_layer(candidate.model, args.layer)
+    return found
+
+
+def row_names(paths: list[str]) -> list[str]:
+    """Short names that tell the files apart: the last parts of their paths, as many as it takes."""
+    parts = [os.path.normpath(path).split(os.sep) for path in paths]
+    for count in range(1, max(map(len, parts), default=0) + 1):
+        names = [os.sep.join(part[-count:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    return list(paths)
