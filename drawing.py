@@ -23,10 +23,15 @@ def labelled_panels(panels: list[tuple[str, Image.Image]], columns: int) -> Imag
     return sheet
 
 
-def heat(values: np.ndarray, size: tuple[int, int]) -> Image.Image:
-    """Values [rows, columns] as colours, dark at their minimum and bright at their maximum; a flat cell per patch."""
-    span = np.ptp(values)
-    levels = np.uint8(255 * (values - values.min()) / (span if span > 0 else 1))
+def heat(values: np.ndarray, size: tuple[int, int], limits: tuple[float, float] | None = None) -> Image.Image:
+    """Values [rows, columns] as colours, dark at their minimum and bright at their maximum; a flat cell per patch.
+
+    Args:
+        size: width and height of the picture.
+        limits: the least and the largest value of all, instead of these values' own.
+    """
+    low, high = limits or (values.min(), values.max())
+    levels = np.uint8(255 * (values - low) / (high - low if high > low else 1))
     colours = cv2.cvtColor(cv2.applyColorMap(levels, cv2.COLORMAP_INFERNO), cv2.COLOR_BGR2RGB)
     return Image.fromarray(colours).resize(size, Image.Resampling.NEAREST)
 

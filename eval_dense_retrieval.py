@@ -193,8 +193,8 @@ def main(args: argparse.Namespace) -> None:
                           f"images in --passes {args.passes}: give {args.passes * len(data.train)} or more")
     candidates = load_candidates(args, quiet=launch.rank > 0)
     meet(launch, machine)
-    table = evaluate_each(candidates, lambda model: figures(score(model, data, args, machine), args.hungarian),
-                          machine.device)
+    table = evaluate_each(candidates, lambda candidate: figures(score(candidate.model, data, args, machine),
+                                                                args.hungarian), machine.device)
     if launch.rank == 0:
         report(args, f"dense retrieval, {data.name}", table, train_images=len(data.train), test_images=len(data.val))
     if launch.world_size > 1:

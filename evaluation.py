@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import torch
 
-from backbones import Backbone
 from distributed import Launch, join, keep_freed_memory, pick_device, read_launcher
 from errors import ConfigError, user_path
 from model_options import Candidate, add_model_options
@@ -18,16 +17,17 @@ from model_options import Candidate, add_model_options
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def add_evaluation_options(parser: argparse.ArgumentParser, batch_size: int, batch: str) -> None:
+def add_evaluation_options(parser: argparse.ArgumentParser, batch_size: int = 1, batch: str | None = None) -> None:
     """Add the options of backbones (several), speed and output.
 
     Args:
         batch_size: the default of --bs.
-        batch: what --bs counts.
+        batch: what --bs counts; None for a job without it.
     """
     add_model_options(parser.add_argument_group("backbones, each a column of the table"), several=True)
     group = parser.add_argument_group("speed and output")
-    group.add_argument("--bs", type=int, default=batch_size, help=batch)
+    if batch:
+        group.add_argument("--bs", type=int, default=batch_size, help=batch)
     group.add_argument("--num_workers", type=int, default=2, help="processes that read images, for each process")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps; auto is the GPU if there is one")
     group.add_argument("--precision", default="auto", choices=["auto", *DTYPES],
@@ -58,7 +58,7 @@ def check_options(args: argparse.Namespace, **least: int) -> None:
         least: of the job's own options, by name; those of add_evaluation_options are checked as well.
     """
     for name, minimum in {"bs": 1, "num_workers": 0, "patch_size": 1, "seed": 0, **least}.items():
-        value = getattr(args, name)
+        value = getattr(args, name, None)
         if value is not None and value < minimum:
             raise ConfigError(f"--{name} {value}: give {minimum} or more")
     output = args.output
@@ -98,13 +98,14 @@ def meet(launch: Launch, machine: Machine) -> None:
 Column = dict[str, float | int | str]
 
 
-def evaluate_each(candidates: list[Candidate], evaluate: Callable[[Backbone], Column],
+def evaluate_each(candidates: list[Candidate], evaluate: Callable[[Candidate], Column],
                   device: torch.device) -> dict[str, Column]:
-    """evaluate(model) of every candidate, by name; one network at a time is on the device."""
+    """evaluate(candidate) of every candidate, by name; one network at a time is on the device."""
     table = {}
-    for name, model, _ in candidates:
-        table[name] = evaluate(model.to(device).requires_grad_(False))
-        model.to("cpu")
+    for candidate in candidates:
+        candidate.model.to(device).requires_grad_(False)
+        table[candidate.name] = evaluate(candidate)
+        candidate.model.to("cpu")
     return table
 
 

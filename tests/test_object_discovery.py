@@ -4,7 +4,17 @@ import pytest
 import torch
 from golden_rules import assert_close, load, rand
 
-from object_discovery import box_iou, box_of, components, cut_vector, is_found, lost, lost_degrees, tokencut
+from object_discovery import (
+    box_iou,
+    box_of,
+    components,
+    cut_vector,
+    is_found,
+    lost,
+    lost_degrees,
+    second_eigenvector,
+    tokencut,
+)
 
 SIZES = [(14, 14, 224, 224), (20, 27, 311, 427), (30, 23, 480, 360)]
 
@@ -48,6 +58,17 @@ def test_golden_tokencut(golden, i):
     mask = tokencut(keys, (h, w))
     assert (mask == golden[f"cut_mask_{i}"]).all()
     assert box_of(mask, 16, size) == tuple(golden[f"cut_box_{i}"])
+
+
+def test_second_eigenvector_is_the_whole_decompositions():
+    """Also where the second and third eigenvalue nearly agree, and where a few products span everything."""
+    q = torch.linalg.qr(torch.randn(200, 200, dtype=torch.float64)).Q
+    for values in (torch.linspace(-1, 1, 200), torch.cat([torch.linspace(-1, 0.5, 197), torch.tensor([0.8, 0.801, 1])]),
+                   torch.tensor([0.0] * 197 + [0.3, 0.5, 1.0])):
+        matrix = q * values.double() @ q.T
+        for steps in (300, 15):
+            found = second_eigenvector(matrix, q[:, -1], steps)
+            assert abs(found @ q[:, -2]) == pytest.approx(1, abs=1e-9)
 
 
 def test_components_are_four_connected():
