@@ -106,11 +106,12 @@ def load_candidates(args: argparse.Namespace, quiet: bool = False) -> list[Candi
             model, info = load_any_with_info(arch, path, args.checkpoint_key, args.patch_size)
             found.append(Candidate(name, model, info, path, info.arch if info else arch))
         if args.random_weights:
-            arch, patch_size = archs[0], args.patch_size
-            if found and found[0].info:  # the baseline of a checkpoint is its own architecture, untrained
-                arch, patch_size = found[0].info.arch, found[0].info.patch_size
+            arch, patch_size, parts = archs[0], args.patch_size, {}
+            if found and (info := found[0].info):  # the baseline of a checkpoint is its own architecture, untrained
+                arch, patch_size = info.arch, info.patch_size
+                parts = {"class_token": info.class_token, "final_norm": info.final_norm}
             torch.manual_seed(getattr(args, "seed", 0))
-            model, info = load_any_with_info(arch, "", patch_size=patch_size, random_weights=True)
+            model, info = load_any_with_info(arch, "", patch_size=patch_size, random_weights=True, **parts)
             found.append(Candidate("random", model, info, "", arch or "vit_small"))
     for candidate in found:
         check_layer(candidate.model, args.layer)
