@@ -28,12 +28,9 @@ from davis_metrics import absence_note, find_absent, format_scores, num_objects,
 from distributed import Launch, join, keep_freed_memory, pick_device, read_launcher
 from errors import ArgumentParser, ConfigError, run_main, user_path
 from label_propagation import label_propagation, norm_mask, restrict_neighborhood, to_mask, to_one_hot  # noqa: F401
-from model_options import add_model_options
+from model_options import DTYPES, add_model_options, pick_dtype
 from patch_features import PatchFeatures, frame_features, normalise
 from propagation_bounds import propagate
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
 
 # ---------------------------------------------------------------- frames and annotations
 
@@ -177,12 +174,6 @@ def get_args_parser() -> ArgumentParser:
                        help="of the backbone; auto: bf16 on a GPU that supports it, otherwise fp32. Labels are always "
                             "propagated in fp32; fp16 can overflow in large backbones")
     return parser
-
-
-def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
-    if precision == "auto":
-        precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
-    return DTYPES[precision]
 
 
 def check_options(args: argparse.Namespace) -> None:

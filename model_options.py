@@ -12,6 +12,15 @@ from checkpoints import CheckpointInfo
 from errors import ConfigError
 from vision_transformer import ARCHS
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """The type for autocast; auto is bf16 on a GPU that supports it, otherwise fp32."""
+    if precision == "auto":
+        precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    return DTYPES[precision]
+
 
 def arch_name(text: str) -> str:
     """The type of the option --arch: one of ours, or timm:NAME."""
@@ -43,11 +52,38 @@ def add_model_options(parser: argparse.ArgumentParser, several: bool = False) ->
                              "any, is applied to each")
 
 
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """Add --batch_size_per_gpu, --num_workers, --device, --precision, --seed and --dist_timeout."""
+    parser.add_argument("--batch_size_per_gpu", type=int, default=128, help="images in a forward pass of one process")
+    parser.add_argument("--num_workers", type=int, default=min(10, os.cpu_count() or 1),
+                        help="processes that load images, for each GPU; 0 loads them in this one")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps; auto is a GPU if there is one")
+    parser.add_argument("--precision", default="auto", choices=["auto", *DTYPES],
+                        help="of the backbone; auto: bf16 on a GPU that supports it, otherwise fp32")
+    parser.add_argument("--seed", type=int, default=0, help="of random weights, crops and heads")
+    parser.add_argument("--dist_timeout", type=float, default=30, help="minutes to wait for other processes")
+
+
+def check_run_options(args: argparse.Namespace) -> None:
+    """Raise ConfigError for numbers that no run can have."""
+    for name, least in (("batch_size_per_gpu", 1), ("num_workers", 0)):
+        if getattr(args, name) < least:
+            raise ConfigError(f"--{name} {getattr(args, name)}: give {least} or more")
+    if not 0 < args.dist_timeout < 1e6:
+        raise ConfigError(f"--dist_timeout {args.dist_timeout:g}: give minutes, more than 0")
+
+
 class Candidate(NamedTuple):
     """A network to evaluate: its name in the table, the network in eval mode, its file's metadata (None for timm's)."""
     name: str
     model: Backbone
     info: CheckpointInfo | None
+    path: str = ""
+    arch: str = ""
+
+    def summary(self) -> dict:
+        """What a JSON file says about the network."""
+        return {"name": self.name, "path": self.path, "arch": self.arch, "patch_size": self.model.patch_size}
 
 
 def load_candidates(args: argparse.Namespace, quiet: bool = False) -> list[Candidate]:
@@ -68,13 +104,15 @@ def load_candidates(args: argparse.Namespace, quiet: bool = False) -> list[Candi
     with contextlib.redirect_stdout(None if quiet else sys.stdout):
         for path, arch, name in zip(weights, archs, row_names(weights), strict=False):
             model, info = load_any_with_info(arch, path, args.checkpoint_key, args.patch_size)
-            found.append(Candidate(name, model, info))
+            found.append(Candidate(name, model, info, path, info.arch if info else arch))
         if args.random_weights:
-            arch, patch_size = archs[0], args.patch_size
-            if found and found[0].info:  # the baseline of a checkpoint is its own architecture, untrained
-                arch, patch_size = found[0].info.arch, found[0].info.patch_size
+            arch, patch_size, parts = archs[0], args.patch_size, {}
+            if found and (info := found[0].info):  # the baseline of a checkpoint is its own architecture, untrained
+                arch, patch_size = info.arch, info.patch_size
+                parts = {"class_token": info.class_token, "final_norm": info.final_norm}
             torch.manual_seed(getattr(args, "seed", 0))
-            found.append(Candidate("random", *load_any_with_info(arch, "", patch_size=patch_size, random_weights=True)))
+            model, info = load_any_with_info(arch, "", patch_size=patch_size, random_weights=True, **parts)
+            found.append(Candidate("random", model, info, "", arch or "vit_small"))
     for candidate in found:
         check_layer(candidate.model, args.layer)
     return found

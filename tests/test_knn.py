@@ -1,0 +1,71 @@
+"""The weighted k-NN vote: the reference's figures, whatever the chunks, types and processes."""
+import pytest
+import torch
+import torch.nn.functional as F
+from golden_rules import load, rand
+
+import knn
+from knn import Accuracy, bank_bytes, bank_dtype, class_ranks, classify, search
+
+
+def golden_data(salt):
+    """Bank, its classes, queries and theirs, by golden/README.md."""
+    means = rand(90, 7, 32, salt=salt)
+    parts = []
+    for seed, count in ((91, 300), (92, 200)):
+        labels = torch.arange(count) * 5 % 7
+        parts += [F.normalize(means[labels] + 1.6 * rand(seed, count, 32, salt=salt), dim=1), labels]
+    return parts
+
+
+@pytest.mark.parametrize("chunks", [{}, {"query_rows": 7, "bank_rows": 11, "block": 50}])
+def test_golden_knn(chunks):
+    golden = load("knn.npz")
+    bank, labels, queries, truth = golden_data(golden["salt"])
+    ks = [int(name[1:]) for name in golden if name.startswith("k")]
+    ours = classify(queries, truth, bank, labels, 7, ks, **chunks)
+    assert {k: [round(value, 4) for value in ours[k]] for k in ks} == {k: golden[f"k{k}"].tolist() for k in ks}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_search_is_the_plain_product_and_top_k(dtype):
+    queries, bank = (F.normalize(torch.randn(n, 24), dim=1) for n in (23, 150))
+    bank = bank.to(dtype)
+    expected = (queries @ bank.float().T).topk(60, dim=1)
+    for chunks in ({}, {"query_rows": 5, "bank_rows": 40}, {"bank_rows": 7}, {"bank_rows": 149}):
+        products, rows = search(queries, bank, 60, **chunks)
+        torch.testing.assert_close(products, expected.values)
+        assert torch.equal(rows, expected.indices)
+    assert search(queries, bank, 500)[0].shape == (23, 150)
+
+
+def test_votes_are_weighted():
+    cosines = torch.tensor([[0.9, 0.8, 0.79, -1.0]])
+    classes = torch.tensor([[2, 1, 1, 0]])
+    # one near neighbour against two farther ones: e^(0.9/T) against e^(0.8/T) + e^(0.79/T)
+    for temperature, order in ((0.07, [2, 1, 0]), (1.0, [1, 2, 0])):
+        ranks = [class_ranks(cosines, classes, torch.tensor([c]), 4, temperature).item() for c in (0, 1, 2, 3)]
+        assert [ranks.index(place) for place in range(3)] == order and ranks[3] == 3
+
+
+def test_k_above_the_bank_is_the_whole_bank():
+    bank, queries = (F.normalize(torch.randn(n, 8), dim=1) for n in (6, 3))
+    labels, truth = torch.arange(6) % 2, torch.zeros(3, dtype=torch.long)
+    found = classify(queries, truth, bank, labels, 2, (3, 10, 200))
+    assert list(found) == [3, 6] and all(accuracy.top5 == 100 for accuracy in found.values())
+    assert classify(queries, truth, bank, labels, 2, (6,))[6] == found[6]
+
+
+def test_imagenets_bank_fits_two_gigabytes():
+    assert bank_dtype(1_281_167, 384) == torch.float16 and bank_dtype(10_000, 384) == torch.float32
+    assert bank_bytes(1_281_167, 384) < 2e9
+    assert bank_bytes(1_281_167, 384, world_size=8) < 2e9 / 7
+    # and what a search takes besides: the products, and the float32 copy of a chunk
+    assert 4 * knn.QUERY_ROWS * knn.BANK_ROWS + 4 * 384 * knn.BANK_ROWS < 0.4e9
+
+
+def test_half_precision_changes_hardly_anything():
+    bank, labels, queries, truth = golden_data(0)
+    exact, half = (classify(queries, truth, part, labels, 7, (1, 20)) for part in (bank, bank.half()))
+    for k in exact:
+        assert isinstance(half[k], Accuracy) and abs(exact[k].top1 - half[k].top1) <= 0.5
