@@ -22,7 +22,7 @@ from tqdm import tqdm
 from backbones import Backbone, image_statistics
 from box_data import HELP, BoxImage, find_box_data
 from errors import ArgumentParser, ConfigError, run_main, user_path
-from evaluation import Column, Machine, add_evaluation_options, check_options, evaluate_each, meet, report, start
+from evaluation import Column, Machine, add_evaluation_options, check_options, evaluate_each, finish, start
 from feature_pictures import boxes_over
 from image_files import load_rgb
 from model_options import Candidate, load_candidates
@@ -136,7 +136,7 @@ def get_args_parser() -> ArgumentParser:
     parser.add_argument("--epsilon", type=float, default=EPSILON, help="TokenCut's weight of other edges")
     parser.add_argument("--pictures", type=user_path, metavar="FOLDER",
                         help="write every image with its boxes to <folder>/<backbone>/<image>.png")
-    add_evaluation_options(parser)
+    add_evaluation_options(parser, 1)
     return parser
 
 
@@ -145,10 +145,9 @@ def main(args: argparse.Namespace) -> None:
     if not (args.epsilon > 0 and -1 < args.tau < 1):
         raise ConfigError(f"--tau {args.tau:g} --epsilon {args.epsilon:g}: give a cosine, and more than 0")
     check_pictures(args.pictures, args.overwrite)
-    launch, machine = start(args)
     images = find_box_data(args.data)
-    candidates = load_candidates(args, quiet=launch.rank > 0)
-    meet(launch, machine)
+    machine = start(args)
+    candidates = load_candidates(args, quiet=machine.rank > 0)
     outcomes = {}
 
     def evaluate(candidate: Candidate) -> Column:
@@ -160,12 +159,9 @@ def main(args: argparse.Namespace) -> None:
         return figures(outcomes[candidate.name], args.method)
 
     table = evaluate_each(candidates, evaluate, machine.device)
-    if launch.rank == 0:
-        boxes = {name: {images[number].name: found for number, (found, _) in outcome.items()}
-                 for name, outcome in outcomes.items()}
-        report(args, "object discovery", table, boxes=boxes)
-    if launch.world_size > 1:
-        dist.destroy_process_group()
+    boxes = {name: {images[number].name: found for number, (found, _) in outcome.items()}
+             for name, outcome in outcomes.items()}
+    finish(args, "object discovery", candidates, table, boxes=boxes)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from augmentations import IMAGENET_MEAN, IMAGENET_STD
 from backbones import Backbone, image_statistics
 from dense_retrieval import NEIGHBOURS, TEMPERATURE, PatchMemory, label_map, patch_labels, sample_patches
 from errors import ArgumentParser, ConfigError, run_main
-from evaluation import Column, Machine, add_evaluation_options, check_options, evaluate_each, meet, report, start
+from evaluation import Column, Machine, add_evaluation_options, check_options, evaluate_each, finish, start
 from model_options import load_candidates
 from nearest_neighbours import BANK_ROWS
 from segmentation_data import HELP, Pair, SegmentationData, find_segmentation_data
@@ -102,7 +102,8 @@ def image_size(patch_size: int) -> int:
 # ---------------------------------------------------------------- memory and votes
 
 def batches(dataset: Dataset, args: argparse.Namespace, machine: Machine, what: str) -> Iterator[list[torch.Tensor]]:
-    loader = DataLoader(dataset, args.bs, num_workers=args.num_workers, pin_memory=machine.device.type == "cuda")
+    loader = DataLoader(dataset, args.batch_size_per_gpu, num_workers=args.num_workers,
+                        pin_memory=machine.device.type == "cuda")
     with tqdm(total=len(dataset), desc=what, unit="image", disable=machine.rank > 0) as progress:
         for batch in loader:
             yield [part.to(machine.device, non_blocking=True) for part in batch]
@@ -155,7 +156,7 @@ def score(model: Backbone, data: SegmentationData, args: argparse.Namespace, mac
 def figures(confusion: np.ndarray, hungarian: bool) -> Column:
     """The rows of the table: shares from 0 to 1."""
     column = {"mean IoU, all classes": mean_iou(confusion),
-              "mean IoU, classes that occur": mean_iou(confusion, present_only=True),
+              "mean IoU, true classes": mean_iou(confusion, present_only=True),
               "pixels": float(np.trace(confusion) / max(confusion.sum(), 1))}
     if hungarian:
         column["mean IoU, matched (Hungarian)"] = mean_iou(match_predictions(confusion))
@@ -176,7 +177,7 @@ def get_args_parser() -> ArgumentParser:
     protocol.add_argument("--temperature", type=float, default=TEMPERATURE, help="of the votes' softmax")
     protocol.add_argument("--hungarian", action="store_true",
                           help="also the published program's figure, which renames predicted classes to fit best")
-    add_evaluation_options(parser, 8, "images per batch and process")
+    add_evaluation_options(parser, 8)
     parser.add_argument("--memory_rows", type=int, default=BANK_ROWS, help="patches compared at once; less needs less "
                                                                            "memory, and changes no figure")
     return parser
@@ -186,19 +187,16 @@ def main(args: argparse.Namespace) -> None:
     check_options(args, passes=1, neighbours=1, memory_rows=1)
     if not args.temperature > 0:
         raise ConfigError(f"--temperature {args.temperature:g}: give more than 0")
-    launch, machine = start(args)
     data = find_segmentation_data(args.data, args.num_classes)
     if args.memory_size < args.passes * len(data.train):
         raise ConfigError(f"--memory_size {args.memory_size} is less than one patch of each of {len(data.train)} "
                           f"images in --passes {args.passes}: give {args.passes * len(data.train)} or more")
-    candidates = load_candidates(args, quiet=launch.rank > 0)
-    meet(launch, machine)
+    machine = start(args)
+    candidates = load_candidates(args, quiet=machine.rank > 0)
     table = evaluate_each(candidates, lambda candidate: figures(score(candidate.model, data, args, machine),
                                                                 args.hungarian), machine.device)
-    if launch.rank == 0:
-        report(args, f"dense retrieval, {data.name}", table, train_images=len(data.train), test_images=len(data.val))
-    if launch.world_size > 1:
-        dist.destroy_process_group()
+    finish(args, f"dense retrieval, {data.name}", candidates, table, train_images=len(data.train),
+           test_images=len(data.val))
 
 
 if __name__ == "__main__":

@@ -17,10 +17,9 @@ def confusion_matrix(truth: torch.Tensor, prediction: torch.Tensor, num_classes:
 
 
 def class_iou(confusion: np.ndarray) -> np.ndarray:
-    """Intersection over union of every class, float64 [C]; NaN for a class that is neither true nor predicted."""
-    hits = np.diag(confusion).astype(np.float64)
-    union = confusion.sum(0) + confusion.sum(1) - hits
-    return np.divide(hits, union, out=np.full(len(hits), np.nan), where=union > 0)
+    """Intersection over union of every class, float64 [C]; NaN for a class without a true pixel."""
+    hits, true = np.diag(confusion).astype(np.float64), confusion.sum(1)
+    return np.divide(hits, confusion.sum(0) + true - hits, out=np.full(len(hits), np.nan), where=true > 0)
 
 
 def mean_iou(confusion: np.ndarray, present_only: bool = False) -> float:
@@ -28,7 +27,7 @@ def mean_iou(confusion: np.ndarray, present_only: bool = False) -> float:
 
     Args:
         confusion: [C, C], see confusion_matrix.
-        present_only: leave out classes that are neither true nor predicted, which count as 0 otherwise.
+        present_only: leave out classes without a true pixel, which count as 0 otherwise.
     """
     iou = class_iou(confusion)
     return float(np.nanmean(iou) if present_only else np.nan_to_num(iou).mean())
