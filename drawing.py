@@ -1,13 +1,28 @@
-"""Pictures of attention maps and positives for visualize.py, as PIL images."""
+"""What visualize.py's pictures are made of, and those of attention maps and positives, as PIL images."""
 import math
 
 import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from errors import ConfigError
+
 COLOURS = ("#ff3b30", "#34c759", "#0a84ff", "#ffcc00", "#ff2dce", "#00e5ff", "#ff9500", "#af7cff", "#ffffff")
 PANEL_WIDTH, LABEL_HEIGHT, GAP = 416, 30, 6
 MIN_CELL, MAX_CELL = 24, 40  # side in pixels of a drawn patch: room for a digit
+
+
+def fit_patches(image: Image.Image, short_side: int, patch_size: int) -> Image.Image:
+    """The image, scaled to short_side and cropped at the right and bottom to whole patches."""
+    if short_side < 3 * patch_size:
+        raise ConfigError(f"--image_size {short_side} is under 3 patches of {patch_size}: give {3 * patch_size} or "
+                          "more")
+    if max(image.size) > 16 * min(image.size):
+        raise ConfigError(f"the image is {image.width}×{image.height}: with one side more than 16 times the other it "
+                          "has too many patches, crop it")
+    scale = short_side / min(image.size)
+    image = image.resize([round(side * scale) for side in image.size], Image.Resampling.BICUBIC)
+    return image.crop((0, 0, *(side // patch_size * patch_size for side in image.size)))
 
 
 def labelled_panels(panels: list[tuple[str, Image.Image]], columns: int) -> Image.Image:

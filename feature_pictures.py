@@ -89,10 +89,9 @@ def fit(image: Image.Image, height: int, resample: Image.Resampling = Image.Resa
 
 # ---------------------------------------------------------------- similarity to a patch
 
-def similarity_to_patch(features: torch.Tensor, patch: int, others: torch.Tensor | None = None) -> torch.Tensor:
-    """Cosine of one patch of features [N, D] to all patches of the same image or of others [M, D]: [N] or [M]."""
-    query = F.normalize(features[patch].float(), dim=0)
-    return F.normalize((features if others is None else others).float(), dim=-1) @ query
+def similarity(query: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+    """Cosine of a patch's feature [D] to all features [N, D], float32 [N]."""
+    return F.normalize(features.float(), dim=-1) @ F.normalize(query.float(), dim=0)
 
 
 def similarity_panels(images: list[Image.Image], maps: list[np.ndarray], patch: tuple[int, int],
@@ -114,7 +113,7 @@ def similarity_panels(images: list[Image.Image], maps: list[np.ndarray], patch: 
             for picture in pictures:
                 ImageDraw.Draw(picture).rectangle((x - width, y - width, x + patch_size + width - 1,
                                                    y + patch_size + width - 1), outline=COLOURS[5], width=width)
-        name = f"patch {patch[0]},{patch[1]}" if number == 0 else f"image {number + 1}"
+        name = f"image {number + 1}" + (f", patch {patch[0]},{patch[1]}" if number == 0 else "")
         scale = f"cosine {values.min():.2f} to {values.max():.2f}"
         panels += [(name, fit(pictures[0], height)), (scale, fit(pictures[1], height, Image.Resampling.NEAREST))]
     return labelled_panels(panels, columns=2)

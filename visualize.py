@@ -3,11 +3,15 @@
     python visualize.py attention --pretrained_weights checkpoint.pth --image_path dog.jpg --output attention.png
     python visualize.py positives --pretrained_weights checkpoint.pth --image_path dog.jpg --output positives.png
     python visualize.py positives --random_weights --arch vit_small --image_path dog.jpg --patches 10,20 4,7
+    python visualize.py pca --pretrained_weights checkpoint.pth --image_path dog1.jpg dog2.jpg --output pca.png
+    python visualize.py similarity --pretrained_weights checkpoint.pth --image_path dog1.jpg dog2.jpg --patch 10,20
     python visualize.py overlay --davis_path DAVIS --results masks/dino masks/selfpatch --labels DINO SelfPatch
     python visualize.py scores --davis_path DAVIS --results masks/dino masks/selfpatch --labels DINO SelfPatch
 
 attention: the class token's attention, one map per head; SelfPatch's class token is in its head.
 positives: the neighbours that positive matching picks for some patches.
+pca: three principal components of the patches' features as colours, fitted over all images together.
+similarity: the cosine of one patch to all patches of its image and of others.
 overlay: a DAVIS sequence beside the masks of one or several folders of results, as GIF, MP4 or PNGs.
 scores: J&F of such folders by sequence, as a bar chart.
 """
@@ -22,12 +26,14 @@ from tqdm import tqdm
 
 import davis_metrics
 import drawing
+import feature_pictures
 import overlays
 from augmentations import IMAGENET_MEAN, IMAGENET_STD
 from backbones import Backbone, TimmBackbone, check_layer, image_statistics, load_any_with_info
 from checkpoint_files import CheckpointError
 from checkpoints import CheckpointInfo, build_head
 from davis_data import DataError, find_sequence, read_mask, read_set
+from drawing import fit_patches
 from errors import ArgumentParser, ConfigError, run_main
 from image_files import load_rgb, open_image, orientation
 from model_options import add_model_options
@@ -42,9 +48,11 @@ def row_column(text: str) -> tuple[int, int]:
     return row, column
 
 
-def add_model_and_image(parser: argparse.ArgumentParser, output: str) -> None:
+def add_model_and_image(parser: argparse.ArgumentParser, output: str, images: str = "") -> None:
+    """Add the options of a picture; images says what several ones are for."""
     add_model_options(parser)
-    parser.add_argument("--image_path", required=True, type=os.path.expanduser, help="image to draw on")
+    parser.add_argument("--image_path", required=True, type=os.path.expanduser, help=images or "image to draw on",
+                        **({"nargs": "+", "metavar": "IMAGE"} if images else {}))
     parser.add_argument("--image_size", type=int, default=480, help="length of the image's short side, after scaling")
     parser.add_argument("--output", default=output, type=os.path.expanduser, help="PNG to write")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output file")
@@ -66,19 +74,6 @@ def read_image(path: str) -> Image.Image:
     if (tag := orientation(open_image(path))) != 1:
         print(f"{path}: EXIF orientation {tag} is ignored, as in training: pixels are used as stored")
     return load_rgb(path)
-
-
-def fit_patches(image: Image.Image, short_side: int, patch_size: int) -> Image.Image:
-    """The image, scaled to short_side and cropped at the right and bottom to whole patches."""
-    if short_side < 3 * patch_size:
-        raise ConfigError(f"--image_size {short_side} is under 3 patches of {patch_size}: give {3 * patch_size} or "
-                          "more")
-    if max(image.size) > 16 * min(image.size):
-        raise ConfigError(f"the image is {image.width}×{image.height}: with one side more than 16 times the other it "
-                          "has too many patches, crop it")
-    scale = short_side / min(image.size)
-    image = image.resize([round(side * scale) for side in image.size], Image.Resampling.BICUBIC)
-    return image.crop((0, 0, *(side // patch_size * patch_size for side in image.size)))
 
 
 def to_tensor(image: Image.Image, statistics: tuple = (IMAGENET_MEAN, IMAGENET_STD)) -> torch.Tensor:
@@ -176,6 +171,53 @@ def draw_positives(args: argparse.Namespace) -> None:
         listed = "  ".join(f"{r},{c} ({cosine:.2f})" for (r, c), cosine in zip(picks, cosines, strict=False))
         print(f"patch {patch[0]},{patch[1]}: {listed}")
     print(f"wrote {output}: {k_num} positives each of {len(patches)} of {grid[0]}×{grid[1]} patches")
+
+
+def features_of_images(args: argparse.Namespace) -> tuple[Backbone, list[Image.Image], list[torch.Tensor],
+                                                          list[tuple[int, int]]]:
+    """The backbone, and each image fitted to its patches, its features [N, D] and its grid."""
+    images = [read_image(path) for path in args.image_path]
+    backbone = load(args)[0]
+    check_layer(backbone, args.layer)
+    images = [fit_patches(image, args.image_size, backbone.patch_size) for image in images]
+    inputs = [to_tensor(image, image_statistics(backbone)) for image in images]
+    return (backbone, images, [backbone.features(x, args.layer).patches[0] for x in inputs],
+            [backbone.grid_size(x) for x in inputs])
+
+
+@torch.no_grad()
+def draw_pca(args: argparse.Namespace) -> None:
+    output = check_output(args.output, args.overwrite)
+    _, images, features, grids = features_of_images(args)
+    colours, coloured = feature_pictures.component_colours(torch.cat(features), grids, not args.all_patches)
+    feature_pictures.component_panels(images, colours).save(output)
+    print(f"wrote {output}: principal components of {int(coloured.sum())} of {len(coloured)} patches")
+
+
+@torch.no_grad()
+def draw_similarity(args: argparse.Namespace) -> None:
+    output = check_output(args.output, args.overwrite)
+    backbone, images, features, grids = features_of_images(args)
+    patch = args.patch or (grids[0][0] // 2, grids[0][1] // 2)
+    query = features[0][check_patches([patch], grids[0], "--patch")[0]]
+    cosines = [feature_pictures.similarity(query, one) for one in features]
+    maps = [one.unflatten(0, grid).numpy() for one, grid in zip(cosines, grids, strict=True)]
+    feature_pictures.similarity_panels(images, maps, patch, backbone.patch_size).save(output)
+    print(f"wrote {output}: cosine of patch {patch[0]},{patch[1]} to {sum(map(len, cosines))} patches")
+
+
+def add_pca(subparsers) -> None:
+    parser = subparsers.add_parser("pca", help="three principal components of the features as colours")
+    add_model_and_image(parser, "pca.png", "images whose patches are fitted together")
+    parser.add_argument("--all_patches", action="store_true", help="colour the background as well")
+    parser.set_defaults(func=draw_pca)
+
+
+def add_similarity(subparsers) -> None:
+    parser = subparsers.add_parser("similarity", help="one patch's cosine to all others")
+    add_model_and_image(parser, "similarity.png", "image of the patch, then others to compare it with")
+    parser.add_argument("--patch", type=row_column, metavar="ROW,COLUMN", help="default: in the middle of the image")
+    parser.set_defaults(func=draw_similarity)
 
 
 def add_attention(subparsers) -> None:
@@ -280,9 +322,11 @@ def add_scores(subparsers) -> None:
 
 def get_args_parser() -> ArgumentParser:
     parser = ArgumentParser(description="Pictures of what a model has learnt")
-    subparsers = parser.add_subparsers(required=True, metavar="{attention,positives,overlay,scores}")
+    subparsers = parser.add_subparsers(required=True, metavar="{attention,positives,pca,similarity,overlay,scores}")
     add_attention(subparsers)
     add_positives(subparsers)
+    add_pca(subparsers)
+    add_similarity(subparsers)
     add_overlay(subparsers)
     add_scores(subparsers)
     return parser
