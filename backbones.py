@@ -148,9 +148,10 @@ class TimmBackbone(nn.Module):
         x = x[..., :rows * self.patch_size, :columns * self.patch_size]
         numbers = [range(len(self.blocks))[layer] for layer in layers]
         order = sorted(set(numbers))
-        outputs = self.network.forward_intermediates(x, order, return_prefix_tokens=True, norm=norm, stop_early=True,
-                                                     output_fmt="NLC", intermediates_only=True)
-        if self.num_prefix_tokens:
+        with_prefix = self.num_prefix_tokens > 0
+        outputs = self.network.forward_intermediates(x, order, return_prefix_tokens=with_prefix, norm=norm,
+                                                     stop_early=True, output_fmt="NLC", intermediates_only=True)
+        if with_prefix:
             outputs = [torch.cat([prefix, patches], dim=1) for patches, prefix in outputs]
         return [outputs[order.index(number)] for number in numbers]
 

@@ -96,6 +96,7 @@ def test_each_feature_is_what_it_says(kind):
     assert ImageFeature(model, None, head=feature.head).kind == kind
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_figures_of_one(colours, run_file, tmp_path):
     """15 and 9 images do not divide by two, and a share of the bank is smaller than k."""
     words = [sys.executable, Path(job.__file__), "--data_path", colours, "--pretrained_weights", run_file, "--device",

@@ -131,6 +131,7 @@ def test_table_and_json(words, colours, tmp_path, capsys):
     assert content["one_crop_an_image"] == bool(words)
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_figures_of_one(colours, tmp_path):
     words = ["--data_path", colours, "--random_weights", "--arch", "vit_tiny", "--epochs", 3, "--lr", 0.01, 0.1]
     assert run(*words, "--batch_size_per_gpu", 4, "--output", tmp_path / "one.json") == 0
