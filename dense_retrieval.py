@@ -115,15 +115,15 @@ class PatchMemory:
             float32 [Q, C], rows sum to 1.
         """
         queries = gather(F.normalize(queries.float(), dim=-1)).flatten(0, 1)
-        votes = torch.cat([self._vote(chunk, neighbours, temperature, memory_rows)
-                           for chunk in queries.split(query_rows)])
+        votes = self._vote(queries, neighbours, temperature, query_rows, memory_rows)
         if get_world_size() > 1:
             dist.all_reduce(votes)
         return votes.chunk(get_world_size())[get_rank()]
 
-    def _vote(self, queries: torch.Tensor, neighbours: int, temperature: float, memory_rows: int) -> torch.Tensor:
+    def _vote(self, queries: torch.Tensor, neighbours: int, temperature: float, query_rows: int,
+              memory_rows: int) -> torch.Tensor:
         """What this process's rows add to the votes of queries [Q, D] from all processes."""
-        cosines, rows = nearest(queries, self.features, neighbours, len(queries), memory_rows)
+        cosines, rows = nearest(queries, self.features, neighbours, query_rows, memory_rows)
         missing = neighbours - cosines.shape[1]
         candidates = gather(F.pad(cosines, (0, missing), value=-torch.inf))  # [processes, Q, neighbours]
         candidates = candidates.transpose(0, 1).flatten(1)
@@ -131,7 +131,8 @@ class PatchMemory:
         weights = torch.zeros_like(candidates).scatter_(
             1, best[:, :neighbours], (values[:, :neighbours] / temperature).softmax(-1))
         own = weights.chunk(get_world_size(), dim=1)[get_rank()][:, :cosines.shape[1]]
-        return torch.einsum("qk,qkc->qc", own, self.labels[rows].float())
+        return torch.cat([torch.einsum("qk,qkc->qc", part, self.labels[chosen].float())
+                          for part, chosen in zip(own.split(query_rows), rows.split(query_rows), strict=True)])
 
 
 def gather(x: torch.Tensor) -> torch.Tensor:

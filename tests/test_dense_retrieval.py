@@ -74,6 +74,17 @@ def test_chunks_change_nothing(golden, query_rows, memory_rows):
                                rtol=0, atol=1e-7)
 
 
+@pytest.mark.long
+def test_two_hundred_thousand_rows():
+    """A fifth of the usual memory: 154 MB, and the same votes in chunks of any size."""
+    memory = PatchMemory(200_000, 384, 21)
+    for _ in range(20):
+        memory.add(torch.randn(10_000, 384), torch.eye(21)[torch.randint(21, (10_000,))])
+    assert len(memory) == 200_000 and memory.features.nbytes == 200_000 * 384 * 2
+    queries = torch.randn(300, 384)
+    assert torch.equal(memory.vote(queries), memory.vote(queries, query_rows=100, memory_rows=7000))
+
+
 def test_fewer_rows_than_neighbours():
     memory = PatchMemory(5, 8, 3)
     memory.add(torch.randn(4, 8), torch.eye(3)[torch.tensor([0, 1, 2, 2])])

@@ -13,6 +13,7 @@ from PIL import Image
 import eval_dense_retrieval as job
 from augmentations import IMAGENET_MEAN
 from dense_retrieval import PatchMemory
+from nearest_neighbours import QUERY_ROWS
 from segmentation_data import find_segmentation_data
 from vision_transformer import vit_tiny
 
@@ -84,7 +85,7 @@ def test_memory_of_a_million_patches():
     per_row = {name: getattr(memory, name).element_size() * getattr(memory, f"_{name}").shape[1]
                for name in ("features", "labels")}
     assert 1_024_000 * per_row["features"] < 1e9
-    product = 4 * job.BANK_ROWS * 1024
+    product = 4 * job.BANK_ROWS * QUERY_ROWS
     assert 1_024_000 * sum(per_row.values()) + 4 * product < 2e9
 
 

@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from golden_rules import load, rand
 
-import knn
 from knn import Accuracy, bank_bytes, bank_dtype, class_ranks, classify, search
+from nearest_neighbours import BANK_ROWS, QUERY_ROWS
 
 
 def golden_data(salt):
@@ -61,7 +61,7 @@ def test_imagenets_bank_fits_two_gigabytes():
     assert bank_bytes(1_281_167, 384) < 2e9
     assert bank_bytes(1_281_167, 384, world_size=8) < 2e9 / 7
     # and what a search takes besides: the products, and the float32 copy of a chunk
-    assert 4 * knn.QUERY_ROWS * knn.BANK_ROWS + 4 * 384 * knn.BANK_ROWS < 0.4e9
+    assert 4 * QUERY_ROWS * BANK_ROWS + 4 * 384 * BANK_ROWS < 0.4e9
 
 
 def test_half_precision_changes_hardly_anything():
