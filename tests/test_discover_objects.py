@@ -44,6 +44,12 @@ def test_job_scores_and_draws(voc, tmp_path, small_network, capsys):
     assert "is not empty: give another name, or --overwrite" in capsys.readouterr().err
 
 
+def test_network_of_timm_with_registers(voc, capsys):
+    """Patches of 14: 64×96 pixels are padded to 5 × 7 of them."""
+    assert run_job(job, "--data", f"voc:{voc}", *UNTRAINED, "--arch", "timm:vit_small_patch14_reg4_dinov2") is None
+    assert "TokenCut, CorLoc" in capsys.readouterr().out
+
+
 def test_images_without_boxes(tmp_path, small_network, capsys):
     folder = make_folders(tmp_path, 1).split(",")[0]
     for feature in ("keys", "patches"):
