@@ -9,6 +9,7 @@ Prints CorLoc where the data has boxes: the share of images whose box reaches Io
 import argparse
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -151,10 +152,7 @@ def main(args: argparse.Namespace) -> None:
     outcomes = {}
 
     def evaluate(candidate: Candidate) -> Column:
-        draw = None
-        if args.pictures:
-            folder = args.pictures / candidate.name.replace(os.sep, "_")
-            draw = lambda *drawn: write_picture(folder, *drawn)  # noqa: E731
+        draw = args.pictures and partial(write_picture, args.pictures / candidate.name.replace(os.sep, "_"))
         outcomes[candidate.name] = discover_all(candidate.model, images, args, machine, draw)
         return figures(outcomes[candidate.name], args.method)
 
