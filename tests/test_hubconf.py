@@ -96,7 +96,8 @@ def test_other_project_in_one_process(bare_process, other_project, dino_first):
 def test_modules_of_the_users_own(bare_process, monkeypatch, tmp_path, imported):
     for name in ("checkpoints", "utils", "errors", "vision_transformer"):
         (tmp_path / f"{name}.py").write_text("mine = True\n")
-    monkeypatch.syspath_prepend(tmp_path)
+    # not syspath_prepend, whose undoing would leave the shortened path of bare_process to the tests after this one
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     if imported:
         import errors
         assert errors.mine
