@@ -1,9 +1,12 @@
 """The weighted k-NN vote: the reference's figures, whatever the chunks, types and processes."""
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from davis_folder import free_port
 from golden_rules import load, rand
 
+from image_features import gather_rows
 from knn import Accuracy, bank_bytes, bank_dtype, class_ranks, classify, search
 from nearest_neighbours import BANK_ROWS, QUERY_ROWS
 
@@ -69,3 +72,24 @@ def test_half_precision_changes_hardly_anything():
     exact, half = (classify(queries, truth, part, labels, 7, (1, 20)) for part in (bank, bank.half()))
     for k in exact:
         assert isinstance(half[k], Accuracy) and abs(exact[k].top1 - half[k].top1) <= 0.5
+
+
+def share_of_three(rank, port, queries, truth, bank, labels, path):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=3)
+    queries, truth = gather_rows(queries[rank::3]), gather_rows(truth[rank::3])
+    found = classify(queries, truth, bank[rank::3], labels[rank::3], 7, (1, 20, 200))
+    if rank == 2:
+        torch.save({k: list(accuracy) for k, accuracy in found.items()}, path)
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_three_processes_share_a_bank_in_half_precision(tmp_path):
+    """A share has 33 or 34 rows, fewer than k."""
+    bank, labels, queries, truth = golden_data(0)
+    bank, queries = bank[:100].half(), queries[:50].half()
+    labels, truth = labels[:100], truth[:50]
+    torch.multiprocessing.spawn(share_of_three, (free_port(), queries, truth, bank, labels, tmp_path / "found.pth"), 3)
+    expected = classify(queries, truth, bank, labels, 7, (1, 20, 200))
+    assert torch.load(tmp_path / "found.pth") == {k: list(accuracy) for k, accuracy in expected.items()}
