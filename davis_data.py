@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from errors import ConfigError
-from image_files import UnreadableImage, is_hidden, open_image, orientation, read_bytes
+from image_files import UnreadableImage, is_hidden, load_ids, open_image, orientation, read_bytes
 
 VOID = 255
 SCALE_SIZE = 480  # short side of the frames that a backbone sees
@@ -199,24 +199,15 @@ def load_frame(path: str | Path, scale_size: int = SCALE_SIZE) -> tuple[np.ndarr
 def read_mask(path: str | Path) -> tuple[np.ndarray, bytes]:
     """A PNG of ids -> ids, uint8 [H, W], and its palette (DAVIS's if it has none).
 
-    Grey PNGs of less than 8 bits have their samples as ids, which PIL scales to 255. A grey PNG of 0 and 255 alone is
-    a mask of DAVIS 2016: one object, not void.
+    A grey PNG of 0 and 255 alone is a mask of DAVIS 2016: one object, not void.
 
     Raises:
-        UnreadableImage: the file is missing or damaged.
-        DataError: it has another mode.
+        UnreadableImage: the file is missing or damaged, or has another mode.
     """
-    data = read_bytes(path)
-    image = open_image(path, data)
-    if image.mode not in ("P", "L", "1"):
-        raise DataError(f"{path}: is {image.mode}, not an indexed PNG with one object id per pixel")
-    if image.mode == "P":
-        return np.array(image), bytes(image.getpalette("RGB") or ()) or DAVIS_PALETTE
-    mask = np.array(image.convert("L"))
-    depth = data[24] if image.format == "PNG" else 8  # in the PNG header
-    if depth < 8:
-        return mask // (255 // (2**depth - 1)), DAVIS_PALETTE
-    return np.where(mask == VOID, 1, 0).astype(np.uint8) if is_binary(mask) else mask, DAVIS_PALETTE
+    mask, palette = load_ids(path)
+    if palette is None and is_binary(mask):
+        mask = np.where(mask == VOID, 1, 0).astype(np.uint8)
+    return mask, palette or DAVIS_PALETTE
 
 
 def is_binary(mask: np.ndarray) -> bool:

@@ -1,13 +1,28 @@
-"""Pictures of attention maps and positives for visualize.py, as PIL images."""
+"""What visualize.py's pictures are made of, and those of attention maps and positives, as PIL images."""
 import math
 
 import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from errors import ConfigError
+
 COLOURS = ("#ff3b30", "#34c759", "#0a84ff", "#ffcc00", "#ff2dce", "#00e5ff", "#ff9500", "#af7cff", "#ffffff")
 PANEL_WIDTH, LABEL_HEIGHT, GAP = 416, 30, 6
 MIN_CELL, MAX_CELL = 24, 40  # side in pixels of a drawn patch: room for a digit
+
+
+def fit_patches(image: Image.Image, short_side: int, patch_size: int) -> Image.Image:
+    """The image, scaled to short_side and cropped at the right and bottom to whole patches."""
+    if short_side < 3 * patch_size:
+        raise ConfigError(f"--image_size {short_side} is under 3 patches of {patch_size}: give {3 * patch_size} or "
+                          "more")
+    if max(image.size) > 16 * min(image.size):
+        raise ConfigError(f"the image is {image.width}×{image.height}: with one side more than 16 times the other it "
+                          "has too many patches, crop it")
+    scale = short_side / min(image.size)
+    image = image.resize([round(side * scale) for side in image.size], Image.Resampling.BICUBIC)
+    return image.crop((0, 0, *(side // patch_size * patch_size for side in image.size)))
 
 
 def labelled_panels(panels: list[tuple[str, Image.Image]], columns: int) -> Image.Image:
@@ -23,10 +38,15 @@ def labelled_panels(panels: list[tuple[str, Image.Image]], columns: int) -> Imag
     return sheet
 
 
-def heat(values: np.ndarray, size: tuple[int, int]) -> Image.Image:
-    """Values [rows, columns] as colours, dark at their minimum and bright at their maximum; a flat cell per patch."""
-    span = np.ptp(values)
-    levels = np.uint8(255 * (values - values.min()) / (span if span > 0 else 1))
+def heat(values: np.ndarray, size: tuple[int, int], limits: tuple[float, float] | None = None) -> Image.Image:
+    """Values [rows, columns] as colours, dark at their minimum and bright at their maximum; a flat cell per patch.
+
+    Args:
+        size: width and height of the picture.
+        limits: the least and the largest value of all, instead of these values' own.
+    """
+    low, high = limits or (values.min(), values.max())
+    levels = np.uint8(255 * (values - low) / (high - low if high > low else 1))
     colours = cv2.cvtColor(cv2.applyColorMap(levels, cv2.COLORMAP_INFERNO), cv2.COLOR_BGR2RGB)
     return Image.fromarray(colours).resize(size, Image.Resampling.NEAREST)
 

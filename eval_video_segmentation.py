@@ -9,7 +9,6 @@ if the annotations are there.
 """
 import argparse
 import contextlib
-import os
 import sys
 from collections.abc import Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -23,18 +22,15 @@ from PIL import Image
 from tqdm import tqdm
 
 import davis_data
-from checkpoints import load_backbone
+from backbones import check_layer, load_any_backbone
 from davis_data import SCALE_SIZE, VOID, DataError, Sequence, imwrite_indexed, load_frame, resized_shape
 from davis_metrics import absence_note, find_absent, format_scores, num_objects, score_sequence
 from distributed import Launch, join, keep_freed_memory, pick_device, read_launcher
 from errors import ArgumentParser, ConfigError, run_main, user_path
 from label_propagation import label_propagation, norm_mask, restrict_neighborhood, to_mask, to_one_hot  # noqa: F401
+from model_options import DTYPES, add_model_options, pick_dtype
 from patch_features import PatchFeatures, frame_features, normalise
 from propagation_bounds import propagate
-from vision_transformer import ARCHS
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
 
 # ---------------------------------------------------------------- frames and annotations
 
@@ -164,11 +160,7 @@ def get_args_parser() -> ArgumentParser:
     parser.add_argument("--allow_gaps", action="store_true",
                         help="segment videos in which frames are missing as if the others were consecutive")
     model = parser.add_argument_group("backbone")
-    model.add_argument("--pretrained_weights", default="", type=os.path.expanduser, help="checkpoint of any kind")
-    model.add_argument("--checkpoint_key", default="teacher", help="network of a training run: teacher or student")
-    model.add_argument("--arch", choices=list(ARCHS), help="default: the checkpoint's own; vit_small without one")
-    model.add_argument("--patch_size", type=int, help="default: the checkpoint's own; 16 without one")
-    model.add_argument("--random_weights", action="store_true", help="use an untrained network, without a checkpoint")
+    add_model_options(model)
     model.add_argument("--seed", type=int, default=0, help="seed of the random weights")
     protocol = parser.add_argument_group("protocol")
     protocol.add_argument("--n_last_frames", type=int, default=7, help="context frames in addition to the first one")
@@ -182,12 +174,6 @@ def get_args_parser() -> ArgumentParser:
                        help="of the backbone; auto: bf16 on a GPU that supports it, otherwise fp32. Labels are always "
                             "propagated in fp32; fp16 can overflow in large backbones")
     return parser
-
-
-def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
-    if precision == "auto":
-        precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
-    return DTYPES[precision]
 
 
 def check_options(args: argparse.Namespace) -> None:
@@ -261,9 +247,10 @@ def make_extractor(args: argparse.Namespace, launch: Launch) -> PatchFeatures:
         keep_freed_memory()
     torch.manual_seed(args.seed)
     with contextlib.redirect_stdout(sys.stdout if launch.rank == 0 else None):
-        model = load_backbone(args.pretrained_weights, args.checkpoint_key, args.arch, args.patch_size,
-                              args.random_weights).to(device)
-    return PatchFeatures(model, device, pick_dtype(args.precision, device), args.bs)
+        model = load_any_backbone(args.arch, args.pretrained_weights, args.checkpoint_key, args.patch_size,
+                                  args.random_weights).to(device)
+    check_layer(model, args.layer)
+    return PatchFeatures(model, device, pick_dtype(args.precision, device), args.bs, args.layer)
 
 
 def main(args: argparse.Namespace) -> int:

@@ -178,6 +178,25 @@ def load_rgb(path: str | Path, data: bytes | None = None) -> Image.Image:
     return image.convert("RGB")
 
 
+def load_ids(path: str | Path) -> tuple[np.ndarray, bytes | None]:
+    """The ids of an indexed or grey image, uint8 [H, W], and its palette, None for a grey one.
+
+    Grey PNGs of less than 8 bits have their samples as ids, which PIL scales to 255.
+
+    Raises:
+        UnreadableImage: the file is missing or damaged, or has colours or more than 8 bits.
+    """
+    data = read_bytes(path)
+    image = open_image(path, data)
+    if image.mode not in ("P", "L", "1"):
+        raise UnreadableImage(f"{path}: is {image.mode}, not an indexed PNG with one object id per pixel")
+    if image.mode == "P":
+        return np.array(image), bytes(image.getpalette("RGB") or ())
+    ids = np.array(image.convert("L"))
+    depth = data[24] if image.format == "PNG" else 8  # in the PNG header
+    return (ids // (255 // (2**depth - 1)) if depth < 8 else ids), None
+
+
 def unknown_depth(path: str | Path) -> str:
     return (f"cannot read the image {path} (16 bits, but no value above 4095, and the file does not say that its "
             "samples have fewer): scale it to the full range, or save it in 8 bits")

@@ -9,16 +9,17 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from augmentations import IMAGENET_MEAN, IMAGENET_STD
+from backbones import Backbone, image_statistics
 from davis_data import DataError, Sequence, load_frame
-from vision_transformer import VisionTransformer
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.228, 0.224, 0.225)  # 0.228, not ImageNet's 0.229, as in DINO's published DAVIS protocol
 
 
-def normalise(frames: torch.Tensor) -> torch.Tensor:
+def normalise(frames: torch.Tensor, statistics: tuple[tuple, tuple] = (MEAN, STD)) -> torch.Tensor:
     """RGB, uint8 [B, H, W, 3] -> normalised, float [B, 3, H, W]."""
-    mean, std = (torch.tensor(values, device=frames.device) for values in (MEAN, STD))
+    mean, std = (torch.tensor(values, device=frames.device) for values in statistics)
     return ((frames / 255 - mean) / std).permute(0, 3, 1, 2)
 
 
@@ -26,19 +27,26 @@ class PatchFeatures:
     """Features of frames, in batches that are halved permanently when memory runs out.
 
     Args:
-        model: the backbone; its final norm, if any, is applied.
+        model: the backbone; its final norm, if any, is applied, as in DINO's script.
         dtype: of autocast; float32 for none.
         batch_size: frames per forward pass.
+        layer: block that the features are taken from; -1 is the last.
     """
 
-    def __init__(self, model: VisionTransformer, device: torch.device | str = "cpu",
-                 dtype: torch.dtype = torch.float32, batch_size: int = 6):
+    def __init__(self, model: Backbone, device: torch.device | str = "cpu",
+                 dtype: torch.dtype = torch.float32, batch_size: int = 6, layer: int = -1):
         self.model, self.device, self.dtype, self.batch_size = model, torch.device(device), dtype, batch_size
+        self.layer = layer
+        own = image_statistics(model)
+        self.statistics = (MEAN, STD) if own == (IMAGENET_MEAN, IMAGENET_STD) else own
 
     def forward(self, frames: np.ndarray) -> torch.Tensor:
-        images = normalise(torch.from_numpy(frames).to(self.device))
+        images = normalise(torch.from_numpy(frames).to(self.device), self.statistics)
+        shape = [n * self.model.patch_size for n in self.model.grid_size(images)]
+        if list(images.shape[2:]) != shape:  # patches of 14: labels cover the whole frame, so the patches must too
+            images = F.interpolate(images, shape, mode="bilinear", align_corners=False)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            features = self.model(images)  # through the final norm of a backbone that has one, as in DINO's script
+            features = self.model.features(images, self.layer).patches
         return F.normalize(features.float(), dim=-1).unflatten(1, self.model.grid_size(images))
 
     def __call__(self, frames: np.ndarray) -> torch.Tensor:

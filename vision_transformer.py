@@ -3,6 +3,7 @@
     model = vit_small(patch_size=16)
     features = model(images)                        # [B, 3, 224, 224] -> [B, 196, 384]
     features = model(torch.rand(1, 3, 480, 832))    # any size -> [1, 30 * 52, 384], row by row
+    class_token, patches, keys = model.features(images, layer=-2, keys=True)    # of any block
 """
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -44,6 +45,17 @@ def run_block(block: Block, tokens: torch.Tensor) -> torch.Tensor:
         return block(tokens)
     tokens = add_branch(tokens, lambda x: block.attn(block.norm1(x)), rate)
     return add_branch(tokens, lambda x: block.mlp(block.norm2(x)), rate)
+
+
+class Features(NamedTuple):
+    """What a block makes of images, after the network's final norm where it has one.
+
+    class_token [B, D], None where the network has none; patches [B, N, D], row by row; keys [B, N, D] of the patches in
+    the block's attention, all heads side by side, None unless asked for.
+    """
+    class_token: torch.Tensor | None
+    patches: torch.Tensor
+    keys: torch.Tensor | None = None
 
 
 class VisionTransformer(nn.Module):
@@ -96,8 +108,17 @@ class VisionTransformer(nn.Module):
         return pos.flatten(2).transpose(1, 2)
 
     @property
+    def has_class_token(self) -> bool:
+        return self.cls_token is not None
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Tokens before the patches: 1 with a class token, else 0."""
+        return int(self.has_class_token)
+
+    @property
     def _num_pos_patches(self) -> int:
-        return self.pos_embed.shape[1] - (self.cls_token is not None)
+        return self.pos_embed.shape[1] - self.num_prefix_tokens
 
     def prepare_tokens(self, x: torch.Tensor) -> torch.Tensor:
         """Images [B, 3, H, W] -> embedded patches [B, N, D], after the class token where there is one."""
@@ -108,7 +129,7 @@ class VisionTransformer(nn.Module):
         return tokens
 
     def _patches(self, tokens: torch.Tensor) -> torch.Tensor:
-        return tokens if self.cls_token is None else tokens[:, 1:]
+        return tokens[:, self.num_prefix_tokens:]
 
     def _run(self, block: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
         if self.checkpoint_activations and torch.is_grad_enabled():
@@ -132,6 +153,43 @@ class VisionTransformer(nn.Module):
             if i in wanted:
                 features[i] = self._patches(tokens)
         return [features[i] for i in wanted]
+
+    def features(self, x: torch.Tensor, layer: int = -1, keys: bool = False) -> Features:
+        """Class token, patches and, on demand, keys of one block for images x [B, 3, H, W].
+
+        Args:
+            layer: 0 for the first block, -1 for the last.
+            keys: also those of the block's attention, without the class token's and not normalised.
+
+        Raises:
+            IndexError: there is no such block.
+        """
+        return self.intermediate_features(x, [layer], keys)[0]
+
+    def intermediate_features(self, x: torch.Tensor, layers: Sequence[int], keys: bool = False) -> list[Features]:
+        """features() of several blocks, from one pass; the final norm, if any, is applied to each of them."""
+        wanted = [range(len(self.blocks))[layer] for layer in layers]
+        tokens, found = self.prepare_tokens(x), {}
+        for i, block in enumerate(self.blocks[:max(wanted) + 1]):
+            k = self._qkv(block, tokens)[1] if keys and i in wanted else None
+            tokens = self._run(block, tokens)
+            if i in wanted:
+                normed = self.norm(tokens)
+                found[i] = Features(normed[:, 0] if self.has_class_token else None, self._patches(normed),
+                                    None if k is None else self._patches(k))
+        return [found[i] for i in wanted]
+
+    def _qkv(self, block: Block, tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Queries, keys and values [B, N, D] of a block that gets these tokens."""
+        return block.attn.qkv(block.norm1(tokens)).chunk(3, dim=-1)
+
+    def queries_and_keys(self, x: torch.Tensor, layer: int = -1) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a block's attention compares, of all tokens, class token first: [B, heads, N, D / heads] each."""
+        tokens = self.prepare_tokens(x)
+        for block in self.blocks[:layer]:
+            tokens = self._run(block, tokens)
+        q, k, _ = self._qkv(self.blocks[layer], tokens)
+        return tuple(part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in (q, k))
 
 
 def vit_tiny(patch_size: int = 16, num_heads: int = 3, **kwargs) -> VisionTransformer:

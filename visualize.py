@@ -3,11 +3,15 @@
     python visualize.py attention --pretrained_weights checkpoint.pth --image_path dog.jpg --output attention.png
     python visualize.py positives --pretrained_weights checkpoint.pth --image_path dog.jpg --output positives.png
     python visualize.py positives --random_weights --arch vit_small --image_path dog.jpg --patches 10,20 4,7
+    python visualize.py pca --pretrained_weights checkpoint.pth --image_path dog1.jpg dog2.jpg --output pca.png
+    python visualize.py similarity --pretrained_weights checkpoint.pth --image_path dog1.jpg dog2.jpg --patch 10,20
     python visualize.py overlay --davis_path DAVIS --results masks/dino masks/selfpatch --labels DINO SelfPatch
     python visualize.py scores --davis_path DAVIS --results masks/dino masks/selfpatch --labels DINO SelfPatch
 
 attention: the class token's attention, one map per head; SelfPatch's class token is in its head.
 positives: the neighbours that positive matching picks for some patches.
+pca: three principal components of the patches' features as colours, fitted over all images together.
+similarity: the cosine of one patch to all patches of its image and of others.
 overlay: a DAVIS sequence beside the masks of one or several folders of results, as GIF, MP4 or PNGs.
 scores: J&F of such folders by sequence, as a bar chart.
 """
@@ -22,15 +26,18 @@ from tqdm import tqdm
 
 import davis_metrics
 import drawing
+import feature_pictures
 import overlays
 from augmentations import IMAGENET_MEAN, IMAGENET_STD
+from backbones import Backbone, TimmBackbone, check_layer, image_statistics, load_any_with_info
 from checkpoint_files import CheckpointError
-from checkpoints import CheckpointInfo, build_head, load_with_info
+from checkpoints import CheckpointInfo, build_head
 from davis_data import DataError, find_sequence, read_mask, read_set
+from drawing import fit_patches
 from errors import ArgumentParser, ConfigError, run_main
 from image_files import load_rgb, open_image, orientation
+from model_options import add_model_options
 from selfpatch_head import SelfPatchHead, neighbour_similarity, positive_matching
-from vision_transformer import ARCHS, VisionTransformer
 
 
 def row_column(text: str) -> tuple[int, int]:
@@ -41,13 +48,11 @@ def row_column(text: str) -> tuple[int, int]:
     return row, column
 
 
-def add_model_and_image(parser: argparse.ArgumentParser, output: str) -> None:
-    parser.add_argument("--pretrained_weights", default="", type=os.path.expanduser, help="checkpoint of any kind")
-    parser.add_argument("--random_weights", action="store_true", help="use an untrained network, without a checkpoint")
-    parser.add_argument("--checkpoint_key", default="teacher", help="network of a training run: teacher or student")
-    parser.add_argument("--arch", choices=list(ARCHS), help="default: the checkpoint's own; vit_small without one")
-    parser.add_argument("--patch_size", type=int, help="default: the checkpoint's own; 16 without one")
-    parser.add_argument("--image_path", required=True, type=os.path.expanduser, help="image to draw on")
+def add_model_and_image(parser: argparse.ArgumentParser, output: str, images: str = "") -> None:
+    """Add the options of a picture; images says what several ones are for."""
+    add_model_options(parser)
+    parser.add_argument("--image_path", required=True, type=os.path.expanduser, help=images or "image to draw on",
+                        **({"nargs": "+", "metavar": "IMAGE"} if images else {}))
     parser.add_argument("--image_size", type=int, default=480, help="length of the image's short side, after scaling")
     parser.add_argument("--output", default=output, type=os.path.expanduser, help="PNG to write")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output file")
@@ -71,60 +76,38 @@ def read_image(path: str) -> Image.Image:
     return load_rgb(path)
 
 
-def fit_patches(image: Image.Image, short_side: int, patch_size: int) -> Image.Image:
-    """The image, scaled to short_side and cropped at the right and bottom to whole patches."""
-    if short_side < 3 * patch_size:
-        raise ConfigError(f"--image_size {short_side} is under 3 patches of {patch_size}: give {3 * patch_size} or "
-                          "more")
-    if max(image.size) > 16 * min(image.size):
-        raise ConfigError(f"the image is {image.width}×{image.height}: with one side more than 16 times the other it "
-                          "has too many patches, crop it")
-    scale = short_side / min(image.size)
-    image = image.resize([round(side * scale) for side in image.size], Image.Resampling.BICUBIC)
-    return image.crop((0, 0, *(side // patch_size * patch_size for side in image.size)))
-
-
-def to_tensor(image: Image.Image) -> torch.Tensor:
-    """A PIL image -> [1, 3, H, W], normalised with ImageNet's mean and standard deviation."""
+def to_tensor(image: Image.Image, statistics: tuple = (IMAGENET_MEAN, IMAGENET_STD)) -> torch.Tensor:
+    """A PIL image -> [1, 3, H, W], normalised with a mean and standard deviation of each channel."""
+    mean, std = statistics
     pixels = torch.from_numpy(np.asarray(image, dtype=np.float32) / 255)
-    return ((pixels - torch.tensor(IMAGENET_MEAN)) / torch.tensor(IMAGENET_STD)).permute(2, 0, 1)[None]
+    return ((pixels - torch.tensor(mean)) / torch.tensor(std)).permute(2, 0, 1)[None]
 
 
-def load(args: argparse.Namespace) -> tuple[VisionTransformer, CheckpointInfo | None]:
+def load(args: argparse.Namespace) -> tuple[Backbone, CheckpointInfo | None]:
     torch.manual_seed(0)  # the same random network every time
-    return load_with_info(args.pretrained_weights, args.checkpoint_key, args.arch, args.patch_size,
-                          args.random_weights)
+    return load_any_with_info(args.arch, args.pretrained_weights, args.checkpoint_key, args.patch_size,
+                              args.random_weights)
 
 
-def split_heads(x: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """[M, D] -> [heads, M, D / heads]."""
-    return x.unflatten(-1, (num_heads, -1)).transpose(0, 1)
+def attention_weights(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """Attention weights of one query [heads, D / heads] over keys [heads, M, D / heads]: [heads, M], rows sum to 1."""
+    return (k @ q[:, :, None] * q.shape[-1] ** -0.5)[..., 0].softmax(-1)
 
 
-def attention_weights(q: torch.Tensor, k: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """Attention weights of one query q [1, D] over keys k [M, D], for each head: [heads, M], rows sum to 1."""
-    q, k = split_heads(q, num_heads), split_heads(k, num_heads)
-    return (q @ k.transpose(1, 2) * q.shape[-1] ** -0.5).softmax(-1)[:, 0]
+def self_attention(backbone: Backbone, x: torch.Tensor, query: int, layer: int = -1) -> torch.Tensor:
+    """Attention of a block from token `query` to the patches of image x [1, 3, H, W], [heads, N]."""
+    q, k = backbone.queries_and_keys(x, layer)
+    return attention_weights(q[0, :, query], k[0])[:, backbone.num_prefix_tokens:]
 
 
-def self_attention(backbone: VisionTransformer, x: torch.Tensor, query: int) -> torch.Tensor:
-    """Attention of the last block from token `query` to the patches of image x [1, 3, H, W], [heads, N]."""
-    tokens = backbone.prepare_tokens(x)
-    for block in backbone.blocks[:-1]:
-        tokens = block(tokens)
-    block = backbone.blocks[-1]
-    q, k, _ = block.attn.qkv(block.norm1(tokens))[0].chunk(3, dim=-1)
-    weights = attention_weights(q[query:query + 1], k, backbone.num_heads)
-    return weights if backbone.cls_token is None else weights[:, 1:]
-
-
-def head_attention(backbone: VisionTransformer, head: SelfPatchHead, x: torch.Tensor) -> torch.Tensor:
+def head_attention(backbone: Backbone, head: SelfPatchHead, x: torch.Tensor, layer: int = -1) -> torch.Tensor:
     """Attention of the SelfPatch head's second block, from its class token to the patches of x, [heads, N]."""
-    patches, c = backbone(x), head.cls_token[0]
+    patches, c = backbone.features(x, layer).patches, head.cls_token[0]
     first, second = head.cls_blocks
     c = second.norm1(first.attend_projected(c, *first.project(patches)))
-    keys = second.project(patches)[0][0]
-    return attention_weights(second.attn.q(c), torch.cat([second.attn.k(c), keys]), backbone.num_heads)[:, 1:]
+    keys = torch.cat([second.attn.k(c), second.project(patches)[0][0]])
+    q, k = (part.unflatten(-1, (backbone.num_heads, -1)).transpose(0, 1) for part in (second.attn.q(c), keys))
+    return attention_weights(q[:, 0], k)[:, 1:]
 
 
 @torch.no_grad()
@@ -132,15 +115,18 @@ def draw_attention(args: argparse.Namespace) -> None:
     output = check_output(args.output, args.overwrite)
     image = read_image(args.image_path)
     backbone, info = load(args)
+    check_layer(backbone, args.layer)
     image = fit_patches(image, args.image_size, backbone.patch_size)
-    x = to_tensor(image)
+    x = to_tensor(image, image_statistics(backbone))
     grid = backbone.grid_size(x)
     if args.patch is not None:
-        query = check_patches([args.patch], grid, "--patch")[0] + (backbone.cls_token is not None)
-        maps, source = self_attention(backbone, x, query), "patch"
-    elif backbone.cls_token is not None:
-        maps, source = self_attention(backbone, x, 0), "class token"
+        query = check_patches([args.patch], grid, "--patch")[0] + backbone.num_prefix_tokens
+        maps, source = self_attention(backbone, x, query, args.layer), "patch"
+    elif backbone.has_class_token:
+        maps, source = self_attention(backbone, x, 0, args.layer), "class token"
     else:
+        if isinstance(backbone, TimmBackbone):
+            raise ConfigError(f"--arch {args.arch} has no class token: give --patch ROW,COLUMN for a patch's attention")
         if info is None:
             head = SelfPatchHead(backbone.embed_dim, backbone.num_heads).eval()
         elif any(name.startswith("ca_head.") for name in info.other_tensors):
@@ -148,7 +134,7 @@ def draw_attention(args: argparse.Namespace) -> None:
         else:
             raise CheckpointError(f"{info.path} has neither a class token nor a SelfPatch head (ca_head): give a "
                                   "training checkpoint, or --patch ROW,COLUMN for a patch's own attention")
-        maps, source = head_attention(backbone, head, x), "class token of the SelfPatch head"
+        maps, source = head_attention(backbone, head, x, args.layer), "class token of the SelfPatch head"
     drawing.attention_maps(image, maps.unflatten(1, grid).numpy(), args.patch, backbone.patch_size).save(output)
     print(f"wrote {output}: attention of the {source} over {grid[0]}×{grid[1]} patches, {len(maps)} heads")
 
@@ -167,14 +153,16 @@ def draw_positives(args: argparse.Namespace) -> None:
     output = check_output(args.output, args.overwrite)
     image = read_image(args.image_path)
     backbone, info = load(args)
+    check_layer(backbone, args.layer)
     k_num = args.k_num or (info.k_num if info else 4)
     image = fit_patches(image, args.image_size, backbone.patch_size)
-    x = to_tensor(image)
+    x = to_tensor(image, image_statistics(backbone))
     grid = backbone.grid_size(x)
     rows, columns = ([side * n // 6 for n in (1, 3, 5)] for side in grid)
     patches = args.patches or [(row, column) for row in rows for column in columns]
     queries = check_patches(patches, grid, "--patches")
-    features = backbone.get_intermediate_layers(x, 1)[0]  # before a final norm, as the loss compares them
+    layer = range(len(backbone.blocks))[args.layer]
+    features = backbone.get_intermediate_layers(x, [layer])[0]  # before a final norm, as the loss compares them
     chosen = positive_matching(features, grid, k_num)[0, queries]
     similarity = neighbour_similarity(features, grid)[0, queries].sort(dim=-1, descending=True).values
     positives = [[divmod(index, grid[1]) for index in row] for row in chosen.tolist()]
@@ -185,11 +173,58 @@ def draw_positives(args: argparse.Namespace) -> None:
     print(f"wrote {output}: {k_num} positives each of {len(patches)} of {grid[0]}×{grid[1]} patches")
 
 
+def features_of_images(args: argparse.Namespace) -> tuple[Backbone, list[Image.Image], list[torch.Tensor],
+                                                          list[tuple[int, int]]]:
+    """The backbone, and each image fitted to its patches, its features [N, D] and its grid."""
+    images = [read_image(path) for path in args.image_path]
+    backbone = load(args)[0]
+    check_layer(backbone, args.layer)
+    images = [fit_patches(image, args.image_size, backbone.patch_size) for image in images]
+    inputs = [to_tensor(image, image_statistics(backbone)) for image in images]
+    return (backbone, images, [backbone.features(x, args.layer).patches[0] for x in inputs],
+            [backbone.grid_size(x) for x in inputs])
+
+
+@torch.no_grad()
+def draw_pca(args: argparse.Namespace) -> None:
+    output = check_output(args.output, args.overwrite)
+    _, images, features, grids = features_of_images(args)
+    colours, coloured = feature_pictures.component_colours(torch.cat(features), grids, not args.all_patches)
+    feature_pictures.component_panels(images, colours).save(output)
+    print(f"wrote {output}: principal components of {int(coloured.sum())} of {len(coloured)} patches")
+
+
+@torch.no_grad()
+def draw_similarity(args: argparse.Namespace) -> None:
+    output = check_output(args.output, args.overwrite)
+    backbone, images, features, grids = features_of_images(args)
+    patch = args.patch or (grids[0][0] // 2, grids[0][1] // 2)
+    query = features[0][check_patches([patch], grids[0], "--patch")[0]]
+    cosines = [feature_pictures.similarity(query, one) for one in features]
+    maps = [one.unflatten(0, grid).numpy() for one, grid in zip(cosines, grids, strict=True)]
+    feature_pictures.similarity_panels(images, maps, patch, backbone.patch_size).save(output)
+    print(f"wrote {output}: cosine of patch {patch[0]},{patch[1]} to {sum(map(len, cosines))} patches")
+
+
+def add_pca(subparsers) -> None:
+    parser = subparsers.add_parser("pca", help="three principal components of the features as colours")
+    add_model_and_image(parser, "pca.png", "images whose patches are fitted together")
+    parser.add_argument("--all_patches", action="store_true", help="colour the background as well")
+    parser.set_defaults(func=draw_pca)
+
+
+def add_similarity(subparsers) -> None:
+    parser = subparsers.add_parser("similarity", help="one patch's cosine to all others")
+    add_model_and_image(parser, "similarity.png", "image of the patch, then others to compare it with")
+    parser.add_argument("--patch", type=row_column, metavar="ROW,COLUMN", help="default: in the middle of the image")
+    parser.set_defaults(func=draw_similarity)
+
+
 def add_attention(subparsers) -> None:
     parser = subparsers.add_parser("attention", help="the class token's attention, one map per head")
     add_model_and_image(parser, "attention.png")
     parser.add_argument("--patch", type=row_column, metavar="ROW,COLUMN",
-                        help="draw this patch's attention in the backbone's last block, not the class token's")
+                        help="draw this patch's attention in the backbone's block, not the class token's")
     parser.set_defaults(func=draw_attention)
 
 
@@ -287,9 +322,11 @@ def add_scores(subparsers) -> None:
 
 def get_args_parser() -> ArgumentParser:
     parser = ArgumentParser(description="Pictures of what a model has learnt")
-    subparsers = parser.add_subparsers(required=True, metavar="{attention,positives,overlay,scores}")
+    subparsers = parser.add_subparsers(required=True, metavar="{attention,positives,pca,similarity,overlay,scores}")
     add_attention(subparsers)
     add_positives(subparsers)
+    add_pca(subparsers)
+    add_similarity(subparsers)
     add_overlay(subparsers)
     add_scores(subparsers)
     return parser

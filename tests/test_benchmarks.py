@@ -58,3 +58,14 @@ def test_gpu_figures_are_read_from_what_the_parts_wrote(tmp_path, monkeypatch, c
     gpu.table(tmp_path)
     out = capsys.readouterr().out
     assert "5.00" in out and "40%" in out and "95%" in out and "45.0%" in out
+
+
+@pytest.mark.slow
+def test_evaluations_are_measured_beside_the_plain_ways(tmp_path):
+    result = run("evaluations.py", "--queries", 50, "--rows", 400, "--width", 32, "--k", 20, "--arch", "vit_tiny",
+                 "--images", 2, "--batch_size", 2, "--rounds", 1, "--device", "cpu",
+                 "--json", tmp_path / "figures.json")
+    assert result.returncode == 0, result.stderr
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["search"]["largest_difference"] < 1e-3 and figures["search"]["ratio"] > 0
+    assert 0 < figures["extraction"]["share"] and "times as fast" in result.stdout

@@ -84,18 +84,18 @@ def test_golden_clip_of_dino(tmp_path):
 def test_batches_are_halved_when_memory_runs_out(capsys):
     torch.manual_seed(0)
     model, sizes = VisionTransformer(32, 16, embed_dim=24, depth=1, num_heads=3).eval(), []
-    whole, limit = model.forward, 2
+    whole, limit = model.features, 2
 
-    def short_of_memory(images):
+    def short_of_memory(images, layer):
         sizes.append(len(images))
         if len(images) > limit:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-        return whole(images)
+        return whole(images, layer)
 
     frames = np.random.RandomState(0).randint(0, 256, (7, 32, 48, 3), np.uint8)
     with torch.inference_mode():
         expected = job.PatchFeatures(model, torch.device("cpu"), torch.float32, 7)(frames)
-        model.forward = short_of_memory
+        model.features = short_of_memory
         extract = job.PatchFeatures(model, torch.device("cpu"), torch.float32, 6)
         torch.testing.assert_close(extract(frames), expected)
         assert sizes == [6, 3, 1, 1, 1, 1, 1, 1, 1] and extract.batch_size == 1

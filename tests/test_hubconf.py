@@ -55,10 +55,10 @@ def test_file_of_another_network_is_an_error(tmp_path):
 def bare_process(monkeypatch):
     """The modules of this project are not loaded, nor is their folder on the path."""
     monkeypatch.setattr(sys, "path", [path for path in sys.path if Path(path) != Path(CHECKOUT)])
-    for name in list(sys.modules):
-        if (Path(CHECKOUT) / f"{name}.py").is_file() or name.startswith("selfpatch_"):
-            monkeypatch.setitem(sys.modules, name, None)  # so that what the test imports is undone as well
-            monkeypatch.delitem(sys.modules, name)
+    private = [name for name in sys.modules if name.startswith("selfpatch_")]
+    for name in [*private, *(path.stem for path in Path(CHECKOUT).glob("*.py"))]:
+        monkeypatch.setitem(sys.modules, name, None)  # so that what the test imports is undone as well
+        monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
 
 
@@ -96,7 +96,8 @@ def test_other_project_in_one_process(bare_process, other_project, dino_first):
 def test_modules_of_the_users_own(bare_process, monkeypatch, tmp_path, imported):
     for name in ("checkpoints", "utils", "errors", "vision_transformer"):
         (tmp_path / f"{name}.py").write_text("mine = True\n")
-    monkeypatch.syspath_prepend(tmp_path)
+    # not syspath_prepend, whose undoing would leave the shortened path of bare_process to the tests after this one
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     if imported:
         import errors
         assert errors.mine

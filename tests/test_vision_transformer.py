@@ -115,6 +115,39 @@ def test_intermediate_layers_by_index():
     assert torch.equal(last3[-1], model(x))
 
 
+@pytest.mark.parametrize("class_token, final_norm", [(False, False), (True, True)])
+@torch.no_grad()
+def test_features_of_every_block(class_token, final_norm):
+    """The patches of get_intermediate_layers after the final norm; the last block's are the output."""
+    model = set_weights(VisionTransformer(32, 8, embed_dim=24, depth=3, num_heads=3, class_token=class_token,
+                                          final_norm=final_norm), 0).eval()
+    x = torch.randn(2, 3, 32, 48)
+    assert torch.equal(model.features(x).patches, model(x))
+    for layer, patches in enumerate(model.get_intermediate_layers(x, 3)):
+        ours = model.features(x, layer)
+        torch.testing.assert_close(ours.patches, model.norm(patches))
+        assert ours.keys is None and torch.equal(ours.patches, model.features(x, layer - 3).patches)
+        assert ours.class_token.shape == (2, 24) if class_token else ours.class_token is None
+    for one, same in zip(model.intermediate_features(x, [-1, 0]), (model.features(x), model.features(x, 0)),
+                         strict=True):
+        assert torch.equal(one.patches, same.patches)
+    with pytest.raises(IndexError):
+        model.features(x, 3)
+
+
+@pytest.mark.parametrize("class_token", [False, True])
+@torch.no_grad()
+def test_keys_are_those_that_attention_compares(class_token):
+    model = set_weights(VisionTransformer(32, 8, embed_dim=24, depth=2, num_heads=3, class_token=class_token), 0).eval()
+    x, seen = torch.randn(2, 3, 32, 48), []
+    model.blocks[1].attn.qkv.register_forward_hook(lambda _, inputs, output: seen.append(output))
+    keys = model.features(x, keys=True).keys
+    assert keys.shape == (2, 24, 24)
+    expected = seen[-1].reshape(2, -1, 3, 3, 8)[:, :, 1]  # [B, N, query key value, heads, D / heads] as in timm
+    torch.testing.assert_close(keys, expected[:, int(class_token):].flatten(2))
+    torch.testing.assert_close(model.queries_and_keys(x)[1], expected.transpose(1, 2))
+
+
 @torch.no_grad()
 def test_batched_equals_single():
     torch.manual_seed(0)

@@ -1,0 +1,166 @@
+"""Object discovery: the box of each image's main object, from one pass of a frozen backbone, by LOST and TokenCut.
+
+    python discover_objects.py --data voc:VOCdevkit/VOC2007 --pretrained_weights checkpoint.pth --random_weights
+    python discover_objects.py --data images:photos --pretrained_weights checkpoint.pth --pictures found
+    torchrun --nproc_per_node=4 discover_objects.py ...             # shares the images
+
+Prints CorLoc where the data has boxes: the share of images whose box reaches IoU 0.5 with any true one.
+"""
+import argparse
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms.v2 import functional as tf
+from tqdm import tqdm
+
+from backbones import Backbone, image_statistics
+from box_data import HELP, BoxImage, find_box_data
+from errors import ArgumentParser, ConfigError, run_main, user_path
+from evaluation import Column, Machine, add_evaluation_options, check_options, evaluate_each, finish, start
+from feature_pictures import boxes_over
+from image_files import load_rgb
+from model_options import Candidate, load_candidates
+from object_discovery import EPSILON, TAU, box_of, is_found, lost, tokencut
+
+METHODS = {"lost": "LOST", "tokencut": "TokenCut"}
+
+Box = tuple[int, int, int, int]
+
+
+class Images(Dataset):
+    """Samples (number, RGB uint8 [3, H, W], true boxes [B, 4] or None)."""
+
+    def __init__(self, images: list[BoxImage], numbers: range):
+        self.images, self.numbers = images, numbers
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, index: int) -> tuple[int, torch.Tensor, np.ndarray | None]:
+        image = self.images[self.numbers[index]]
+        return self.numbers[index], tf.pil_to_tensor(load_rgb(image.path)), image.read_boxes()
+
+
+def prepare(pixels: torch.Tensor, patch_size: int, statistics: tuple) -> torch.Tensor:
+    """uint8 [3, H, W] -> normalised [1, 3, H', W'], with zeros to the right and below up to whole patches."""
+    image = tf.normalize(tf.to_dtype(pixels, torch.float32, scale=True), *statistics)[None]
+    return F.pad(image, (0, -image.shape[-1] % patch_size, 0, -image.shape[-2] % patch_size))
+
+
+def discover(model: Backbone, pixels: torch.Tensor, args: argparse.Namespace, machine: Machine) -> dict[str, Box]:
+    """The box of an image, uint8 [3, H, W], by every method asked for."""
+    image = prepare(pixels.to(machine.device), model.patch_size, image_statistics(model))
+    with machine.frozen():
+        found = model.features(image, args.layer, keys=args.feature == "keys")
+    tokens, grid = getattr(found, args.feature)[0].float(), model.grid_size(image)
+    masks = {}
+    if "lost" in args.method:
+        masks["lost"] = lost(tokens, grid)[0]
+    if "tokencut" in args.method:
+        masks["tokencut"] = tokencut(tokens, grid, args.tau, args.epsilon)
+    return {name: box_of(mask, model.patch_size, pixels.shape[1:]) for name, mask in masks.items()}
+
+
+def discover_all(model: Backbone, images: list[BoxImage], args: argparse.Namespace, machine: Machine,
+                 draw: Callable[[BoxImage, torch.Tensor, dict[str, Box], np.ndarray | None], None] | None = None,
+                 ) -> dict[int, tuple[dict[str, Box], dict[str, bool] | None]]:
+    """Boxes of all images by number, and whether each is right, None where an image has no true box.
+
+    Args:
+        draw: called with every image of this process, its pixels, its boxes and the true ones.
+    """
+    dataset = Images(images, range(machine.rank, len(images), machine.world_size))
+    loader = DataLoader(dataset, None, num_workers=args.num_workers)
+    outcome = {}
+    for number, pixels, truth in tqdm(loader, desc="images", unit="image", disable=machine.rank > 0):
+        boxes = discover(model, pixels, args, machine)
+        known = truth is not None and len(truth) > 0
+        outcome[number] = boxes, {name: is_found(box, truth) for name, box in boxes.items()} if known else None
+        if draw:
+            draw(images[number], pixels, boxes, truth)
+    if machine.world_size > 1:
+        parts = [None] * machine.world_size
+        dist.all_gather_object(parts, outcome)
+        outcome = {number: found for part in parts for number, found in part.items()}
+    return dict(sorted(outcome.items()))
+
+
+def figures(outcome: dict, methods: list[str]) -> Column:
+    """CorLoc of every method as a share, and the number of images; without true boxes the number alone."""
+    right = [found for _, found in outcome.values() if found is not None]
+    column = {f"{METHODS[name]}, CorLoc": float(np.mean([found[name] for found in right]))
+              for name in methods if right}
+    return column | {"images": len(outcome), "of them scored": len(right)}
+
+
+# ---------------------------------------------------------------- pictures
+
+def write_picture(folder: Path, image: BoxImage, pixels: torch.Tensor, boxes: dict[str, Box],
+                  truth: np.ndarray | None) -> None:
+    """Write the image with its boxes to folder/name.png, whole or not at all."""
+    path = folder / f"{image.name}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    named = {METHODS[name]: [box] for name, box in boxes.items()}
+    if truth is not None:
+        named["true"] = [tuple(box) for box in truth.tolist()]
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    boxes_over(tf.to_pil_image(pixels), named).save(temporary, "PNG")
+    os.replace(temporary, path)
+
+
+def check_pictures(folder: Path | None, overwrite: bool) -> None:
+    """Refuse a folder of pictures that has something in it, unless that may be replaced."""
+    if folder is None:
+        return
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"--pictures {folder} is not a folder: give another name")
+    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+        raise ConfigError(f"--pictures {folder} is not empty: give another name, or --overwrite")
+
+
+# ---------------------------------------------------------------- the job
+
+def get_args_parser() -> ArgumentParser:
+    parser = ArgumentParser(description="Object discovery with LOST and TokenCut")
+    parser.add_argument("--data", required=True, help=HELP)
+    parser.add_argument("--method", nargs="+", choices=list(METHODS), default=list(METHODS), help="default: both")
+    parser.add_argument("--feature", choices=["keys", "patches"], default="keys",
+                        help="of a patch: keys of the block's attention (published), or its output")
+    parser.add_argument("--tau", type=float, default=TAU, help="TokenCut's cosine above which patches are connected")
+    parser.add_argument("--epsilon", type=float, default=EPSILON, help="TokenCut's weight of other edges")
+    parser.add_argument("--pictures", type=user_path, metavar="FOLDER",
+                        help="write every image with its boxes to <folder>/<backbone>/<image>.png")
+    add_evaluation_options(parser, 1)
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    check_options(args)
+    if not (args.epsilon > 0 and -1 < args.tau < 1):
+        raise ConfigError(f"--tau {args.tau:g} --epsilon {args.epsilon:g}: give a cosine, and more than 0")
+    check_pictures(args.pictures, args.overwrite)
+    images = find_box_data(args.data)
+    machine = start(args)
+    candidates = load_candidates(args, quiet=machine.rank > 0)
+    outcomes = {}
+
+    def evaluate(candidate: Candidate) -> Column:
+        draw = args.pictures and partial(write_picture, args.pictures / candidate.name.replace(os.sep, "_"))
+        outcomes[candidate.name] = discover_all(candidate.model, images, args, machine, draw)
+        return figures(outcomes[candidate.name], args.method)
+
+    table = evaluate_each(candidates, evaluate, machine.device)
+    boxes = {name: {images[number].name: found for number, (found, _) in outcome.items()}
+             for name, outcome in outcomes.items()}
+    finish(args, "object discovery", candidates, table, boxes=boxes)
+
+
+if __name__ == "__main__":
+    run_main(main, get_args_parser().parse_args())

@@ -1,0 +1,203 @@
+"""Dense retrieval: segment images by their patches' nearest neighbours among labelled ones, without any training.
+
+    python eval_dense_retrieval.py --data voc_aug:VOCdevkit/VOC2012 --pretrained_weights checkpoint.pth --random_weights
+    torchrun --nproc_per_node=4 eval_dense_retrieval.py ...         # shares the memory and the images
+
+"Towards In-context Scene Understanding" (Balažević et al. 2023), as the program open-hummingbird evaluates it. Prints
+the mean IoU over all classes (the published figure) and over those that occur.
+"""
+import argparse
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import RandomResizedCrop, v2
+from torchvision.transforms.v2 import functional as tf
+from tqdm import tqdm
+
+from augmentations import IMAGENET_MEAN, IMAGENET_STD
+from backbones import Backbone, image_statistics
+from dense_retrieval import NEIGHBOURS, TEMPERATURE, PatchMemory, label_map, patch_labels, sample_patches
+from errors import ArgumentParser, ConfigError, run_main
+from evaluation import Column, Machine, add_evaluation_options, check_options, evaluate_each, finish, start
+from model_options import load_candidates
+from nearest_neighbours import BANK_ROWS
+from segmentation_data import HELP, Pair, SegmentationData, find_segmentation_data
+from segmentation_metrics import IGNORE, confusion_matrix, match_predictions, mean_iou
+
+PUBLISHED_STD = (0.229, 0.224, 0.255)  # blue is not ImageNet's 0.225; the published figures are made with it
+JITTER = ("brightness", "contrast", "saturation", "hue")
+BILINEAR, NEAREST = tf.InterpolationMode.BILINEAR, tf.InterpolationMode.NEAREST
+
+
+# ---------------------------------------------------------------- images
+
+class MemoryImages(Dataset):
+    """Training images, several times each, with the protocol's augmentation: jittered colours and a random crop.
+
+    A sample is (normalised image [3, S, S], ids [S, S], pass, number in the data set). It depends on seed, pass and
+    number alone.
+
+    Args:
+        share: which of the passes · images samples, pass by pass, are in this data set.
+    """
+
+    def __init__(self, data: SegmentationData, size: int, statistics: tuple, share: range, seed: int):
+        self.data, self.size, self.statistics, self.share, self.seed = data, size, statistics, share, seed
+        self.jitter = v2.Compose([v2.RandomApply([v2.ColorJitter(**{name: 0.1})], 0.5) for name in JITTER])
+
+    def __len__(self) -> int:
+        return len(self.share)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor, int, int]:
+        repeat, number = divmod(self.share[index], len(self.data.train))
+        image, ids = self.data.read(self.data.train[number])
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(random_seed(self.seed, repeat, number))
+            image, ids = normalised(self.jitter(image), self.statistics), torch.from_numpy(ids)[None]
+            # a crop of up to twice the image is asked for, and of course the image's size is the most there is
+            box = RandomResizedCrop.get_params(image, scale=(0.5, 2), ratio=(3 / 4, 4 / 3))
+        image = tf.resized_crop(image, *box, [self.size] * 2, BILINEAR, antialias=True)
+        ids = tf.resized_crop(ids, *box, [self.size] * 2, NEAREST)[0]
+        return image, ids, repeat, number
+
+
+class TestImages(Dataset):
+    """Images and ids, resized to S × S: (normalised image [3, S, S], ids [S, S]).
+
+    Args:
+        pairs: None stands for an image that is not scored, where processes have different numbers of images.
+    """
+
+    def __init__(self, data: SegmentationData, size: int, statistics: tuple, pairs: list[Pair | None]):
+        self.data, self.size, self.statistics, self.pairs = data, size, statistics, pairs
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.pairs[index] is None:
+            return torch.zeros(3, self.size, self.size), torch.full((self.size, self.size), IGNORE, dtype=torch.uint8)
+        image, ids = self.data.read(self.pairs[index])
+        image = tf.resize(normalised(image, self.statistics), [self.size] * 2, BILINEAR, antialias=True)
+        return image, tf.resize(torch.from_numpy(ids)[None], [self.size] * 2, NEAREST)[0]
+
+
+def normalised(image, statistics: tuple) -> torch.Tensor:
+    return tf.normalize(tf.to_dtype(tf.pil_to_tensor(image), torch.float32, scale=True), *statistics)
+
+
+def random_seed(*numbers: int) -> int:
+    """A seed that differs for every sequence of numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+def image_size(patch_size: int) -> int:
+    """512 or, where patches do not divide it, the next smaller multiple: 504 for patches of 14."""
+    return 512 // patch_size * patch_size
+
+
+# ---------------------------------------------------------------- memory and votes
+
+def batches(dataset: Dataset, args: argparse.Namespace, machine: Machine, what: str) -> Iterator[list[torch.Tensor]]:
+    loader = DataLoader(dataset, args.batch_size_per_gpu, num_workers=args.num_workers,
+                        pin_memory=machine.device.type == "cuda")
+    with tqdm(total=len(dataset), desc=what, unit="image", disable=machine.rank > 0) as progress:
+        for batch in loader:
+            yield [part.to(machine.device, non_blocking=True) for part in batch]
+            progress.update(len(batch[0]))
+
+
+def build_memory(model: Backbone, data: SegmentationData, args: argparse.Namespace, machine: Machine,
+                 statistics: tuple) -> PatchMemory:
+    """The memory of this process's share of the training images."""
+    samples = args.passes * len(data.train)
+    bounds = [samples * rank // machine.world_size for rank in (machine.rank, machine.rank + 1)]
+    size = image_size(model.patch_size)
+    rows = min(args.memory_size // samples, (size // model.patch_size)**2)
+    memory = PatchMemory(rows * (bounds[1] - bounds[0]), model.embed_dim, data.num_classes, machine.device)
+    dataset = MemoryImages(data, size, statistics, range(*bounds), args.seed)
+    for images, ids, repeats, numbers in batches(dataset, args, machine, "memory"):
+        with machine.frozen():
+            features = model.features(images, args.layer).patches
+        ids = torch.where(ids == IGNORE, 0, ids)  # as published: what is not scored is class 0 in the memory
+        for one, labels, repeat, number in zip(features, patch_labels(ids, data.num_classes, model.patch_size),
+                                               repeats.tolist(), numbers.tolist(), strict=True):
+            labels = labels.flatten(0, 1)
+            # another seed than the crop's, whose numbers would else be drawn again
+            generator = torch.Generator().manual_seed(random_seed(args.seed, repeat, number, 1))
+            taken = sample_patches(labels, rows, generator)
+            memory.add(one[taken], labels[taken])
+    return memory
+
+
+def score(model: Backbone, data: SegmentationData, args: argparse.Namespace, machine: Machine) -> np.ndarray:
+    """The confusion matrix over all test images, int64 [C, C]."""
+    statistics = image_statistics(model)
+    if statistics == (IMAGENET_MEAN, IMAGENET_STD):
+        statistics = IMAGENET_MEAN, PUBLISHED_STD
+    memory = build_memory(model, data, args, machine, statistics)
+    pairs = data.val + [None] * (-len(data.val) % machine.world_size)
+    dataset = TestImages(data, image_size(model.patch_size), statistics, pairs[machine.rank::machine.world_size])
+    confusion = torch.zeros(data.num_classes, data.num_classes, dtype=torch.long, device=machine.device)
+    for images, ids in batches(dataset, args, machine, "test"):
+        with machine.frozen():
+            features = model.features(images, args.layer).patches
+        votes = memory.vote(features.flatten(0, 1), args.neighbours, args.temperature, memory_rows=args.memory_rows)
+        for one, truth in zip(votes.unflatten(0, (len(images), *model.grid_size(images))), ids, strict=True):
+            confusion += confusion_matrix(truth, label_map(one, truth.shape), data.num_classes)
+    if machine.world_size > 1:
+        dist.all_reduce(confusion)
+    return confusion.cpu().numpy()
+
+
+def figures(confusion: np.ndarray, hungarian: bool) -> Column:
+    """The rows of the table: shares from 0 to 1."""
+    column = {"mean IoU, all classes": mean_iou(confusion),
+              "mean IoU, true classes": mean_iou(confusion, present_only=True),
+              "pixels": float(np.trace(confusion) / max(confusion.sum(), 1))}
+    if hungarian:
+        column["mean IoU, matched (Hungarian)"] = mean_iou(match_predictions(confusion))
+    return column
+
+
+# ---------------------------------------------------------------- the job
+
+def get_args_parser() -> ArgumentParser:
+    parser = ArgumentParser(description="Dense retrieval (Hummingbird): mean IoU by nearest neighbours of patches")
+    parser.add_argument("--data", required=True, help=HELP)
+    parser.add_argument("--num_classes", type=int, help="of --data folders: ids below it count")
+    protocol = parser.add_argument_group("protocol")
+    protocol.add_argument("--memory_size", type=int, default=1_024_000,
+                          help="patches in the memory; published are 102400, 1024000 and 10240000")
+    protocol.add_argument("--passes", type=int, default=2, help="times that every training image gives patches")
+    protocol.add_argument("--neighbours", type=int, default=NEIGHBOURS, help="patches that vote")
+    protocol.add_argument("--temperature", type=float, default=TEMPERATURE, help="of the votes' softmax")
+    protocol.add_argument("--hungarian", action="store_true",
+                          help="also the published program's figure, which renames predicted classes to fit best")
+    add_evaluation_options(parser, 8)
+    parser.add_argument("--memory_rows", type=int, default=BANK_ROWS, help="patches compared at once; less needs less "
+                                                                           "memory, and changes no figure")
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    check_options(args, passes=1, neighbours=1, memory_rows=1)
+    if not args.temperature > 0:
+        raise ConfigError(f"--temperature {args.temperature:g}: give more than 0")
+    data = find_segmentation_data(args.data, args.num_classes)
+    if args.memory_size < args.passes * len(data.train):
+        raise ConfigError(f"--memory_size {args.memory_size} is less than one patch of each of {len(data.train)} "
+                          f"images in --passes {args.passes}: give {args.passes * len(data.train)} or more")
+    machine = start(args)
+    candidates = load_candidates(args, quiet=machine.rank > 0)
+    table = evaluate_each(candidates, lambda candidate: figures(score(candidate.model, data, args, machine),
+                                                                args.hungarian), machine.device)
+    finish(args, f"dense retrieval, {data.name}", candidates, table, train_images=len(data.train),
+           test_images=len(data.val))
+
+
+if __name__ == "__main__":
+    run_main(main, get_args_parser().parse_args())

@@ -1,0 +1,157 @@
+"""Linear classification of images on frozen features: one pass of the backbone feeds a grid of heads, the best counts.
+
+    python eval_linear.py --data_path /path/to/imagenet --pretrained_weights checkpoint.pth
+    python eval_linear.py --data_path /path/to/imagenet --pretrained_weights dino.pth selfpatch.pth --cache_features
+    torchrun --nproc_per_node=8 eval_linear.py ...
+
+Training: random crops of 224 and flips, SGD, a cosine to 0. The heads differ in learning rate, in the number of last
+blocks that they see, and in whether they also see the mean of the patches. ImageNet, ViT-S/16: DINO's published network
+gives 77.0 % (docs/EVALUATIONS.md).
+"""
+import argparse
+import sys
+from datetime import timedelta
+from typing import NamedTuple
+
+import torch.distributed as dist
+
+from distributed import Processes, init_distributed_mode, is_distributed, keep_freed_memory
+from errors import ArgumentParser, ConfigError, run_main, user_path
+from image_features import KINDS, LabelledImages, build_feature, eval_transform, open_pair, share_loader
+from linear_probe import (
+    LEARNING_RATES,
+    CropBatches,
+    Inputs,
+    TokenFeature,
+    build_heads,
+    test_heads,
+    train_heads,
+    train_transform,
+)
+from model_options import (
+    Candidate,
+    add_model_options,
+    add_run_options,
+    check_run_options,
+    load_candidates,
+    pick_dtype,
+)
+from results import check_output, format_table, write_json
+
+
+class Score(NamedTuple):
+    """A head of the grid and its accuracy in per cent."""
+    lr: float
+    inputs: Inputs
+    top1: float
+    top5: float
+
+    def describe(self, kind: str) -> str:
+        blocks = f"{self.inputs.blocks} block{'s' * (self.inputs.blocks > 1)}"
+        return f"lr {self.lr:g}, {kind} of {blocks}{' and mean of patches' * self.inputs.mean_patches}"
+
+
+def get_args_parser() -> ArgumentParser:
+    parser = ArgumentParser(description="linear classification of images on frozen features")
+    data = parser.add_argument_group("images")
+    data.add_argument("--data_path", type=user_path, help="folder with train/ and val/ in it, of class folders")
+    data.add_argument("--train_path", type=user_path, help="class folders to train on, instead of --data_path")
+    data.add_argument("--val_path", type=user_path, help="class folders to test, instead of --data_path")
+    data.add_argument("--val_share", type=float,
+                      help="--data_path itself has class folders, and this share of each class is tested, such as 0.1")
+    data.add_argument("--image_size", type=int, default=224, help="side of the crops; rounded to whole patches")
+    add_model_options(parser.add_argument_group("backbone"), several=True)
+    protocol = parser.add_argument_group("protocol")
+    protocol.add_argument("--feature", choices=KINDS,
+                          help="cls: class tokens; head: SelfPatch's class token; mean: means of the patches; default: "
+                               "the first of these that the checkpoint offers")
+    protocol.add_argument("--n_last_blocks", type=int, nargs="+", default=[1, 4],
+                          help="numbers of last blocks whose features the heads see, side by side")
+    protocol.add_argument("--epochs", type=int, default=10, help="of training; DINO's published figures took 100")
+    protocol.add_argument("--lr", type=float, nargs="+", default=list(LEARNING_RATES),
+                          help="learning rates to try, for 256 images in a step; scaled to those of all processes")
+    protocol.add_argument("--cache_features", action="store_true",
+                          help="keep the features of one crop an image in memory, so that the backbone runs for one "
+                               "epoch only; costs some tenths to some per cent of accuracy")
+    output = parser.add_argument_group("output")
+    output.add_argument("--output", type=user_path, help="JSON file for the figures of the whole grid")
+    output.add_argument("--overwrite", action="store_true", help="replace an existing file")
+    add_run_options(parser.add_argument_group("running"))
+    return parser
+
+
+def check_options(args: argparse.Namespace) -> None:
+    check_run_options(args)
+    for name, values, least in (("n_last_blocks", args.n_last_blocks, 1), ("epochs", [args.epochs], 1),
+                                ("image_size", [args.image_size], 16)):
+        if min(values) < least:
+            raise ConfigError(f"--{name} {min(values)}: give {least} or more")
+    if not min(args.lr) > 0:
+        raise ConfigError(f"--lr {min(args.lr):g}: give more than 0")
+    check_output(args.output, args.overwrite)
+
+
+def evaluate(feature: TokenFeature, train: LabelledImages, val: LabelledImages, args: argparse.Namespace,
+             processes: Processes) -> list[Score]:
+    """Train and test the grid of heads; the scores of all, the best first."""
+    device, first = processes.device, processes.rank == 0
+    on_gpu = device.type == "cuda"
+    batches = CropBatches(train, args.batch_size_per_gpu, args.num_workers, args.seed, on_gpu)
+    heads = build_heads(feature.feature.kind, feature.dim, len(train.classes), args.n_last_blocks, batches.step_size,
+                        args.lr, args.seed, device)
+    unreadable = train_heads(heads, batches, feature, args.epochs, device, args.cache_features, first)
+    accuracies, not_tested = test_heads(heads, share_loader(val, args.batch_size_per_gpu, args.num_workers, on_gpu),
+                                        feature, device, first)
+    for line in sorted(unreadable) + not_tested:
+        print(f"left out: {line}", file=sys.stderr)
+    scores = [Score(lr, one.inputs, *row) for one, rows in zip(heads, accuracies, strict=True)
+              for lr, row in zip(args.lr, rows.tolist(), strict=True)]
+    return sorted(scores, key=lambda score: -score.top1)  # of equal ones, the first in the grid
+
+
+def report(rows: list[tuple[Candidate, str, list[Score]]], train: LabelledImages, val: LabelledImages,
+           args: argparse.Namespace) -> None:
+    """Print the table and write the JSON file."""
+    print(f"linear, {len(train)} training and {len(val)} test images of {len(train.classes)} classes, {args.epochs} "
+          f"epochs, best of {len(rows[0][2])} heads")
+    print(format_table(["", "top-1", "top-5", "head"],
+                       [[candidate.name, f"{scores[0].top1:.2f}", f"{scores[0].top5:.2f}", scores[0].describe(kind)]
+                        for candidate, kind, scores in rows]))
+    if args.output:
+        networks = [candidate.summary() | {"feature": kind, "layer": args.layer, "heads": [
+            {"lr": score.lr, **score.inputs._asdict(), "top1": score.top1, "top5": score.top5} for score in scores]}
+            for candidate, kind, scores in rows]
+        write_json({"evaluation": "linear", "train": str(train.root), "val": str(val.root), "train_images": len(train),
+                    "val_images": len(val), "classes": len(train.classes), "image_size": args.image_size,
+                    "epochs": args.epochs, "one_crop_an_image": args.cache_features, "networks": networks},
+                   args.output)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Raises ConfigError for options, data or checkpoints that cannot be used."""
+    check_options(args)
+    train, val = open_pair(args.data_path, args.train_path, args.val_path, args.val_share,
+                           train_transform(args.image_size), eval_transform(args.image_size))
+    processes = init_distributed_mode(args.device, timeout=timedelta(minutes=args.dist_timeout))
+    rank, device = processes.rank, processes.device
+    if device.type == "cpu":
+        keep_freed_memory()
+    candidates = load_candidates(args, quiet=rank > 0)
+    dtype = pick_dtype(args.precision, device)
+    features = [TokenFeature(build_feature(candidate.model, candidate.info, args.feature, args.layer, dtype),
+                             max(args.n_last_blocks)) for candidate in candidates]
+    rows = []
+    for candidate, feature in zip(candidates, features, strict=True):
+        if rank == 0:
+            print(f"{candidate.name}: feature {feature.feature.kind}, layer {args.layer}")
+        feature.feature.to(device)
+        rows.append((candidate, feature.feature.kind, evaluate(feature, train, val, args, processes)))
+        feature.feature.to("cpu")
+    if is_distributed():
+        dist.destroy_process_group()
+    if rank == 0:
+        report(rows, train, val, args)
+
+
+if __name__ == "__main__":
+    run_main(main, get_args_parser().parse_args())

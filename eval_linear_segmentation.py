@@ -1,0 +1,210 @@
+"""Linear segmentation: train BatchNorm and one linear map on frozen patch features, and score the masks it gives.
+
+    python eval_linear_segmentation.py --data voc_aug:VOCdevkit/VOC2012 --pretrained_weights checkpoint.pth
+    torchrun --nproc_per_node=4 eval_linear_segmentation.py ...     # shares each step's images, and the tests
+
+Training: images scaled so that the short side is 512 · (0.5 … 2), crops of 512, flips; 40,000 steps of 16 images. Test:
+short side 512, windows of 512 at a stride of 341, their logits averaged, scores at the image's own size.
+"""
+import argparse
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms.v2 import functional as tf
+from tqdm import tqdm
+
+from backbones import Backbone, image_statistics
+from distributed import is_distributed
+from errors import ArgumentParser, ConfigError, TrainingError, run_main
+from evaluation import Column, Machine, add_evaluation_options, check_options, evaluate_each, finish, start
+from linear_segmentation import (
+    LinearHead,
+    build_head,
+    full_size_prediction,
+    kept_channels,
+    segmentation_loss,
+    sliding_logits,
+)
+from model_options import load_candidates
+from schedules import cosine_schedule
+from segmentation_data import HELP, SegmentationData, find_segmentation_data
+from segmentation_metrics import IGNORE, confusion_matrix, mean_iou
+
+SIDE, STRIDE = 512, 341  # of windows, in pixels; rounded down to whole patches
+PUBLISHED_STEPS, PUBLISHED_WARMUP, WARMUP_START = 40_000, 1500, 1e-6
+SCALES = (0.5, 2.0)
+
+
+# ---------------------------------------------------------------- images
+
+def random_crop(image: Image.Image, ids: np.ndarray, size: int,
+                rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """A scaled, cropped and perhaps flipped image, uint8 [3, size, size], and its ids [size, size].
+
+    What lies outside the image, where it is scaled to less than the crop, is grey and not scored.
+    """
+    scale = SIDE * rng.uniform(*SCALES) / min(image.size)
+    width, height = (max(1, round(side * scale)) for side in image.size)
+    left, top = (int(rng.integers(0, max(side - size, 0) + 1)) for side in (width, height))
+    image = image.resize((width, height), Image.Resampling.BILINEAR).crop(
+        (left, top, min(left + size, width), min(top + size, height)))
+    mask = Image.fromarray(ids).resize((width, height), Image.Resampling.NEAREST).crop(
+        (left, top, min(left + size, width), min(top + size, height)))
+    pixels, mask = tf.pil_to_tensor(image), tf.pil_to_tensor(mask)
+    missing = [0, 0, size - pixels.shape[2], size - pixels.shape[1]]
+    pixels, mask = tf.pad(pixels, missing, fill=[124, 116, 104]), tf.pad(mask, missing, fill=IGNORE)
+    if rng.random() < 0.5:
+        pixels, mask = pixels.flip(2), mask.flip(2)
+    return pixels, mask[0]
+
+
+class TrainingCrops(Dataset):
+    """This process's crops of all steps, in order: (uint8 [3, S, S], ids [S, S]).
+
+    The crop of a place in a step depends on seed, step and place alone, so that processes share the same steps.
+    """
+
+    def __init__(self, data: SegmentationData, size: int, batch: int, steps: int, seed: int, machine: Machine):
+        self.data, self.size, self.batch, self.seed = data, size, batch, seed
+        self.own = batch // machine.world_size  # images of a step
+        self.first, self.length = self.own * machine.rank, steps * self.own
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        step, place = divmod(index, self.own)
+        number = step * self.batch + self.first + place
+        epoch, place = divmod(number, len(self.data.train))
+        order = np.random.default_rng([self.seed, 0, epoch]).permutation(len(self.data.train))
+        rng = np.random.default_rng([self.seed, 1, number])
+        return random_crop(*self.data.read(self.data.train[order[place]]), self.size, rng)
+
+
+class TestImages(Dataset):
+    """This process's test images, the short side scaled to SIDE: (uint8 [3, h, w], ids of the original [H, W])."""
+
+    def __init__(self, data: SegmentationData, machine: Machine):
+        self.data, self.pairs = data, data.val[machine.rank::machine.world_size]
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        image, ids = self.data.read(self.pairs[index])
+        scale = SIDE / min(image.size)
+        size = [round(side * scale) for side in image.size]
+        return tf.pil_to_tensor(image.resize(size, Image.Resampling.BILINEAR)), torch.from_numpy(ids)
+
+
+def normalise(pixels: torch.Tensor, model: Backbone, device: torch.device) -> torch.Tensor:
+    return tf.normalize(tf.to_dtype(pixels.to(device, non_blocking=True), torch.float32, scale=True),
+                        *image_statistics(model))
+
+
+# ---------------------------------------------------------------- training and test
+
+def sum_of_all(x: torch.Tensor) -> torch.Tensor:
+    """The sum of x over all processes, in place."""
+    if is_distributed():
+        dist.all_reduce(x)
+    return x
+
+
+def train(model: Backbone, data: SegmentationData, args: argparse.Namespace, machine: Machine) -> LinearHead:
+    """A head trained on the frozen backbone."""
+    size = SIDE // model.patch_size * model.patch_size
+    head = build_head(model.embed_dim, data.num_classes, machine.device, args.seed)
+    optimizer = torch.optim.AdamW(head.parameters(), weight_decay=args.weight_decay)
+    warmup = round(args.iterations * PUBLISHED_WARMUP / PUBLISHED_STEPS) if args.warmup is None else args.warmup
+    schedule = cosine_schedule(args.lr, 0.0, args.iterations, warmup, WARMUP_START)
+    crops = TrainingCrops(data, size, args.batch_size, args.iterations, args.seed, machine)
+    loader = DataLoader(crops, crops.own, num_workers=args.num_workers, pin_memory=machine.device.type == "cuda")
+    with tqdm(loader, "training", unit="step", disable=machine.rank > 0) as progress:
+        for step, (pixels, ids) in enumerate(progress):
+            images, ids = normalise(pixels, model, machine.device), ids.to(machine.device, non_blocking=True)
+            with machine.frozen():
+                features = model.features(images, args.layer).patches
+            kept = kept_channels(head, len(images), int(np.random.SeedSequence([args.seed, step]).generate_state(1)[0]))
+            loss = segmentation_loss(head(features, kept), ids, model.grid_size(images), sum_of_all)
+            optimizer.zero_grad()
+            loss.backward()
+            for parameter in head.parameters():
+                sum_of_all(parameter.grad)
+            for group in optimizer.param_groups:
+                group["lr"] = schedule(step)
+            optimizer.step()
+            if step % 50 == 0 or step == args.iterations - 1:
+                total = float(sum_of_all(loss.detach()))
+                progress.set_postfix(loss=f"{total:.3f}")
+                if not np.isfinite(total):
+                    raise TrainingError(f"the loss is {total} at step {step}: try a lower --lr, or --precision fp32")
+    return head.eval()
+
+
+@torch.no_grad()
+def test(model: Backbone, head: LinearHead, data: SegmentationData, args: argparse.Namespace,
+         machine: Machine) -> np.ndarray:
+    """The confusion matrix over all test images at full size, int64 [C, C]."""
+    window, stride = (side // model.patch_size * model.patch_size for side in (SIDE, STRIDE))
+
+    def logits_of(images: torch.Tensor) -> torch.Tensor:
+        images = F.pad(images, (0, -images.shape[3] % model.patch_size, 0, -images.shape[2] % model.patch_size))
+        with machine.frozen():
+            features = model.features(images, args.layer).patches
+        return head(features).transpose(1, 2).unflatten(2, model.grid_size(images))
+
+    confusion = torch.zeros(data.num_classes, data.num_classes, dtype=torch.long, device=machine.device)
+    loader = DataLoader(TestImages(data, machine), None, num_workers=args.num_workers)
+    for pixels, ids in tqdm(loader, "test", unit="image", disable=machine.rank > 0):
+        image = normalise(pixels, model, machine.device)
+        logits = sliding_logits(image, logits_of, data.num_classes, window, stride)
+        confusion += confusion_matrix(ids.to(machine.device), full_size_prediction(logits, ids.shape), data.num_classes)
+    return sum_of_all(confusion).cpu().numpy()
+
+
+def evaluate(model: Backbone, data: SegmentationData, args: argparse.Namespace, machine: Machine) -> Column:
+    confusion = test(model, train(model, data, args, machine), data, args, machine)
+    return {"mean IoU, true classes": mean_iou(confusion, present_only=True),
+            "mean IoU, all classes": mean_iou(confusion),
+            "pixels": float(np.trace(confusion) / max(confusion.sum(), 1))}
+
+
+# ---------------------------------------------------------------- the job
+
+def get_args_parser() -> ArgumentParser:
+    parser = ArgumentParser(description="Linear segmentation on frozen features: mean IoU")
+    parser.add_argument("--data", required=True, help=HELP)
+    parser.add_argument("--num_classes", type=int, help="of --data folders: ids below it count")
+    training = parser.add_argument_group("training")
+    training.add_argument("--iterations", type=int, default=PUBLISHED_STEPS, help="steps")
+    training.add_argument("--batch_size", type=int, default=16, help="images of a step, over all processes")
+    training.add_argument("--lr", type=float, default=1e-3, help="of AdamW, after the warm-up; a cosine leads to 0")
+    training.add_argument("--weight_decay", type=float, default=1e-3)
+    training.add_argument("--warmup", type=int, help="steps of the warm-up; default: 1500 of 40000, in proportion")
+    add_evaluation_options(parser, 1)
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    check_options(args, iterations=1, batch_size=2)
+    if not args.lr > 0 or args.weight_decay < 0 or (args.warmup or 0) < 0:
+        raise ConfigError(f"--lr {args.lr:g} --weight_decay {args.weight_decay:g} --warmup {args.warmup}: give a "
+                          "learning rate above 0, and nothing negative")
+    data = find_segmentation_data(args.data, args.num_classes)
+    machine = start(args)
+    if args.batch_size % machine.world_size:
+        raise ConfigError(f"--batch_size {args.batch_size} cannot be shared by {machine.world_size} processes: give a "
+                          "multiple")
+    candidates = load_candidates(args, quiet=machine.rank > 0)
+    table = evaluate_each(candidates, lambda candidate: evaluate(candidate.model, data, args, machine), machine.device)
+    finish(args, f"linear segmentation, {data.name}", candidates, table, train_images=len(data.train),
+           test_images=len(data.val))
+
+
+if __name__ == "__main__":
+    run_main(main, get_args_parser().parse_args())

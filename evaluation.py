@@ -1,0 +1,107 @@
+"""What the evaluations of patch features share: common options, this process's machine, one table."""
+import argparse
+import contextlib
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from distributed import init_distributed_mode, is_distributed, keep_freed_memory
+from errors import ConfigError, user_path
+from model_options import Candidate, add_model_options, add_run_options, check_run_options, pick_dtype
+from results import check_output, format_table, write_json
+
+
+def add_evaluation_options(parser: argparse.ArgumentParser, batch_size: int) -> None:
+    """Add the options of backbones (several), of output and of running.
+
+    Args:
+        batch_size: the default of --batch_size_per_gpu.
+    """
+    add_model_options(parser.add_argument_group("backbones, each a column of the table"), several=True)
+    output = parser.add_argument_group("output")
+    output.add_argument("--output", type=user_path, help="JSON file for the figures")
+    output.add_argument("--overwrite", action="store_true", help="replace existing files")
+    add_run_options(parser.add_argument_group("running"))
+    parser.set_defaults(batch_size_per_gpu=batch_size)
+
+
+def check_options(args: argparse.Namespace, **least: int) -> None:
+    """Raise ConfigError if a number is under its least value, or the output cannot be written.
+
+    Args:
+        least: of the job's own options, by name.
+    """
+    check_run_options(args)
+    for name, minimum in least.items():
+        if getattr(args, name) < minimum:
+            raise ConfigError(f"--{name} {getattr(args, name)}: give {minimum} or more")
+    check_output(args.output, args.overwrite)
+
+
+class Machine(NamedTuple):
+    """This process among all, its device, and the type that backbones compute in."""
+    rank: int
+    world_size: int
+    device: torch.device
+    dtype: torch.dtype
+
+    @contextlib.contextmanager
+    def frozen(self) -> Iterator[None]:
+        """No gradients, and half precision unless dtype is float32."""
+        with torch.no_grad(), torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            yield
+
+
+def start(args: argparse.Namespace) -> Machine:
+    """Join the other processes, if there are any; the device and precision of the options."""
+    processes = init_distributed_mode(args.device, timeout=timedelta(minutes=args.dist_timeout))
+    if processes.device.type == "cpu":
+        keep_freed_memory()
+    return Machine(processes.rank, processes.world_size, processes.device,
+                   pick_dtype(args.precision, processes.device))
+
+
+Column = dict[str, float | int]
+
+
+def evaluate_each(candidates: list[Candidate], evaluate: Callable[[Candidate], Column],
+                  device: torch.device) -> dict[str, Column]:
+    """evaluate(candidate) of every candidate, by name; one network at a time is on the device."""
+    table = {}
+    for candidate in candidates:
+        candidate.model.to(device).requires_grad_(False)
+        table[candidate.name] = evaluate(candidate)
+        candidate.model.to("cpu")
+    return table
+
+
+def side_by_side(title: str, table: dict[str, Column]) -> str:
+    """A column for every backbone; floats are shares, printed in per cent, and integers counts."""
+    def cell(value: float | int | None) -> str:
+        return "-" if value is None else f"{100 * value:.2f}" if isinstance(value, float) else str(value)
+
+    rows = dict.fromkeys(row for column in table.values() for row in column)
+    return format_table([title, *table], [[row, *(cell(column.get(row)) for column in table.values())] for row in rows])
+
+
+def finish(args: argparse.Namespace, title: str, candidates: list[Candidate], table: dict[str, Column],
+           **more) -> None:
+    """End the processes' exchange; the first one prints the table and writes the JSON file.
+
+    Args:
+        more: what else the JSON file gets.
+    """
+    first = not is_distributed() or dist.get_rank() == 0
+    if is_distributed():
+        dist.destroy_process_group()
+    if not first:
+        return
+    print(side_by_side(title, table))
+    if args.output:
+        options = {name: value if isinstance(value, int | float | str | list | None) else str(value)
+                   for name, value in vars(args).items()}
+        networks = [candidate.summary() | {"figures": table[candidate.name]} for candidate in candidates]
+        write_json({"evaluation": title, "options": options, "networks": networks, **more}, args.output)

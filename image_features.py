@@ -1,0 +1,251 @@
+"""One feature for each image of a folder: the data, the choice of feature, and its extraction, shared among processes.
+
+    images = open_images("/path/to/imagenet/val", "--data_path")
+    feature = ImageFeature(model)                                    # class token, head or mean of patches
+    features, labels, unreadable = extract(feature, share_loader(images, batch_size=128))
+"""
+import copy
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader
+from torchvision.transforms import v2
+from tqdm import tqdm
+
+from augmentations import IMAGENET_MEAN, IMAGENET_STD
+from backbones import Backbone, image_statistics
+from checkpoints import CheckpointInfo, build_head
+from data import ClassFolders
+from distributed import get_rank, get_world_size
+from errors import ConfigError
+from image_files import IMAGE_SUFFIXES, UnreadableImage, load_rgb
+
+KINDS = ("cls", "head", "mean")
+
+
+# ---------------------------------------------------------------- images
+
+def eval_transform(size: int = 224) -> v2.Transform:
+    """PIL image -> uint8 [3, size, size]: short side 256/224 of size, bicubic, then the centre (DINO's evaluation)."""
+    return v2.Compose([v2.Resize(round(size * 256 / 224), v2.InterpolationMode.BICUBIC), v2.CenterCrop(size),
+                       v2.PILToTensor()])
+
+
+class LabelledImages(ClassFolders):
+    """Images of class folders in order: (uint8 [3, H, W], class, what is wrong with the file or "").
+
+    One that cannot be read is a black image of class -1.
+    """
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int, str]:
+        path, label = self.samples[index]
+        try:
+            return self.transform(self.loader(path)), label, ""
+        except UnreadableImage as error:
+            return torch.zeros_like(self.transform(v2.functional.to_pil_image(torch.zeros(3, 8, 8)))), -1, str(error)
+
+    def subset(self, indices: list[int]) -> "LabelledImages":
+        """The same classes with these images alone."""
+        part = copy.copy(self)
+        part.samples = [self.samples[i] for i in indices]
+        return part
+
+
+def open_images(folder: str | Path, option: str, transform: Callable | None = None) -> LabelledImages:
+    """The images of a folder of class folders; transform None is eval_transform().
+
+    Raises:
+        ConfigError: no such folder, no class folders or no images in it; the message names the option.
+    """
+    if not os.path.isdir(folder):
+        raise ConfigError(f"{option}: there is no folder {folder}")
+    try:
+        images = LabelledImages(str(folder), transform or eval_transform(), loader=load_rgb, allow_empty=True)
+    except FileNotFoundError:
+        raise ConfigError(f"{option}: {folder} has no folders in it: images go into one folder for each class, such as "
+                          f"{str(folder).rstrip('/')}/dog/0001.jpg") from None
+    if not len(images):
+        raise ConfigError(f"{option}: {folder} has class folders, but no images in them: "
+                          + (images.unread_summary() or f"files ending in {' '.join(IMAGE_SUFFIXES)}"))
+    return images
+
+
+def hold_out(images: LabelledImages, share: float) -> tuple[LabelledImages, LabelledImages]:
+    """Divide the images of every class: those to compare with, and the share to test, evenly spaced in the order.
+
+    Raises:
+        ConfigError: the share is not between 0 and 1, or leaves no image on one side.
+    """
+    if not 0 < share < 1:
+        raise ConfigError(f"--val_share {share:g}: give a share between 0 and 1, such as 0.1")
+    train, val, seen = [], [], {}
+    for i, (_, label) in enumerate(images.samples):
+        n = seen[label] = seen.get(label, 0) + 1
+        (val if int(n * share) > int((n - 1) * share) else train).append(i)
+    if not train or not val:
+        raise ConfigError(f"--val_share {share:g} leaves {len(train)} images to compare with and {len(val)} to test: "
+                          "give another share")
+    return images.subset(train), images.subset(val)
+
+
+def open_pair(data_path: str | Path | None, train_path: str | Path | None, val_path: str | Path | None,
+              val_share: float | None = None, train_transform: Callable | None = None,
+              transform: Callable | None = None) -> tuple[LabelledImages, LabelledImages]:
+    """Training and test images from a job's options: DATA/train and DATA/val, two folders, or a share of one.
+
+    Raises:
+        ConfigError: a folder is missing or without images, the two have different classes, or options contradict.
+    """
+    if val_share is not None:
+        if not data_path or train_path or val_path:
+            raise ConfigError("--val_share divides one folder of class folders, --data_path: give that alone")
+        train, val = hold_out(open_images(data_path, "--data_path", transform), val_share)
+        train.transform = train_transform or train.transform
+        return train, val
+    if data_path and (train_path or val_path) or not data_path and not (train_path and val_path):
+        raise ConfigError("give either --data_path, a folder with train/ and val/ in it, or both --train_path and "
+                          "--val_path")
+    train = open_images(train_path or Path(data_path) / "train", "--train_path" if train_path else "--data_path",
+                        train_transform or transform)
+    val = open_images(val_path or Path(data_path) / "val", "--val_path" if val_path else "--data_path", transform)
+    if train.classes != val.classes:
+        only = sorted(set(train.classes) ^ set(val.classes))
+        raise ConfigError(f"{train.root} and {val.root} differ in class folders: {', '.join(only[:5])}"
+                          f"{', …' if len(only) > 5 else ''} {'is' if len(only) == 1 else 'are'} in one of them only")
+    return train, val
+
+
+def share_loader(images: LabelledImages, batch_size: int, num_workers: int = 0, on_gpu: bool = False) -> DataLoader:
+    """Batches of this process's share: of several, process r takes images r, r + world size, …"""
+    share = images.subset(list(range(get_rank(), len(images), get_world_size())))
+    return DataLoader(share, batch_size, num_workers=num_workers, pin_memory=on_gpu)
+
+
+# ---------------------------------------------------------------- features
+
+class ImageFeature:
+    """uint8 images [B, 3, H, W] on the device -> one feature each, float32 [B, D].
+
+    cls is the class token of a block and mean the mean of its patches, both after the final norm where there is one;
+    head is the class token of the SelfPatch head over the patches.
+
+    Args:
+        model, head: on the device; head is None where the checkpoint has none.
+        kind: cls, head or mean; None takes the first of these that there is.
+        layer: block, 0 being the first and -1 the last.
+        dtype: of autocast; float32 for none.
+
+    Raises:
+        ConfigError: the network has no class token, or no head, though the kind asks for it.
+    """
+
+    def __init__(self, model: Backbone, kind: str | None = None, layer: int = -1, head: nn.Module | None = None,
+                 dtype: torch.dtype = torch.float32):
+        there_is = {"cls": model.has_class_token, "head": head is not None, "mean": True}
+        self.kind = kind or next(kind for kind in KINDS if there_is[kind])
+        if not there_is[self.kind]:
+            offered = ", ".join(kind for kind in KINDS if there_is[kind])
+            raise ConfigError(f"--feature {self.kind}: the network has none; it offers {offered}")
+        self.model, self.head, self.layer, self.dtype = model, head, layer, dtype
+        self.statistics = image_statistics(model)
+
+    @property
+    def dim(self) -> int:
+        return self.model.embed_dim
+
+    def to(self, device: torch.device | str) -> "ImageFeature":
+        for module in (self.model, self.head):
+            if module is not None:
+                module.to(device)
+        return self
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        x = normalise(images, self.statistics)
+        with torch.autocast(x.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            class_token, patches, _ = self.model.features(x, self.layer)
+            if self.kind == "cls":
+                return class_token.float()
+            return (patches.mean(1) if self.kind == "mean" else self.head.image_token(patches)[:, 0]).float()
+
+
+def build_feature(model: Backbone, info: CheckpointInfo | None, kind: str | None = None, layer: int = -1,
+                  dtype: torch.dtype = torch.float32) -> ImageFeature:
+    """The ImageFeature of a loaded backbone, with the SelfPatch head of its file if that has one.
+
+    Raises:
+        ConfigError: see ImageFeature and checkpoints.build_head.
+    """
+    has_head = info is not None and any(name.startswith("ca_head.") for name in info.other_tensors)
+    head = build_head(info) if has_head and kind in (None, "head") else None
+    return ImageFeature(model, kind, layer, head, dtype)
+
+
+def normalise(images: torch.Tensor, statistics: tuple = (IMAGENET_MEAN, IMAGENET_STD)) -> torch.Tensor:
+    """uint8 [B, 3, H, W] -> float32, normalised by a mean and a standard deviation for each channel."""
+    mean, std = (torch.tensor(values, device=images.device)[:, None, None] for values in statistics)
+    return (images / 255 - mean) / std
+
+
+class Extracted(NamedTuple):
+    """Features [n, D] of unit length, their classes [n], both on the device; what is wrong with the files left out."""
+    features: torch.Tensor
+    labels: torch.Tensor
+    unreadable: list[str]
+
+
+@torch.inference_mode()
+def extract(feature: Callable[[torch.Tensor], torch.Tensor], loader: DataLoader, dim: int,
+            device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32,
+            progress: str | None = None) -> Extracted:
+    """The features of a loader's images, in its order; images that cannot be read are left out.
+
+    Args:
+        feature: uint8 images [B, 3, H, W] -> [B, dim].
+        dtype: to keep the features in.
+        progress: name of a progress bar; None for none.
+    """
+    device = torch.device(device)
+    n = len(loader.dataset)
+    features = torch.empty(n, dim, dtype=dtype, device=device)  # whole from the start: growing would take it twice
+    labels, unreadable, start = torch.empty(n, dtype=torch.long, device=device), [], 0
+    with tqdm(total=n, desc=progress, unit="image", disable=progress is None) as bar:
+        for images, classes, errors in loader:
+            readable = classes >= 0
+            unreadable += filter(None, errors)
+            if not readable.all():
+                images, classes = images[readable], classes[readable]
+            if len(images):
+                stop = start + len(images)
+                found = feature(images.to(device, non_blocking=True))
+                features[start:stop] = F.normalize(found, dim=1)
+                labels[start:stop] = classes.to(device, non_blocking=True)
+                start = stop
+            bar.update(len(readable))
+    return Extracted(features[:start], labels[:start], unreadable)
+
+
+def sum_over_processes(count: int, device: torch.device | str = "cpu") -> int:
+    if get_world_size() == 1:
+        return count
+    total = torch.tensor([count], device=device)
+    dist.all_reduce(total)
+    return int(total)
+
+
+def gather_rows(rows: torch.Tensor) -> torch.Tensor:
+    """The rows [n, ...] of all processes, first those of rank 0: [sum of n, ...], the same on each."""
+    if get_world_size() == 1:
+        return rows
+    counts = [torch.zeros(1, dtype=torch.long, device=rows.device) for _ in range(get_world_size())]
+    dist.all_gather(counts, torch.tensor([len(rows)], device=rows.device))
+    most = max(int(count) for count in counts)
+    padded = F.pad(rows, (0, 0) * (rows.dim() - 1) + (0, most - len(rows)))
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded.contiguous())
+    return torch.cat([part[:int(count)] for part, count in zip(parts, counts, strict=True)])

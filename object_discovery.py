@@ -1,0 +1,130 @@
+"""Find an image's main object by the similarity of its patches: LOST and TokenCut, and CorLoc, which scores boxes.
+
+Both take keys [N, D] of an attention layer, as they are, on a grid of h × w patches, row by row, and give a mask of
+patches that box_of turns into pixels.
+"""
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+EXPANSION = 100  # patches of least degree that LOST compares with its seed
+TAU, EPSILON = 0.2, 1e-5  # TokenCut: the cosine above which two patches are connected, and the weight of other edges
+
+Grid = tuple[int, int]  # rows and columns of patches
+
+
+def lost_degrees(correlations: torch.Tensor) -> torch.Tensor:
+    """How many other patches each patch is positively correlated with, [N], from keys @ keys.T."""
+    positive = correlations > 0
+    return positive.sum(1) - positive.diagonal().long()
+
+
+def lost(keys: torch.Tensor, grid: Grid, expansion: int = EXPANSION) -> tuple[np.ndarray, int]:
+    """Localising objects with self-supervised transformers (Siméoni et al. 2021, Sec. 3).
+
+    The seed is the patch with the fewest positive correlations: objects cover less of an image than its background.
+    Patches that correlate positively with the seed, of the `expansion` patches of least degree, vote for the object.
+
+    Degrees are small integers, so several patches often have the least; of these, the seed is the one with the largest
+    sum of positive correlations.
+
+    Returns:
+        The object, bool [h, w], and the seed's index.
+    """
+    correlations = keys.float() @ keys.float().T
+    order = correlations.clamp(min=0).sum(1).argsort(descending=True, stable=True)
+    order = order[lost_degrees(correlations)[order].argsort(stable=True)]
+    seed, similar = int(order[0]), order[:expansion]
+    similar = similar[correlations[seed, similar] > 0]
+    foreground = (correlations[similar].sum(0) > 0).reshape(grid).cpu().numpy()
+    foreground.flat[seed] = True
+    labels = components(foreground)
+    return labels == labels.flat[seed], seed
+
+
+def cut_vector(keys: torch.Tensor, tau: float = TAU, epsilon: float = EPSILON) -> torch.Tensor:
+    """Second smallest generalised eigenvector of (D − A) v = λ D v, float64 [N]; its sign is arbitrary.
+
+    A joins patches whose cosine is above tau with weight 1, all others with epsilon. With v = D^−½ u, u is the second
+    largest eigenvector of the symmetric matrix D^−½ A D^−½, whose largest is D^½ 1.
+    """
+    keys = F.normalize((keys.cpu() if keys.device.type == "mps" else keys).float(), dim=-1)
+    edges = torch.where(keys @ keys.T > tau, 1.0, epsilon).double()
+    scale = edges.sum(1).rsqrt()
+    return second_eigenvector(edges.mul_(scale[:, None]).mul_(scale), F.normalize(1 / scale, dim=0)) * scale
+
+
+def second_eigenvector(matrix: torch.Tensor, first: torch.Tensor, most_steps: int = 300) -> torch.Tensor:
+    """Second largest eigenvector of a symmetric float64 matrix [N, N], given the largest, of unit length [N].
+
+    By Lanczos' method with full orthogonalisation, in a hundredth of the time of a whole decomposition at N = 1600;
+    by that where most_steps products are not enough, because the next eigenvalue is too close.
+    """
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(len(matrix), generator=generator, dtype=matrix.dtype).to(matrix.device)
+    basis = first.new_zeros(most_steps + 1, len(matrix))  # rows of unit length, at right angles: first, then Krylov's
+    basis[0] = first
+    basis[1] = F.normalize(start - first * (first @ start), dim=0)
+    steps = min(most_steps, len(matrix)) - 1
+    diagonal, beside = [], []
+    for i in range(1, steps + 1):
+        known, w = basis[:i + 1], matrix @ basis[i]
+        diagonal.append(float(basis[i] @ w))
+        for _ in range(2):  # once leaves rounding errors that grow
+            w = w - known.T @ (known @ w)
+        beside.append(float(w.norm()))
+        if i % 10 == 0 or i == steps or beside[-1] < 1e-12:
+            small = tridiagonal(diagonal, beside[:-1])
+            vector = torch.linalg.eigh(small).eigenvectors[:, -1]
+            if abs(float(vector[-1])) * beside[-1] < 1e-12:
+                return vector.to(matrix.device) @ known[1:]
+        if i < steps:
+            basis[i + 1] = w / beside[-1]
+    return torch.linalg.eigh(matrix).eigenvectors[:, -2]
+
+
+def tridiagonal(diagonal: list[float], beside: list[float]) -> torch.Tensor:
+    """The symmetric matrix with these values on the diagonal and on both sides of it, float64."""
+    middle, side = (torch.tensor(values, dtype=torch.float64) for values in (diagonal, beside))
+    return torch.diag(middle) + torch.diag(side, 1) + torch.diag(side, -1)
+
+
+def tokencut(keys: torch.Tensor, grid: Grid, tau: float = TAU, epsilon: float = EPSILON) -> np.ndarray:
+    """Normalised cut of an image's patches (Wang et al. 2022, Sec. 3.2); the object, bool [h, w].
+
+    The object is the connected part, on the side of the mean where |v| is largest, that has the patch of largest |v|.
+    Patches with the same edges have the same value, but for rounding: of several parts with the largest one, it is the
+    part with the most such patches.
+    """
+    vector = cut_vector(keys, tau, epsilon)
+    largest = vector.abs() >= vector.abs().max() * (1 - 1e-7)
+    high = vector > vector.mean()
+    foreground = high if high[largest].double().mean() > 0.5 else ~high
+    labels, largest = components(foreground.reshape(grid).cpu().numpy()), largest.reshape(grid).cpu().numpy()
+    return labels == np.bincount(labels[largest & (labels > 0)]).argmax()
+
+
+def components(mask: np.ndarray) -> np.ndarray:
+    """The 4-connected components of a mask [h, w], numbered from 1; 0 where it is off."""
+    return cv2.connectedComponents(mask.astype(np.uint8), connectivity=4)[1]
+
+
+def box_of(mask: np.ndarray, patch_size: int, size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """xmin, ymin, xmax, ymax in pixels around a mask of patches [h, w], clipped to an image of size (height, width)."""
+    rows, columns = mask.any(1).nonzero()[0], mask.any(0).nonzero()[0]
+    return (int(columns[0]) * patch_size, int(rows[0]) * patch_size,
+            min((int(columns[-1]) + 1) * patch_size, size[1]), min((int(rows[-1]) + 1) * patch_size, size[0]))
+
+
+def box_iou(box: tuple[int, int, int, int], boxes: np.ndarray) -> np.ndarray:
+    """IoU of a box with each of boxes [B, 4], float64 [B]; xmax and ymax are exclusive."""
+    box, boxes = np.asarray(box, np.float64), np.asarray(boxes, np.float64).reshape(-1, 4)
+    sides = np.minimum(box[2:], boxes[:, 2:]) - np.maximum(box[:2], boxes[:, :2])
+    overlap = sides.clip(0).prod(1)
+    return overlap / ((box[2:] - box[:2]).prod() + (boxes[:, 2:] - boxes[:, :2]).prod(1) - overlap)
+
+
+def is_found(box: tuple[int, int, int, int], boxes: np.ndarray) -> bool:
+    """Whether a box counts for CorLoc: IoU 0.5 or more with any of the true boxes [B, 4]."""
+    return bool((box_iou(box, boxes) >= 0.5).any())

@@ -1,0 +1,173 @@
+"""The k-NN job end to end: folders, features, tables, several processes, and what it refuses."""
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from davis_folder import free_port
+from golden_rules import set_weights
+from networks import small_wrapper
+from PIL import Image
+
+import eval_knn as job
+import image_features
+from errors import ConfigError, report
+from image_features import ImageFeature, open_images, share_loader
+from knn import knn_accuracy
+from selfpatch_head import MultiCropWrapper, SelfPatchHead
+from vision_transformer import ARCHS, DINOHead, vit_tiny
+
+COLOURS = {"blue": (0, 0, 255), "green": (0, 200, 0), "red": (220, 0, 0)}
+
+
+def make_folder(root: Path, **counts: int) -> Path:
+    """train/ and val/ of three colours with noise, which any network tells apart."""
+    rng = np.random.default_rng(0)
+    for part, count in counts.items():
+        for name, colour in COLOURS.items():
+            folder = root / part / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = np.clip(rng.normal(colour, 60, (40, 48, 3)), 0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i:02}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def colours(tmp_path_factory):
+    return make_folder(tmp_path_factory.mktemp("colours"), train=5, val=3)
+
+
+@pytest.fixture(scope="module")
+def run_file(tmp_path_factory):
+    wrapper = MultiCropWrapper(vit_tiny(), SelfPatchHead(192, 3, 2), DINOHead(192, 8), DINOHead(192, 8))
+    path = tmp_path_factory.mktemp("run") / "checkpoint.pth"
+    torch.save({"teacher": set_weights(wrapper, 0).state_dict(), "args": argparse.Namespace(k_num=2)}, path)
+    return path
+
+
+def run(*words, size=32):
+    """Exit status of the job on small images."""
+    try:
+        return job.main(job.get_args_parser().parse_args(
+            [*map(str, words), "--device", "cpu", "--num_workers", "0", "--image_size", str(size)])) or 0
+    except ConfigError as error:
+        return report(error)
+
+
+def test_table_and_json(colours, run_file, tmp_path, capsys):
+    output = tmp_path / "knn.json"
+    assert run("--data_path", colours, "--pretrained_weights", run_file, "--random_weights", "--nb_knn", 1, 3, 500,
+               "--output", output, "--dump_features", tmp_path / "features") == 0
+    out = capsys.readouterr().out
+    assert "k is at most that" in out and "15 training and 9 test images of 3 classes" in out
+    table = out[out.index("k-NN, "):].splitlines()
+    assert table[1].split() == "feature k = 1 k = 3 k = 15".split()
+    assert table[2].split()[:2] == ["checkpoint.pth", "head"] and table[3].split()[:2] == ["random", "mean"]
+    content = json.loads(output.read_text())
+    assert [network["arch"] for network in content["networks"]] == ["vit_tiny", "vit_tiny"]
+    assert content["networks"][1]["knn"]["3"]["top1"] > 60  # the mean colour is enough
+    features = torch.load(tmp_path / "features" / "checkpoint.pth" / "trainfeat.pth")
+    assert features.shape == (15, 192) and torch.allclose(features.norm(dim=1), torch.ones(15))
+    assert run("--data_path", colours, "--random_weights", "--output", output) == 2
+    assert "exists: give another name, or --overwrite" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["cls", "head", "mean"])
+@torch.no_grad()
+def test_each_feature_is_what_it_says(kind):
+    wrapper = set_weights(small_wrapper(), 0).eval()
+    model = wrapper.backbone
+    if kind == "cls":
+        model = set_weights(vit_tiny(class_token=True, final_norm=True), 0).eval()
+    feature = ImageFeature(model, kind, head=wrapper.ca_head if kind == "head" else None)
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    x = image_features.normalise(images)
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    torch.testing.assert_close(x[1, 2], (images[1, 2] / 255 - mean[2]) / std[2])
+    expected = {"cls": lambda: model.features(x).class_token, "mean": lambda: model(x).mean(1),
+                "head": lambda: wrapper.ca_head(model(x))[:, 0]}[kind]()
+    torch.testing.assert_close(feature(images), expected)
+    assert ImageFeature(model, None, head=feature.head).kind == kind
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_figures_of_one(colours, run_file, tmp_path):
+    """15 and 9 images do not divide by two, and a share of the bank is smaller than k."""
+    words = [sys.executable, Path(job.__file__), "--data_path", colours, "--pretrained_weights", run_file, "--device",
+             "cpu", "--num_workers", "0", "--image_size", "32", "--nb_knn", "2", "9", "12", "--feature", "mean"]
+    assert run(*words[2:], "--output", tmp_path / "one.json") == 0
+    port, processes = free_port(), []
+    for rank in range(2):
+        env = os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+                            "MASTER_PORT": port}
+        processes.append(subprocess.Popen([*map(str, words), "--output", str(tmp_path / "two.json")], env=env,
+                                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    outputs = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    one, two = (json.loads((tmp_path / name).read_text()) for name in ("one.json", "two.json"))
+    assert one == two and "k = 12" in outputs[0][0] and "k = 12" not in outputs[1][0]
+
+
+def test_accuracy_while_training(colours):
+    """Callable with a network in training, which stays in training."""
+    wrapper = set_weights(small_wrapper(), 0).train()
+    feature = ImageFeature(wrapper.backbone, head=wrapper.ca_head)
+    loaders = [share_loader(open_images(colours / part, "--knn_data", image_features.eval_transform(32)), 4)
+               for part in ("train", "val")]
+    found = knn_accuracy(feature, *loaders, ks=(5,))
+    assert feature.kind == "head" and found[5].top5 == 100 and wrapper.backbone.training
+    assert found == knn_accuracy(feature, *loaders, ks=(5,))
+
+
+def test_a_share_of_one_folder(colours, capsys):
+    assert run("--data_path", colours / "train", "--val_share", 0.4, "--random_weights", "--arch", "vit_tiny") == 0
+    assert "9 training and 6 test images" in capsys.readouterr().out
+    images = open_images(colours / "train", "--data_path")
+    train, val = image_features.hold_out(images, 0.4)
+    assert sorted(train.samples + val.samples) == sorted(images.samples)
+
+
+def test_unreadable_images_are_left_out(colours, tmp_path, capsys):
+    make_folder(tmp_path, train=3, val=2)
+    (tmp_path / "val" / "red" / "00.png").write_bytes(b"no image")
+    assert run("--data_path", tmp_path, "--random_weights", "--arch", "vit_tiny", "--nb_knn", 3) == 0
+    assert "left out: cannot read the image" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words, says", [
+    (["--random_weights"], "give either --data_path"),
+    (["--data_path", "{c}/none", "--random_weights"], "--data_path: there is no folder"),
+    (["--data_path", "{c}/train", "--random_weights"], "--data_path: there is no folder {c}/train/train"),
+    (["--train_path", "{c}/train/red", "--val_path", "{c}/val", "--random_weights"],
+     "--train_path: {c}/train/red has no folders in it"),
+    (["--train_path", "{c}/train", "--val_path", "{t}/fewer", "--random_weights"],
+     "differ in class folders: blue, green are in one of them only"),
+    (["--data_path", "{t}/empty", "--val_share", "0.5", "--random_weights"],
+     "has class folders, but no images in them"),
+    (["--data_path", "{c}"], "--pretrained_weights is empty"),
+    (["--data_path", "{c}", "--random_weights", "--nb_knn", "0"], "--nb_knn 0: give 1 or more"),
+    (["--data_path", "{c}", "--random_weights", "--temperature", "0"], "--temperature 0: give more than 0"),
+    (["--data_path", "{c}", "--random_weights", "--layer", "12"], "--layer 12: the network has 12 blocks"),
+    (["--data_path", "{c}", "--random_weights", "--feature", "cls"],
+     "--feature cls: the network has none; it offers mean"),
+    (["--data_path", "{c}", "--random_weights", "--output", "{t}/no/x.json"], "is not a folder, create it first"),
+    (["--data_path", "{c}/train", "--val_share", "1.5", "--random_weights"], "--val_share 1.5"),
+    (["--data_path", "{c}", "--pretrained_weights", "a", "b", "c", "--arch", "vit_tiny", "vit_small"],
+     "--arch has 2 names for 3 files"),
+])
+def test_refused_in_one_line(words, says, colours, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(image_features, "extract", None)  # before any work
+    monkeypatch.setitem(ARCHS, "vit_small", vit_tiny)
+    (tmp_path / "fewer" / "red").mkdir(parents=True)
+    (tmp_path / "empty" / "red").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "fewer" / "red" / "0.png")
+    fill = {"c": colours, "t": tmp_path}
+    assert run(*(word.format(**fill) for word in words)) == 2
+    line = capsys.readouterr().err
+    assert says.format(**fill) in line and line.count("\n") == 1

@@ -1,0 +1,173 @@
+"""Linear classification: the heads are SGD's, the features what they say, and the job end to end."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from davis_folder import free_port
+from golden_rules import set_weights
+from networks import small_wrapper
+from PIL import Image
+
+import eval_linear as job
+from errors import ConfigError, report
+from image_features import ImageFeature, normalise, open_images
+from linear_probe import CropBatches, Heads, Inputs, TokenFeature, build_heads, input_grid, train_transform
+from vision_transformer import VisionTransformer
+
+COLOURS = {"blue": (0, 0, 255), "green": (0, 200, 0), "red": (220, 0, 0)}
+
+
+@pytest.fixture(scope="module")
+def colours(tmp_path_factory):
+    """train/ of 5 and val/ of 3 images of each of three colours with noise."""
+    root, rng = tmp_path_factory.mktemp("colours"), np.random.default_rng(0)
+    for part, count in (("train", 5), ("val", 3)):
+        for name, colour in COLOURS.items():
+            (root / part / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = np.clip(rng.normal(colour, 40, (40, 48, 3)), 0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(root / part / name / f"{i:02}.png")
+    return root
+
+
+def run(*words):
+    """Exit status of the job on small images."""
+    try:
+        return job.main(job.get_args_parser().parse_args(
+            [*map(str, words), "--device", "cpu", "--num_workers", "0", "--image_size", "32"])) or 0
+    except ConfigError as error:
+        return report(error)
+
+
+@pytest.mark.parametrize("inputs", [Inputs(1, False), Inputs(2, True)])
+def test_heads_are_torchs_linear_layers_and_sgd(inputs):
+    torch.manual_seed(0)
+    ours, lrs = Heads(inputs, 6, 4, [0.1, 0.5]), (0.1, 0.5)
+    assert ours.weight.shape == (2, 4, 6 * (inputs.blocks + inputs.mean_patches)) and (ours.bias == 0).all()
+    layers = [torch.nn.Linear(ours.weight.shape[2], 4) for _ in lrs]
+    for layer, weight in zip(layers, ours.weight, strict=True):
+        layer.weight.data, layer.bias.data = weight.clone(), torch.zeros(4)
+    optimizers = [torch.optim.SGD(layer.parameters(), lr, momentum=0.9) for layer, lr in zip(layers, lrs, strict=True)]
+    for step in range(4):
+        tokens, labels = torch.randn(5, 3, 6), torch.tensor([0, 1, 2, 3, 0])
+        losses = ours.step(tokens, labels, 5, factor=1 - step / 4)
+        for i, (layer, optimizer) in enumerate(zip(layers, optimizers, strict=True)):
+            optimizer.param_groups[0]["lr"] = lrs[i] * (1 - step / 4)
+            loss = F.cross_entropy(layer(inputs.select(tokens)), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            torch.testing.assert_close(losses[i], loss.detach())
+    for i, layer in enumerate(layers):
+        torch.testing.assert_close(ours.weight[i], layer.weight.detach())
+        torch.testing.assert_close(ours.logits(tokens)[:, i], layer(inputs.select(tokens)).detach())
+
+
+def test_grid_of_inputs_and_learning_rates():
+    assert input_grid("cls", [4, 1]) == [(1, False), (1, True), (4, False), (4, True)]
+    assert input_grid("mean", [1, 4]) == [(1, False), (4, False)]  # without class token, the mean is all there is
+    assert input_grid("head", [1, 4]) == [(1, False), (1, True)]
+    heads = build_heads("cls", 384, 100, [1, 4], 1024)
+    assert [one.weight.shape[2] // 384 for one in heads] == [1, 2, 4, 5] and len(heads[0].lrs) == 13
+    assert heads[0].lrs[-1].item() == pytest.approx(0.4)  # 0.1 · 1024 / 256
+    assert heads[0].weight.std().item() == pytest.approx(0.01, rel=0.01)
+    tokens = torch.arange(10).view(1, 5, 2)  # four blocks, then the mean
+    assert Inputs(2, False).select(tokens).tolist() == [[4, 5, 6, 7]]
+    assert Inputs(1, True).select(tokens).tolist() == [[6, 7, 8, 9]]
+
+
+@torch.no_grad()
+def test_tokens_are_what_they_say():
+    model = set_weights(VisionTransformer(32, 8, embed_dim=24, depth=3, num_heads=3, class_token=True, final_norm=True),
+                        0).eval()
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    x = normalise(images)
+    layers = [model.norm(tokens) for tokens in model.get_intermediate_layers(x, 2)]
+    tokens = TokenFeature(ImageFeature(model), 2)(images)
+    assert tokens.shape == (2, 3, 24)
+    torch.testing.assert_close(tokens[:, 0], model.features(x, -2).class_token)
+    torch.testing.assert_close(tokens[:, 2], layers[1].mean(1))
+    means = TokenFeature(ImageFeature(model, "mean", layer=1), 2)(images)
+    torch.testing.assert_close(means[:, 1], layers[0].mean(1))
+    wrapper = set_weights(small_wrapper(), 0).eval()
+    head = TokenFeature(ImageFeature(wrapper.backbone, head=wrapper.ca_head), 4)(images)
+    torch.testing.assert_close(head[:, 0], wrapper.ca_head(wrapper.backbone(x))[:, 0])
+    with pytest.raises(ConfigError, match="--n_last_blocks 3: there are 2 blocks up to --layer 1"):
+        TokenFeature(ImageFeature(model, layer=1), 3)
+
+
+def test_crops_depend_on_seed_epoch_and_image_alone(colours, monkeypatch):
+    """So that two processes train on the images and crops of one."""
+    images = open_images(colours / "train", "--data_path", train_transform(16))
+    one = [(crops, labels) for crops, labels, _ in CropBatches(images, 4).epoch(1)]
+    assert [len(labels) for _, labels in one] == [4, 4, 4]  # the incomplete step is left out
+    shares = []
+    for rank in range(2):
+        for module in ("linear_probe.get_rank", "linear_probe.get_world_size"):
+            monkeypatch.setattr(module, lambda value=rank if "rank" in module else 2: value)
+        shares.append([crops for crops, *_ in CropBatches(images, 2).epoch(1)])
+    for (crops, _), *parts in zip(one, *shares, strict=True):
+        assert torch.equal(crops[0::2], parts[0]) and torch.equal(crops[1::2], parts[1])
+    monkeypatch.undo()
+    assert not torch.equal(next(iter(CropBatches(images, 4).epoch(2)))[0], one[0][0])
+
+
+@pytest.mark.parametrize("words", [[], ["--cache_features"]])
+def test_table_and_json(words, colours, tmp_path, capsys):
+    output = tmp_path / "linear.json"
+    assert run("--data_path", colours, "--random_weights", "--arch", "vit_tiny", "--batch_size_per_gpu", 4, "--epochs",
+               20, "--lr", 1e-5, 0.1, "--output", output, *words) == 0
+    out = capsys.readouterr().out
+    assert "best of 4 heads" in out and "lr 0.1, mean of" in out
+    content = json.loads(output.read_text())
+    heads = content["networks"][0]["heads"]
+    assert len(heads) == 4 and heads[0]["top1"] == max(head["top1"] for head in heads) == 100
+    assert content["one_crop_an_image"] == bool(words)
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_figures_of_one(colours, tmp_path):
+    words = ["--data_path", colours, "--random_weights", "--arch", "vit_tiny", "--epochs", 3, "--lr", 0.01, 0.1]
+    assert run(*words, "--batch_size_per_gpu", 4, "--output", tmp_path / "one.json") == 0
+    port, processes = free_port(), []
+    for rank in range(2):
+        env = os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+                            "MASTER_PORT": port}
+        processes.append(subprocess.Popen(
+            [sys.executable, Path(job.__file__), *map(str, words), "--batch_size_per_gpu", "2", "--device", "cpu",
+             "--num_workers", "0", "--image_size", "32", "--output", tmp_path / "two.json"], env=env,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    outputs = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    one, two = (json.loads((tmp_path / name).read_text()) for name in ("one.json", "two.json"))
+    assert one == two
+
+
+def test_unreadable_images_are_left_out(colours, tmp_path, capsys):
+    for part in ("train", "val"):
+        for name in COLOURS:
+            (tmp_path / part / name).mkdir(parents=True)
+            (tmp_path / part / name / "0.png").symlink_to(colours / part / name / "00.png")
+        (tmp_path / part / "red" / "1.png").write_bytes(b"no image")
+    assert run("--data_path", tmp_path, "--random_weights", "--arch", "vit_tiny", "--batch_size_per_gpu", 2,
+               "--epochs", 1) == 0
+    assert capsys.readouterr().err.count("left out: cannot read the image") == 2
+
+
+@pytest.mark.parametrize("words, says", [
+    (["--random_weights"], "give either --data_path"),
+    (["--data_path", "{c}", "--random_weights", "--lr", "0.1", "0"], "--lr 0: give more than 0"),
+    (["--data_path", "{c}", "--random_weights", "--epochs", "0"], "--epochs 0: give 1 or more"),
+    (["--data_path", "{c}", "--random_weights", "--n_last_blocks", "13"], "there are 12 blocks up to --layer -1"),
+    (["--data_path", "{c}", "--random_weights", "--batch_size_per_gpu", "0"], "--batch_size_per_gpu 0: give 1 or more"),
+])
+def test_refused_in_one_line(words, says, colours, capsys):
+    assert run(*(word.format(c=colours) for word in words)) == 2
+    line = capsys.readouterr().err
+    assert says in line and line.count("\n") == 1

@@ -1,0 +1,93 @@
+"""Which networks the options of an evaluation stand for, and how results are written."""
+import argparse
+import json
+
+import pytest
+import timm
+import torch
+
+from errors import ConfigError
+from model_options import add_model_options, load_candidates, row_names
+from results import check_output, format_table, write_json
+from vision_transformer import vit_small, vit_tiny
+
+
+def options(*words):
+    parser = argparse.ArgumentParser()
+    add_model_options(parser, several=True)
+    return parser.parse_args(list(map(str, words)))
+
+
+@pytest.fixture
+def files(tmp_path):
+    for folder, model in (("a", vit_tiny(8)), ("b", vit_small(class_token=True, final_norm=True))):
+        (tmp_path / folder).mkdir()
+        torch.save(model.state_dict(), tmp_path / folder / "model.pth")
+    torch.save(timm.create_model("vit_tiny_patch16_224").state_dict(), tmp_path / "timm.pth")
+    return tmp_path
+
+
+def test_several_files_and_a_baseline(files, capsys):
+    found = load_candidates(options("--pretrained_weights", files / "a/model.pth", files / "b/model.pth",
+                                    "--random_weights"))
+    assert [(one.name, one.arch, one.model.patch_size) for one in found] == [
+        ("a/model.pth", "vit_tiny", 8), ("b/model.pth", "vit_small", 16), ("random", "vit_tiny", 8)]
+    assert capsys.readouterr().out.count("\n") == 3
+    again = load_candidates(options("--pretrained_weights", files / "a/model.pth", "--random_weights"), quiet=True)
+    assert capsys.readouterr().out == ""
+    assert torch.equal(again[1].model.pos_embed, found[2].model.pos_embed)  # the same untrained network every time
+    same, = load_candidates(options("--pretrained_weights", files / "b/model.pth", "--random_weights"))[1:]
+    assert same.model.has_class_token and isinstance(same.model.norm, torch.nn.LayerNorm)
+
+
+def test_an_arch_for_each_file(files):
+    words = ["--pretrained_weights", files / "a/model.pth", files / "timm.pth", "--arch", "vit_tiny"]
+    found = load_candidates(options(*words, "timm:vit_tiny_patch16_224"))
+    assert [one.summary()["arch"] for one in found] == ["vit_tiny", "timm:vit_tiny_patch16_224"]
+    assert found[0].info is not None and found[1].info is None
+    alone, = load_candidates(options("--random_weights", "--arch", "timm:vit_tiny_patch16_224"))
+    assert alone.name == "random" and alone.model.num_prefix_tokens == 1
+
+
+@pytest.mark.parametrize("words, says", [
+    ([], "--pretrained_weights is empty"),
+    (["--random_weights", "--arch", "vit_tiny", "vit_small"], "--arch has 2 names for 0 files"),
+    (["--random_weights", "--arch", "vit_tiny", "--layer", "-13"], "--layer -13: the network has 12 blocks"),
+    (["--pretrained_weights", "none.pth"], "none.pth cannot be read"),
+])
+def test_refused(words, says):
+    with pytest.raises(ConfigError, match=says):
+        load_candidates(options(*words))
+
+
+def test_unknown_arch_is_refused_by_the_parser(capsys):
+    with pytest.raises(SystemExit):
+        options("--random_weights", "--arch", "resnet50")
+    assert "'resnet50' is neither vit_tiny, " in capsys.readouterr().err
+
+
+def test_row_names_tell_files_apart():
+    assert row_names(["runs/a/checkpoint.pth", "runs/b/checkpoint.pth"]) == ["a/checkpoint.pth", "b/checkpoint.pth"]
+    assert row_names(["x/a.pth", "x/b.pth/"]) == ["a.pth", "b.pth"]
+    assert row_names(["a.pth", "a.pth"]) == ["a.pth", "a.pth"] and row_names([]) == []
+
+
+def test_results_are_written_whole_and_never_replaced_silently(tmp_path, capsys):
+    path = tmp_path / "results.json"
+    check_output(path, False)
+    write_json({"top1": 1.5}, path)
+    assert json.loads(path.read_text()) == {"top1": 1.5} and "wrote" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="exists: give another name, or --overwrite"):
+        check_output(path, False)
+    check_output(path, True)
+    check_output(None, False)
+    with pytest.raises(ConfigError, match="is not a folder, create it first"):
+        check_output(tmp_path / "no" / "x.json", True)
+    with pytest.raises(TypeError):
+        write_json({"x": object()}, path)
+    assert json.loads(path.read_text()) == {"top1": 1.5} and list(tmp_path.iterdir()) == [path]
+
+
+def test_tables():
+    assert format_table(["", "top-1"], [["a", "1.00"], ["longer", "100.00"]]).splitlines() == [
+        "         top-1", "a         1.00", "longer  100.00"]

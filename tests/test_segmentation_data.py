@@ -1,0 +1,136 @@
+"""Data sets of masks and of boxes: what is found, and what is refused in one line."""
+import json
+
+import numpy as np
+import pytest
+from dense_data import make_ade20k, make_folders, make_voc, write_pair
+from PIL import Image
+
+from box_data import boxes_of_mask, find_box_data
+from errors import ConfigError
+from image_files import load_ids
+from segmentation_data import IGNORE, find_segmentation_data
+
+TRUE_BOXES = [[8, 8, 40, 40], [56, 32, 88, 56]]
+
+
+def test_voc_with_and_without_sbd(tmp_path):
+    root = make_voc(tmp_path / "VOC2012")
+    plain, augmented = (find_segmentation_data(f"{kind}:{root}") for kind in ("voc", "voc_aug"))
+    assert [(len(data.train), len(data.val), data.num_classes) for data in (plain, augmented)] == [(3, 3, 21),
+                                                                                                   (4, 3, 21)]
+    assert augmented.train[3].mask.parent.name == "SegmentationClassAug"
+    assert augmented.val[0].mask.parent.name == "SegmentationClass"
+    image, ids = plain.read(plain.train[0])
+    assert image.size == (96, 64) and ids.shape == (64, 96) and set(np.unique(ids)) == {0, 1, 2}
+
+
+def test_ade20k_ids_count_from_one(tmp_path):
+    root = make_ade20k(tmp_path / "ade")
+    data = find_segmentation_data(f"ade20k:{root}")
+    ids = data.read(data.val[0])[1]
+    assert data.num_classes == 150 and set(np.unique(ids)) == {0, 1, IGNORE}
+    assert ids[0, 0] == IGNORE and ids[10, 10] == 0
+    write_pair(data.val[0].image, data.val[0].mask, 0, lambda ids: np.where(ids == 1, 151, ids).astype(np.uint8))
+    with pytest.raises(ConfigError, match="has the id 151, but ADE20K has 150 classes, 1 to 150"):
+        data.read(data.val[0])
+
+
+def test_folders_of_pairs(tmp_path):
+    data = find_segmentation_data(f"folders:{make_folders(tmp_path)}", 3)
+    assert len(data.train) == len(data.val) == 4 and data.num_classes == 3
+    with pytest.raises(ConfigError, match="has the id 2, but images has 2 classes"):
+        find_segmentation_data(f"folders:{tmp_path / 'images'},{tmp_path / 'masks'}", 2).read(data.val[0])
+
+
+def damage(root, what):
+    """Spoil one thing of what make_folders, make_voc and make_ade20k have made."""
+    mask = root / "masks" / "val" / "1.png"
+    if what == "size":
+        write_pair(root / "other.jpg", mask, 1, width=92)
+    elif what == "missing":
+        mask.unlink()
+    elif what == "text":
+        mask.write_text("no image")
+    elif what == "aug":
+        (root / "voc" / "SegmentationClassAug" / "000003.png").unlink()
+    elif what == "split":
+        (root / "masks" / "val").rename(root / "masks" / "test")
+
+
+@pytest.mark.parametrize("what, data, says", [
+    ("size", "folders:{0}/images,{0}/masks", "val/1.png: is 92×64, its image .*1.jpg 96×64"),
+    ("missing", "folders:{0}/images,{0}/masks", "1 of 4 images in .* have no mask in .*, such as 1.jpg"),
+    ("text", "folders:{0}/images,{0}/masks", "cannot read the image .*val/1.png .not an image"),
+    ("split", "folders:{0}/images,{0}/masks", "there is no folder val or validation in .*masks"),
+    ("aug", "voc_aug:{0}/voc", "1 of 4 masks of trainaug.txt are missing, such as .*000003.png"),
+    ("", "voc:{0}/ade", "is not a VOC folder.*there is no ImageSets/Segmentation/train.txt"),
+    ("", "ade20k:{0}/voc", "is not ADEChallengeData2016: there is no folder images"),
+    ("", "voc:{0}/nowhere", "there is no folder .*nowhere"),
+    ("", "cityscapes:{0}", "--data cityscapes:.*: give voc:FOLDER"),
+    ("", "folders:{0}/images", "give two folders, folders:IMAGES,MASKS")])
+def test_refusals(tmp_path, what, data, says):
+    make_folders(tmp_path)
+    make_voc(tmp_path / "voc")
+    make_ade20k(tmp_path / "ade")
+    damage(tmp_path, what)
+    with pytest.raises(ConfigError, match=says) as error:
+        find_segmentation_data(data.format(tmp_path), 3 if data.startswith("folders") else None)
+    assert "\n" not in str(error.value)
+
+
+def test_number_of_classes_where_it_belongs(tmp_path):
+    with pytest.raises(ConfigError, match="needs --num_classes"):
+        find_segmentation_data(f"folders:{make_folders(tmp_path)}")
+    with pytest.raises(ConfigError, match="--num_classes 3: is for folders: only"):
+        find_segmentation_data(f"voc:{make_voc(tmp_path / 'voc')}", 3)
+
+
+def test_boxes_of_voc_coco_and_masks(tmp_path):
+    voc = find_box_data(f"voc:{make_voc(tmp_path / 'voc')}")
+    assert len(voc) == 3 and voc[0].read_boxes().tolist() == TRUE_BOXES
+    masks = find_box_data(f"folders:{make_folders(tmp_path / 'pairs')}")
+    assert masks[0].name == "train/0" and masks[0].read_boxes().tolist() == TRUE_BOXES
+    content = {"images": [{"id": 7, "file_name": "0.jpg"}, {"id": 8, "file_name": "1.jpg"}],
+               "annotations": [{"image_id": 7, "bbox": [8, 8, 32, 32], "iscrowd": 0},
+                               {"image_id": 7, "bbox": [0, 0, 90, 60], "iscrowd": 1}]}
+    (tmp_path / "boxes.json").write_text(json.dumps(content))
+    coco = find_box_data(f"coco:{tmp_path / 'boxes.json'},{tmp_path / 'pairs' / 'images' / 'train'}")
+    assert [image.read_boxes().tolist() for image in coco] == [TRUE_BOXES[:1], []]
+    plain = find_box_data(f"images:{tmp_path / 'pairs' / 'images'}")
+    assert len(plain) == 8 and plain[0].read_boxes() is None
+
+
+def test_ignored_pixels_have_no_box():
+    mask = np.zeros((5, 6), np.uint8)
+    mask[1:3, 2:5], mask[4, 5] = 7, IGNORE
+    assert boxes_of_mask(mask).tolist() == [[2, 1, 5, 3]]
+    assert boxes_of_mask(np.zeros((5, 6), np.uint8)).shape == (0, 4)
+
+
+@pytest.mark.parametrize("change, data, says", [
+    (lambda root: (root / "voc/Annotations/000001.xml").unlink(), "voc:{0}/voc", "cannot read the boxes .*000001.xml"),
+    (lambda root: (root / "voc/Annotations/000001.xml").write_text("<a>"), "voc:{0}/voc", "is not VOC's annotation"),
+    (lambda root: (root / "voc/JPEGImages/000001.jpg").unlink(), "voc:{0}/voc", "1 of 3 images are missing"),
+    (lambda root: [path.write_text("<a></a>") for path in (root / "voc/Annotations").iterdir()], "voc:{0}/voc",
+     "has no boxes; images:FOLDER works without"),
+    (lambda root: (root / "x.json").write_text("[]"), "coco:{0}/x.json,{0}/voc", "no instances in COCO's format"),
+    (lambda root: None, "coco:{0}/y.json,{0}/voc", "cannot read .*y.json"),
+    (lambda root: None, "images:{0}/voc/ImageSets", "there are no images"),
+    (lambda root: None, "voc:{0}", "is not a VOC folder"),
+    (lambda root: None, "boxes:{0}", "--data boxes:.*: give voc:FOLDER")])
+def test_refusals_of_boxes(tmp_path, change, data, says):
+    make_voc(tmp_path / "voc")
+    change(tmp_path)
+    with pytest.raises(ConfigError, match=says):
+        find_box_data(data.format(tmp_path))
+
+
+def test_ids_of_few_bits(tmp_path):
+    for bits in (1, 8):
+        image = Image.fromarray(np.array([[0, 1], [1, 0]], np.uint8) * (255 if bits == 1 else 1))
+        image.convert("1" if bits == 1 else "L").save(tmp_path / "mask.png")
+        assert load_ids(tmp_path / "mask.png")[0].tolist() == [[0, 1], [1, 0]]
+    Image.new("RGB", (2, 2)).save(tmp_path / "mask.png")
+    with pytest.raises(ConfigError, match="is RGB, not an indexed PNG"):
+        load_ids(tmp_path / "mask.png")
