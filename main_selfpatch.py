@@ -32,6 +32,7 @@ from errors import ArgumentParser, ConfigError, RunStopped, TrainingError, run_m
 from finite import NotFiniteError, check_log
 from fused_loss import FusedDINOLoss
 from image_files import UnreadableImage
+from knn_probe import KnnProbe
 from loader import CropLoader
 from logger import MetricLogger, RunLog, make_row
 from losses import DINOLoss
@@ -64,6 +65,13 @@ def build_loader(args: argparse.Namespace, processes: Processes, compiled: bool)
             "--accum_steps")
     return CropLoader(dataset, args.batch_size_per_gpu, args.num_workers, processes.device, processes.rank,
                       processes.world_size, args.seed, compiled, args.max_bad_images, args.loader_timeout)
+
+
+def build_probe(args: argparse.Namespace, processes: Processes) -> KnnProbe | None:
+    if not args.knn_data:
+        return None
+    return KnnProbe(args.knn_data, args.global_crops_size, args.batch_size_per_gpu, args.num_workers, processes.device,
+                    choose_precision(args.precision, args.use_fp16, processes.device))
 
 
 def build_run(args: argparse.Namespace, processes: Processes, steps_per_epoch: int, compiled: bool = False,
@@ -106,6 +114,7 @@ def pretrain(args: argparse.Namespace, loss_class: type[DINOLoss] | None = None)
                                       timedelta(minutes=args.dist_timeout))
     compiled = choose_compile(args.compile, processes.device)
     loader = together(lambda: build_loader(args, processes, compiled))
+    probe = together(lambda: build_probe(args, processes))
     saved_args = plain_args(args, processes.world_size, loader.dataset)
     together(lambda: compare_ranks(saved_args))
     fix_random_seeds(args.seed)
@@ -121,7 +130,7 @@ def pretrain(args: argparse.Namespace, loss_class: type[DINOLoss] | None = None)
             print(start_line(args, processes, loader, run, compiled), flush=True)
         log = together(lambda: RunLog(folder.path, run.step > 0, run.epoch, args.tensorboard, rows)
                        if is_main_process() else None)
-        train(run, loader, folder, log, saved_args, args, processes, within)
+        train(run, loader, folder, log, saved_args, args, processes, within, probe)
     except NotFiniteError as error:
         raise TrainingError(f"{error}{folder.keep_for_a_look(run.state_dict())}") from None
     finally:
@@ -130,11 +139,12 @@ def pretrain(args: argparse.Namespace, loss_class: type[DINOLoss] | None = None)
 
 
 def train(run: TrainingRun, loader: CropLoader, folder: RunFolder, log: RunLog | None, saved_args: dict,
-          args: argparse.Namespace, processes: Processes, within: dict) -> None:
+          args: argparse.Namespace, processes: Processes, within: dict, probe: KnnProbe | None = None) -> None:
     """The epochs that are left.
 
     Args:
         log: None on other ranks than 0.
+        probe: evaluates the teacher after every --knn_every-th epoch and the last.
         within: of resume, the state within the first of them.
     """
     def save(last_chance: bool, within: dict | None = None, epoch: int | None = None) -> None:
@@ -165,10 +175,15 @@ def train(run: TrainingRun, loader: CropLoader, folder: RunFolder, log: RunLog |
             begin_epoch(run, loader, logger, within, args.seed, processes)
             within = {}
             stats = train_one_epoch(run, loader, args.log_every, logger, after_step)
+            last, agreed = epoch + 1 == args.epochs, interruption.agree()
             row = make_row(stats, epoch)
+            if probe and (last or (epoch + 1) % args.knn_every == 0):
+                row |= probe(run.teacher)
+                if log:
+                    print(f"epoch {epoch}: k-NN top-1 {row['knn_top1']:.2f} %, top-5 {row['knn_top5']:.2f} % "
+                          f"({row['knn_seconds']:.0f} s)", flush=True)
             if log:
                 log.rows.append(row)
-            last, agreed = epoch + 1 == args.epochs, interruption.agree()
             save(last or agreed == STOP, epoch=epoch if args.saveckp_freq and epoch % args.saveckp_freq == 0 else None)
             record_bad_images(loader, folder.path / "bad_images.txt")
             if log:

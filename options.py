@@ -17,7 +17,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     """The options of main_selfpatch.py, as a parent for a job's own parser."""
     parser = ArgumentParser("main_selfpatch", add_help=False)
     for add_options in (add_model_options, add_loss_options, add_optimisation_options, add_crop_options,
-                        add_run_options, add_process_options):
+                        add_run_options, add_probe_options, add_process_options):
         add_options(parser)
     return parser
 
@@ -128,6 +128,14 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--num_workers", default=10, type=int, help="processes that load data, per GPU")
 
 
+def add_probe_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("evaluation while training")
+    group.add_argument("--knn_data", default="", type=os.path.expanduser,
+                       help="classify images by the teacher's features (k-NN, k = 20), for the log: a folder with train/ "
+                            "and val/, or one of class folders of which every fifth image is classified")
+    group.add_argument("--knn_every", default=10, type=int, help="epochs between two such evaluations")
+
+
 def add_process_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("processes")
     group.add_argument("--device", default="auto", choices=["auto", "cuda", "cpu", "mps"],
@@ -183,7 +191,7 @@ def check_ranges(args: argparse.Namespace) -> None:
     for name, largest in LARGEST.items():
         require(getattr(args, name) <= largest, f"--{name} is {getattr(args, name)}: it must be at most {largest}")
     for name in ("epochs", "batch_size_per_gpu", "patch_size", "out_dim", "out_dim_selfpatch", "log_every",
-                 "accum_steps"):
+                 "accum_steps", "knn_every"):
         require(getattr(args, name) > 0, f"--{name} is {getattr(args, name)}: it must be at least 1")
     for name in ("local_crops_number", "num_workers", "warmup_epochs", "warmup_teacher_temp_epochs", "clip_grad",
                  "patch_loss_weight", "saveckp_freq", "save_every_minutes", "save_every_steps"):

@@ -1,0 +1,49 @@
+"""k-NN of the teacher while it is trained."""
+import json
+
+import pytest
+import torch
+from networks import assert_same, small_wrapper
+from small_job import load, options
+
+from errors import ConfigError
+from image_features import ImageFeature, eval_transform, open_pair, share_loader
+from knn import knn_accuracy
+from knn_probe import KnnProbe
+from main_selfpatch import train_dino
+
+pytestmark = [pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning"),
+              pytest.mark.usefixtures("small_network")]
+
+
+def test_a_run_with_it_trains_as_one_without(image_folder, two_epochs, tmp_path, capsys):
+    train_dino(options("--epochs", 2, "--data_path", image_folder, "--output_dir", tmp_path, "--knn_data", image_folder,
+                       "--knn_every", 2, "--tensorboard"))
+    assert_same(load(tmp_path / "checkpoint.pth")["student"], load(two_epochs / "checkpoint.pth")["student"])
+    rows = [json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()]
+    assert "knn_top1" not in rows[0] and 0 <= rows[1]["knn_top1"] <= rows[1]["knn_top5"] <= 100
+    assert f"epoch 1: k-NN top-1 {rows[1]['knn_top1']:.2f} %" in capsys.readouterr().out
+
+
+def test_figures_are_those_of_the_evaluation(image_folder):
+    network, pair = small_wrapper(), open_pair(image_folder, None, None, 0.2, transform=eval_transform(32))
+    expected = knn_accuracy(ImageFeature(network.backbone, head=network.ca_head), *map(share_loader, pair, [5, 5]),
+                            ks=[20])
+    found = KnnProbe(image_folder, 32, batch_size=3)(network.train())
+    assert [(found["knn_top1"], found["knn_top5"])] == [tuple(one) for one in expected.values()]
+    assert network.training and len(pair[0]) + len(pair[1]) == 12
+
+
+def test_a_folder_with_train_and_val(image_folder, tmp_path):
+    for part in ("train", "val"):
+        (tmp_path / part).symlink_to(image_folder)
+    # every image has itself among its neighbours, and k = 20 is all 12 of them
+    assert KnnProbe(tmp_path, 32)(small_wrapper())["knn_top5"] == 100
+
+
+@pytest.mark.parametrize("words, says", [(["--knn_data", "nowhere"], "there is no folder nowhere"),
+                                         (["--knn_every", 0], "--knn_every is 0")])
+def test_bad_options_are_found_before_training(image_folder, tmp_path, words, says):
+    with pytest.raises(ConfigError, match=says):
+        train_dino(options("--epochs", 1, "--data_path", image_folder, "--output_dir", tmp_path, *words))
+    assert not (tmp_path / "checkpoint.pth").exists() and torch.is_grad_enabled()
