@@ -131,8 +131,8 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
 def add_probe_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("evaluation while training")
     group.add_argument("--knn_data", default="", type=os.path.expanduser,
-                       help="classify images by the teacher's features (k-NN, k = 20), for the log: a folder with train/ "
-                            "and val/, or one of class folders of which every fifth image is classified")
+                       help="classify images by the teacher's features (k-NN, k = 20), for the log: a folder with "
+                            "train/ and val/, or one of class folders of which every fifth image is classified")
     group.add_argument("--knn_every", default=10, type=int, help="epochs between two such evaluations")
 
 
