@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import main_selfpatch
-from errors import ArgumentParser, ConfigError, RunStopped, run_main
+from errors import ArgumentParser, ConfigError, run_main
 
 
 def get_args() -> argparse.Namespace:
@@ -42,6 +42,7 @@ class Trainer:
         import submitit
 
         import main_selfpatch
+        from errors import RunStopped
 
         job = submitit.JobEnvironment()
         # main_selfpatch reads a launcher's variables, which submitit's local executor does not set
