@@ -11,31 +11,38 @@ import errno
 import io
 import os
 import stat
+import struct
+import sys
 import time
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from errors import ConfigError
+from errors import ConfigError, printable
 
 try:
     from torchvision.io import decode_jpeg
 except ImportError:  # torchvision 0.29 announces the end of its decoders; PIL then decodes everything
     decode_jpeg = None
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 OTHER_IMAGE_SUFFIXES = (".gif", ".heic", ".heif", ".avif", ".jp2", ".jxl", ".svg", ".psd", ".raw", ".cr2", ".nef",
-                        ".dng", ".arw", ".jfif", ".exr", ".hdr", ".tga", ".ico")
+                        ".dng", ".arw", ".exr", ".hdr", ".tga", ".ico")
 # what a network file system may report once: the file is read again
 TRANSIENT_ERRORS = {errno.EIO, errno.ESTALE, errno.EAGAIN, errno.ETIMEDOUT, errno.ENOTCONN, errno.ECONNRESET,
                     errno.EHOSTDOWN}
 RETRY_SECONDS = (0.1, 1.0)  # before the second and the third attempt
 MAX_PIXELS = 179_000_000  # PIL's own limit against decompression bombs, twice MAX_IMAGE_PIXELS
+# at half of it PIL warns on stderr, also of images that are then read
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+LOSSY_FORMATS = ("JPEG", "MPO", "JPEG2000", "WEBP", "AVIF")  # PIL's names: not for masks, whose ids they change
 
 UNDO_ORIENTATION = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
                     4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_90,
@@ -44,6 +51,10 @@ UNDO_ORIENTATION = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTAT
 
 class UnreadableImage(ConfigError):
     """An image file that cannot be used; the message names it and says why, in one line."""
+
+    def __init__(self, message: str, every_rank: bool = False):
+        super().__init__(message, every_rank)
+        self.args = (printable(self.args[0]),)  # a file's name may hold line breaks
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -59,10 +70,13 @@ def walk(folder: str | Path, visited: set[str] | None = None) -> Iterator[str]:
 
     Args:
         visited: real paths of folders not to enter again; what is walked is added.
+
+    Raises:
+        ConfigError: a folder cannot be listed, so the images in it would be missing without a word.
     """
     visited = set() if visited is None else visited
     visited.add(os.path.realpath(folder))
-    for where, folders, names in os.walk(folder, followlinks=True):
+    for where, folders, names in os.walk(folder, onerror=refuse_folder, followlinks=True):
         fresh = []
         for name in sorted(name for name in folders if not is_hidden(name)):
             real = os.path.realpath(os.path.join(where, name))
@@ -73,6 +87,11 @@ def walk(folder: str | Path, visited: set[str] | None = None) -> Iterator[str]:
         for name in sorted(names):
             if not is_hidden(name):
                 yield os.path.join(where, name)
+
+
+def refuse_folder(error: OSError) -> NoReturn:
+    raise ConfigError(f"cannot list the folder {error.filename} ({error.strerror}): make it readable, or move it out "
+                      "of the data") from None
 
 
 def is_image_name(path: str | Path) -> bool:
@@ -120,8 +139,11 @@ def read_with_retries(path: str | Path) -> bytes:
     return Path(path).read_bytes()
 
 
-def open_image(path: str | Path, data: bytes | None = None) -> Image.Image:
+def open_image(path: str | Path, data: bytes | None = None, low_bytes: bool = False) -> Image.Image:
     """The decoded image as PIL has it, in the mode it is stored in.
+
+    Args:
+        low_bytes: decode the lower byte of 16-bit RGB samples; PIL itself keeps the upper one alone.
 
     Raises:
         UnreadableImage: whatever PIL raises about the file; one of more than 179 million pixels.
@@ -129,16 +151,7 @@ def open_image(path: str | Path, data: bytes | None = None) -> Image.Image:
     data = read_bytes(path) if data is None else data
     try:
         with Image.open(io.BytesIO(data)) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"{image.width}×{image.height} pixels, more than {MAX_PIXELS // 10**6} million")
-            tag = orientation(image)
-            image.load()
-            if image.format == "TIFF" and tag in UNDO_ORIENTATION:  # of all formats, PIL applies the tag to this one
-                stored = image.transpose(UNDO_ORIENTATION[tag])
-                stored.format, stored.tag_v2 = image.format, image.tag_v2
-                image = stored
-            image.info["orientation"] = tag
-            return image
+            return decode(image, low_bytes)
     except MemoryError:
         raise
     except Exception as error:  # PIL's plugins raise nearly anything about damaged data: struct.error, TypeError, …
@@ -147,10 +160,37 @@ def open_image(path: str | Path, data: bytes | None = None) -> Image.Image:
         raise UnreadableImage(f"cannot read the image {path} ({reason}): replace it or remove it") from None
 
 
+def decode(image: Image.Image, low_bytes: bool = False) -> Image.Image:
+    """An image whose header PIL has read, with its pixels as stored and its orientation tag as an attribute."""
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(f"{image.width}×{image.height} pixels, more than {MAX_PIXELS // 10**6} million")
+    if low_bytes:
+        image.tile = [swap_bytes(tile) for tile in image.tile]
+    # a TIFF's tag is gone after load, which applies it, as for no other format; a PNG's comes with load, whose error
+    # must not be lost among those of damaged EXIF
+    tag = orientation(image) if image.format == "TIFF" else None
+    image.load()
+    tag = tag or orientation(image)
+    if image.format == "TIFF" and tag in UNDO_ORIENTATION:
+        stored = image.transpose(UNDO_ORIENTATION[tag])
+        stored.format, stored.tag_v2 = image.format, image.tag_v2
+        image = stored
+    image.stored_orientation = tag
+    return image
+
+
+def swap_bytes(tile: tuple) -> tuple:
+    """PIL's description of where pixels are in a file, for the other byte order: RGB;16B becomes RGB;16L."""
+    layout, *rest = (tile.args,) if isinstance(tile.args, str) else tile.args
+    order = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}[layout[-1]]  # N: the machine's own
+    layout = layout[:-1] + order
+    return tile._replace(args=layout if isinstance(tile.args, str) else (layout, *rest))
+
+
 def orientation(image: Image.Image) -> int:
     """The EXIF orientation tag of an image from open_image, 1 (upright) if there is none; nothing here applies it."""
-    if "orientation" in image.info:
-        return image.info["orientation"]
+    if hasattr(image, "stored_orientation"):
+        return image.stored_orientation
     try:
         value = image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:  # damaged EXIF of a sound image
@@ -169,13 +209,39 @@ def load_rgb(path: str | Path, data: bytes | None = None) -> Image.Image:
     if image.mode == "F":
         raise UnreadableImage(f"cannot read the image {path} (floating point, with no known range): convert it")
     if image.mode.startswith("I"):
-        return scale_integers(image, path, data).convert("RGB")
-    if image.format == "PNG" and image.mode in ("RGB", "RGBA") and data[24] == 16 and max(
-            high for _, high in image.convert("RGB").getextrema()) < 16:
-        raise UnreadableImage(unknown_depth(path))
+        image = scale_integers(np.asarray(image).astype(np.int64), image, path, data)
+    elif has_cut_samples(image, data):
+        image = restore_samples(image, path, data)
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # keeps the palette's colours; PIL would warn of transparency in bytes
     return image.convert("RGB")
+
+
+def has_cut_samples(image: Image.Image, data: bytes) -> bool:
+    """Whether PIL has kept only the upper byte of 16-bit samples, as it does for colours, and too little is left.
+
+    Too little are values below 4096, or ones that fit into the bits that the file says are significant.
+    """
+    bands = image.getbands()
+    if len(bands) == 1 or 16 != (data[24] if image.format == "PNG" else bits_per_sample(image)):
+        return False
+    highest = max(high for band, (_, high) in zip(bands, image.getextrema(), strict=True) if band not in "Aa")
+    depth = sample_depth(image, data)
+    return highest < max(16, 2 ** (depth - 8) if depth < 16 else 0)
+
+
+def restore_samples(image: Image.Image, path: str | Path, data: bytes) -> Image.Image:
+    """A 16-bit RGB image by all of its bits, scaled to 8 bits by the depth that the file gives.
+
+    Raises:
+        UnreadableImage: see scale_integers; other kinds of colour.
+    """
+    try:
+        low = open_image(path, data, low_bytes=True)
+    except UnreadableImage:  # grey with alpha, CMYK
+        raise UnreadableImage(unknown_depth(path)) from None
+    values = np.asarray(image)[..., :3].astype(np.int64) * 256 + np.asarray(low)[..., :3]
+    return scale_integers(values, image, path, data)
 
 
 def unknown_depth(path: str | Path) -> str:
@@ -183,18 +249,19 @@ def unknown_depth(path: str | Path) -> str:
             "samples have fewer): scale it to the full range, or save it in 8 bits")
 
 
-def scale_integers(image: Image.Image, path: str | Path, data: bytes) -> Image.Image:
-    """An image of integers, PIL's modes I and I;16, as 8 bits, by the depth that the file gives.
+def scale_integers(values: np.ndarray, image: Image.Image, path: str | Path, data: bytes) -> Image.Image:
+    """Integers [H, W] or [H, W, 3] as an image of 8 bits, by the depth that the file gives.
 
     Raises:
         UnreadableImage: it gives none, or one that its values contradict.
     """
-    values = np.asarray(image).astype(np.int64)
-    depth = sample_depth(image, data)
-    if depth is None or values.min() < 0 or values.max() >= 2**depth:
+    depth, highest = sample_depth(image, data), values.max()
+    if image.format == "PNG" and highest >= 2**depth:
+        depth = 16  # sBIT is of samples that were scaled to 16 bits, as the PNG specification asks for
+    if depth is None or values.min() < 0 or highest >= 2**depth:
         raise UnreadableImage(f"cannot read the image {path} ({image.format} with integers of {values.min()} to "
-                              f"{values.max()}, whose range the file does not give): save it in 8 or 16 bits")
-    if depth == 16 and 0 < values.max() < 4096:
+                              f"{highest}, whose range the file does not give): save it in 8 or 16 bits")
+    if depth == 16 and 0 < highest < 4096:
         raise UnreadableImage(unknown_depth(path))
     return Image.fromarray((values >> (depth - 8) if depth >= 8 else values * 255 // (2**depth - 1)).astype(np.uint8))
 
@@ -205,12 +272,29 @@ def sample_depth(image: Image.Image, data: bytes) -> int | None:
     None if the header does not say.
     """
     if image.format == "TIFF":
-        bits = image.tag_v2.get(258, (0,))[0]
-        return bits if 0 < bits <= 16 else None
+        return bits if 0 < (bits := bits_per_sample(image)) <= 16 else None
     if image.format == "PNG":
-        start = data.find(b"sBIT", 0, data.find(b"IDAT"))
-        return data[start + 4] if start > 0 else 16
+        return significant_bits(data)
     return 16 if image.format == "PPM" else None  # PIL scales a PGM to 16 bits by its maximum value
+
+
+def bits_per_sample(image: Image.Image) -> int:
+    """TIFF's tag; 0 for other formats."""
+    return max(image.tag_v2.get(258, (0,))) if image.format == "TIFF" else 0
+
+
+def significant_bits(data: bytes) -> int:
+    """Bits of a sample by a PNG's sBIT chunk, if it has one that makes sense, else by its bit depth."""
+    position, depth = 8, data[24]
+    while position + 8 <= len(data):
+        length, name = struct.unpack(">I4s", data[position:position + 8])
+        if name == b"IDAT":
+            break
+        if name == b"sBIT":
+            bits = max(data[position + 8:position + (11 if length > 2 else 9)], default=0)  # without alpha's
+            return bits if 1 <= bits <= depth else depth
+        position += 12 + length
+    return depth
 
 
 def jpeg_pixels(data: bytes) -> int:
