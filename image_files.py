@@ -42,6 +42,7 @@ RETRY_SECONDS = (0.1, 1.0)  # before the second and the third attempt
 MAX_PIXELS = 179_000_000  # PIL's own limit against decompression bombs, twice MAX_IMAGE_PIXELS
 # at half of it PIL warns on stderr, also of images that are then read
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+PIXELS_PER_BYTE = 256  # of a JPEG that is not progressive: a block of 8×8 takes two bits or more
 LOSSY_FORMATS = ("JPEG", "MPO", "JPEG2000", "WEBP", "AVIF")  # PIL's names: not for masks, whose ids they change
 
 UNDO_ORIENTATION = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
@@ -151,6 +152,7 @@ def open_image(path: str | Path, data: bytes | None = None, low_bytes: bool = Fa
     data = read_bytes(path) if data is None else data
     try:
         with Image.open(io.BytesIO(data)) as image:
+            check_pixels(image, len(data))
             return decode(image, low_bytes)
     except MemoryError:
         raise
@@ -160,10 +162,17 @@ def open_image(path: str | Path, data: bytes | None = None, low_bytes: bool = Fa
         raise UnreadableImage(f"cannot read the image {path} ({reason}): replace it or remove it") from None
 
 
+def check_pixels(image: Image.Image, size: int) -> None:
+    """Raise ValueError if the header asks for more pixels than are read, or than a JPEG of `size` bytes can hold."""
+    pixels, asked = image.width * image.height, f"{image.width}×{image.height} pixels"
+    if pixels > MAX_PIXELS:
+        raise ValueError(f"{asked}, more than {MAX_PIXELS // 10**6} million")
+    if image.format == "JPEG" and not image.info.get("progressive") and pixels > PIXELS_PER_BYTE * size:
+        raise ValueError(f"{asked}, more than {size} bytes can hold")
+
+
 def decode(image: Image.Image, low_bytes: bool = False) -> Image.Image:
     """An image whose header PIL has read, with its pixels as stored and its orientation tag as an attribute."""
-    if image.width * image.height > MAX_PIXELS:
-        raise ValueError(f"{image.width}×{image.height} pixels, more than {MAX_PIXELS // 10**6} million")
     if low_bytes:
         image.tile = [swap_bytes(tile) for tile in image.tile]
     # a TIFF's tag is gone after load, which applies it, as for no other format; a PNG's comes with load, whose error
@@ -318,7 +327,7 @@ def load_uint8(path: str | Path) -> torch.Tensor:
     """
     data = read_bytes(path)
     # a damaged header can ask for gigabytes, which the native decoder would fill
-    if decode_jpeg is not None and 0 < jpeg_pixels(data) <= MAX_PIXELS:
+    if decode_jpeg is not None and 0 < jpeg_pixels(data) <= min(MAX_PIXELS, PIXELS_PER_BYTE * len(data)):
         try:
             image = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8))
             if image.ndim == 3 and len(image) == 3:
