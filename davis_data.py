@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from errors import ConfigError
-from image_files import LOSSY_FORMATS, UnreadableImage, is_hidden, load_rgb, open_image, orientation, read_bytes
+from image_files import UnreadableImage, is_hidden, load_ids, load_rgb, open_image, orientation, read_bytes
 
 VOID = 255
 SCALE_SIZE = 480  # short side of the frames that a backbone sees
@@ -253,35 +253,25 @@ def load_frame(path: str | Path, scale_size: int = SCALE_SIZE, shape: tuple[int,
 def read_mask(path: str | Path, binary: bool | None = None) -> Mask:
     """Read a PNG of ids; the palette is DAVIS's if it has none.
 
-    Grey PNGs of less than 8 bits have their samples as ids, which PIL scales to 255.
-
     Args:
-        binary: whether 255 in a grey PNG of 8 bits is object 1, as in DAVIS 2016, and not void. None: it is if there
-            are no other values than 0 and 255, which one mask of a video must decide for all.
+        binary: whether 255 in a grey PNG is object 1, as in DAVIS 2016, and not void. None: it is if there are no
+            other values than 0 and 255, which one mask of a video must decide for all.
 
     Raises:
-        UnreadableImage: the file is missing or damaged.
-        DataError: it has another mode or a lossy format, or binary and other ids beside 255.
+        UnreadableImage: the file is missing or damaged, or has another mode or a lossy format.
+        DataError: binary, and there are other ids beside 255.
     """
     data = read_bytes(path)
     image = open_image(path, data)
-    if image.mode not in ("P", "L", "1") or image.format in LOSSY_FORMATS:
-        kind = f"a {image.format}, whose compression changes ids" if image.format in LOSSY_FORMATS else image.mode
-        raise DataError(f"{path}: is {kind}, not an indexed PNG with one object id per pixel")
-    tag = orientation(image)
-    if image.mode == "P":
-        return Mask(np.array(image), bytes(image.getpalette("RGB") or ()) or DAVIS_PALETTE, bool(binary), tag)
-    ids = np.array(image.convert("L"))
-    depth = data[24] if image.format == "PNG" else 8  # in the PNG header
-    if depth < 8:
-        return Mask(ids // (255 // (2**depth - 1)), DAVIS_PALETTE, bool(binary), tag)
-    values = set(np.flatnonzero(np.bincount(ids.ravel(), minlength=256)).tolist())
-    binary = values <= {0, VOID} and VOID in values if binary is None else binary
-    if binary and VOID in values:
-        if not values <= {0, VOID}:
-            raise DataError(f"{path}: has 255 beside other ids, but 255 is the object of this video's first mask")
-        ids = np.where(ids == VOID, 1, 0).astype(np.uint8)
-    return Mask(ids, DAVIS_PALETTE, binary, tag)
+    ids, palette = load_ids(path, data, image)
+    if palette is None:
+        values = set(np.flatnonzero(np.bincount(ids.ravel(), minlength=256)).tolist())
+        binary = values <= {0, VOID} and VOID in values if binary is None else binary
+        if binary and VOID in values:
+            if not values <= {0, VOID}:
+                raise DataError(f"{path}: has 255 beside other ids, but 255 is the object of this video's first mask")
+            ids = np.where(ids == VOID, 1, 0).astype(np.uint8)
+    return Mask(ids, palette or DAVIS_PALETTE, bool(binary), orientation(image))
 
 
 def binary_note(path: str | Path, mask: Mask) -> str:

@@ -11,7 +11,6 @@ import errno
 import io
 import os
 import stat
-import struct
 import sys
 import time
 import warnings
@@ -25,6 +24,7 @@ import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 from torchvision.transforms.v2.functional import pil_to_tensor
 
+import image_depths
 from errors import ConfigError, printable
 
 try:
@@ -215,95 +215,38 @@ def load_rgb(path: str | Path, data: bytes | None = None) -> Image.Image:
     """
     data = read_bytes(path) if data is None else data
     image = open_image(path, data)
-    if image.mode == "F":
-        raise UnreadableImage(f"cannot read the image {path} (floating point, with no known range): convert it")
-    if image.mode.startswith("I"):
-        image = scale_integers(np.asarray(image).astype(np.int64), image, path, data)
-    elif has_cut_samples(image, data):
-        image = restore_samples(image, path, data)
+    try:
+        image = image_depths.to_8_bits(image, data, lambda: open_image(path, data, low_bytes=True))
+    except image_depths.UnknownRange as error:
+        raise UnreadableImage(f"cannot read the image {path} ({error})") from None
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # keeps the palette's colours; PIL would warn of transparency in bytes
     return image.convert("RGB")
 
 
-def has_cut_samples(image: Image.Image, data: bytes) -> bool:
-    """Whether PIL has kept only the upper byte of 16-bit samples, as it does for colours, and too little is left.
+def load_ids(path: str | Path, data: bytes | None = None,
+             image: Image.Image | None = None) -> tuple[np.ndarray, bytes | None]:
+    """The ids of an indexed or grey image, uint8 [H, W], and its palette, None for a grey one.
 
-    Too little are values below 4096, or ones that fit into the bits that the file says are significant.
-    """
-    bands = image.getbands()
-    if len(bands) == 1 or 16 != (data[24] if image.format == "PNG" else bits_per_sample(image)):
-        return False
-    highest = max(high for band, (_, high) in zip(bands, image.getextrema(), strict=True) if band not in "Aa")
-    depth = sample_depth(image, data)
-    return highest < max(16, 2 ** (depth - 8) if depth < 16 else 0)
+    Grey PNGs of less than 8 bits have their samples as ids, which PIL scales to 255.
 
-
-def restore_samples(image: Image.Image, path: str | Path, data: bytes) -> Image.Image:
-    """A 16-bit RGB image by all of its bits, scaled to 8 bits by the depth that the file gives.
+    Args:
+        data, image: the file's bytes and what open_image makes of them, if they are there already.
 
     Raises:
-        UnreadableImage: see scale_integers; other kinds of colour.
+        UnreadableImage: the file is missing or damaged, has colours or more than 8 bits, or a lossy format.
     """
-    try:
-        low = open_image(path, data, low_bytes=True)
-    except UnreadableImage:  # grey with alpha, CMYK
-        raise UnreadableImage(unknown_depth(path)) from None
-    values = np.asarray(image)[..., :3].astype(np.int64) * 256 + np.asarray(low)[..., :3]
-    return scale_integers(values, image, path, data)
-
-
-def unknown_depth(path: str | Path) -> str:
-    return (f"cannot read the image {path} (16 bits, but no value above 4095, and the file does not say that its "
-            "samples have fewer): scale it to the full range, or save it in 8 bits")
-
-
-def scale_integers(values: np.ndarray, image: Image.Image, path: str | Path, data: bytes) -> Image.Image:
-    """Integers [H, W] or [H, W, 3] as an image of 8 bits, by the depth that the file gives.
-
-    Raises:
-        UnreadableImage: it gives none, or one that its values contradict.
-    """
-    depth, highest = sample_depth(image, data), values.max()
-    if image.format == "PNG" and highest >= 2**depth:
-        depth = 16  # sBIT is of samples that were scaled to 16 bits, as the PNG specification asks for
-    if depth is None or values.min() < 0 or highest >= 2**depth:
-        raise UnreadableImage(f"cannot read the image {path} ({image.format} with integers of {values.min()} to "
-                              f"{highest}, whose range the file does not give): save it in 8 or 16 bits")
-    if depth == 16 and 0 < highest < 4096:
-        raise UnreadableImage(unknown_depth(path))
-    return Image.fromarray((values >> (depth - 8) if depth >= 8 else values * 255 // (2**depth - 1)).astype(np.uint8))
-
-
-def sample_depth(image: Image.Image, data: bytes) -> int | None:
-    """Bits of a sample by the file's header: TIFF's BitsPerSample, PNG's sBIT or bit depth, 16 for PGM.
-
-    None if the header does not say.
-    """
-    if image.format == "TIFF":
-        return bits if 0 < (bits := bits_per_sample(image)) <= 16 else None
-    if image.format == "PNG":
-        return significant_bits(data)
-    return 16 if image.format == "PPM" else None  # PIL scales a PGM to 16 bits by its maximum value
-
-
-def bits_per_sample(image: Image.Image) -> int:
-    """TIFF's tag; 0 for other formats."""
-    return max(image.tag_v2.get(258, (0,))) if image.format == "TIFF" else 0
-
-
-def significant_bits(data: bytes) -> int:
-    """Bits of a sample by a PNG's sBIT chunk, if it has one that makes sense, else by its bit depth."""
-    position, depth = 8, data[24]
-    while position + 8 <= len(data):
-        length, name = struct.unpack(">I4s", data[position:position + 8])
-        if name == b"IDAT":
-            break
-        if name == b"sBIT":
-            bits = max(data[position + 8:position + (11 if length > 2 else 9)], default=0)  # without alpha's
-            return bits if 1 <= bits <= depth else depth
-        position += 12 + length
-    return depth
+    data = read_bytes(path) if data is None else data
+    image = open_image(path, data) if image is None else image
+    if image.format in LOSSY_FORMATS:
+        raise UnreadableImage(f"{path}: is a {image.format}, whose compression changes ids: give an indexed PNG")
+    if image.mode not in ("P", "L", "1"):
+        raise UnreadableImage(f"{path}: is {image.mode}, not an indexed PNG with one object id per pixel")
+    if image.mode == "P":
+        return np.array(image), bytes(image.getpalette("RGB") or ())
+    ids = np.array(image.convert("L"))
+    depth = data[24] if image.format == "PNG" else 8  # in the PNG header
+    return (ids // (255 // (2**depth - 1)) if depth < 8 else ids), None
 
 
 def jpeg_pixels(data: bytes) -> int:

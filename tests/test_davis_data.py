@@ -5,6 +5,7 @@ from pictures import png
 from PIL import Image
 
 from davis_data import DataError, binary_note, read_mask, read_set
+from image_files import UnreadableImage
 
 
 @pytest.mark.parametrize("content, names", [
@@ -62,5 +63,5 @@ def test_lossy_masks_are_refused(tmp_path, kind):
     mask = np.zeros((60, 80), np.uint8)
     mask[10:30, 10:40] = 3
     Image.fromarray(mask).save(tmp_path / "mask.png", kind)
-    with pytest.raises(DataError, match=f"mask.png: is a {kind}, whose compression changes ids"):
+    with pytest.raises(UnreadableImage, match=f"mask.png: is a {kind}, whose compression changes ids"):
         read_mask(tmp_path / "mask.png")
