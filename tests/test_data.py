@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from pictures import refuse_listing, write_damaged_png
+from image_cases import refuse_listing, write_damaged_png
 
 from data import build_dataset
 from errors import ConfigError, TrainingError

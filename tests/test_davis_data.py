@@ -1,7 +1,7 @@
 """Lists of sequences and masks of ids, as their makers write them."""
 import numpy as np
 import pytest
-from pictures import png
+from image_cases import png
 from PIL import Image
 
 from davis_data import DataError, binary_note, read_mask, read_set

@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 import pytest
 from golden_rules import GOLDEN
-from pictures import refuse_listing
+from image_cases import refuse_listing
 from PIL import Image
 
 import davis_metrics

@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 import pytest
 from davis_folder import UNTRAINED, free_port, make_davis, rewrite, run
-from pictures import png
+from image_cases import png
 from PIL import Image
 
 import davis_data

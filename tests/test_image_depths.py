@@ -4,7 +4,7 @@ import struct
 import numpy as np
 import pytest
 import torch
-from pictures import chunk, png
+from image_cases import chunk, png
 from PIL import Image
 from torchvision.transforms.v2.functional import pil_to_tensor
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from pictures import picture, refuse_listing, write_damaged_png
+from image_cases import picture, refuse_listing, write_damaged_png
 from PIL import Image, PngImagePlugin
 from torchvision.transforms.v2.functional import pil_to_tensor
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from golden_rules import set_weights
+from image_cases import write_damaged_png
 from openmmlab_data import (
     ROOT,
     check_stored_pixels,
@@ -17,7 +18,6 @@ from openmmlab_data import (
     start,
     write_ade,
 )
-from pictures import write_damaged_png
 from PIL import Image
 
 skip_without_packages()
