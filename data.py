@@ -16,6 +16,7 @@ from image_files import (
     is_image_name,
     load_rgb,
     load_uint8,
+    refuse_folder,
     unread_formats,
     walk,
 )
@@ -24,35 +25,49 @@ MAX_REPLACEMENTS = 100  # images in a row that cannot be read, before a sample i
 
 
 class ClassFolders(ImageFolder):
-    """torchvision's ImageFolder without hidden files and folders, each file once, replacing what cannot be read.
+    """torchvision's ImageFolder without hidden files and folders, each folder once, replacing what cannot be read.
+
+    Of links to one folder, or to a class folder, one counts; a link to a file is a file of its own.
 
     A sample is (crops, what is wrong with the image that they replace, or ""). The replacement is the next readable
     image of the data set, and the order of all others stays the same.
     """
 
     def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
-        classes = sorted(entry.name for entry in Path(directory).iterdir()
-                         if entry.is_dir() and not is_hidden(entry.name))
+        try:
+            with os.scandir(directory) as entries:
+                folders = [entry for entry in entries if entry.is_dir() and not is_hidden(entry.name)]
+        except OSError as error:
+            refuse_folder(error)
+        classes, walked = [], {os.path.realpath(directory)}
+        for folder in sorted(folders, key=lambda entry: (entry.is_symlink(), entry.name)):  # not a link, if possible
+            if (real := os.path.realpath(folder)) not in walked:
+                walked.add(real)
+                classes.append(folder.name)
         if not classes:
             raise FileNotFoundError(f"no class folders in {directory}")
-        return classes, {name: i for i, name in enumerate(classes)}
+        return sorted(classes), {name: i for i, name in enumerate(sorted(classes))}
 
     def make_dataset(self, directory: str, class_to_idx: dict[str, int], *_, **__) -> list[tuple[str, int]]:
-        """(path, class) of every image, in torchvision's order; counts images of formats that are not read."""
+        """(path, class) of every image, in torchvision's order; counts the images that are not among them."""
         folders = [os.path.join(directory, name) for name in class_to_idx]
         # a link below one class that leads to another, or back to the top, adds nothing to it
         visited = {os.path.realpath(folder) for folder in (directory, *folders)}
-        samples, self.unread_formats = [], Counter()
+        samples, self.unread = [], Counter()
+        self.outside = sum(is_image_name(name) and not is_hidden(name) for name in os.listdir(directory))
         for folder, label in zip(folders, class_to_idx.values(), strict=True):
             paths = list(walk(folder, visited))
-            self.unread_formats.update(unread_formats(paths))
+            self.unread.update(unread_formats(paths))
             samples += [(path, label) for path in sorted(filter(is_image_name, paths), key=os.path.split)]
         return samples
 
     def unread_summary(self) -> str:
-        """The files that look like images but are of formats that are not read, in words; empty if there are none."""
-        counts = ", ".join(f"{count} {suffix}" for suffix, count in sorted(self.unread_formats.items()))
-        return f"not read: {counts} (only {' '.join(IMAGE_SUFFIXES)} are)" if counts else ""
+        """The files that look like images but are not used, in words; empty if there are none."""
+        counts = ", ".join(f"{count} {suffix}" for suffix, count in sorted(self.unread.items()))
+        parts = [f"{counts} (only {' '.join(IMAGE_SUFFIXES)} are)"] * bool(counts)
+        if self.outside:
+            parts.append(f"{self.outside} beside the class folders (move them into one)")
+        return f"not read: {'; '.join(parts)}" if parts else ""
 
     def __getitem__(self, index: int) -> tuple[list[torch.Tensor], str]:
         error = ""

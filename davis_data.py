@@ -8,17 +8,19 @@ Frames and masks are read as stored: an EXIF orientation tag is ignored, since n
 """
 import codecs
 import os
+import re
 import shutil
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import cv2
 import numpy as np
 from PIL import Image
 
 from errors import ConfigError
-from image_files import UnreadableImage, is_hidden, load_ids, open_image, orientation, read_bytes
+from image_files import UnreadableImage, is_hidden, load_ids, load_rgb, open_image, orientation, read_bytes
 
 VOID = 255
 SCALE_SIZE = 480  # short side of the frames that a backbone sees
@@ -42,17 +44,30 @@ def davis_palette() -> bytes:
 DAVIS_PALETTE = davis_palette()
 
 
+class Mask(NamedTuple):
+    """A mask and how it was read: ids, uint8 [H, W], its palette, whether 255 stood for an object, its EXIF tag."""
+    ids: np.ndarray
+    palette: bytes = DAVIS_PALETTE
+    binary: bool = False
+    orientation: int = 1
+
+
 @dataclass(frozen=True)
 class Sequence:
-    """A video: its name, its frames in order, and the annotation of its first frame."""
+    """A video: its name, its frames in order, and the annotation of its first frame, as a file and as read."""
     name: str
     frames: tuple[Path, ...]
     annotation: Path
+    mask: Mask = field(repr=False, compare=False)
 
     def annotations(self) -> list[Path] | None:
         """The annotation of every frame, or None if some frames have none."""
         paths = [self.annotation.with_name(f"{frame.stem}.png") for frame in self.frames]
         return paths if all(path.is_file() for path in paths) else None
+
+    def lacks_end(self) -> bool:
+        """Whether there are annotations of frames after the last one."""
+        return max(mask_numbers(self.annotation.parent)) > int(self.frames[-1].stem)
 
 
 # ---------------------------------------------------------------- sequences
@@ -60,45 +75,59 @@ class Sequence:
 def read_set(davis_path: str | Path, name: str = "val") -> list[str]:
     """Sequence names of ImageSets/2017/<name>.txt, in the file's order.
 
-    A byte order mark and lines that begin with # are skipped. Lines of DAVIS 2016, a frame and its mask, stand for
-    their sequence.
+    Comments after # are skipped. Lines of DAVIS 2016, a frame and its mask, stand for their sequence.
 
     Raises:
-        DataError: no such file, an encoding other than UTF-8, no name, or a name that occurs twice.
+        DataError: no such file, not UTF-8, no name, a name that occurs twice, or a line without one.
     """
     path = Path(davis_path) / "ImageSets" / "2017" / f"{name}.txt"
-    if not path.is_file():
-        raise DataError(f"{path}: no such file; give the folder that holds ImageSets, JPEGImages and Annotations")
-    data = path.read_bytes()
-    try:
-        if b"\0" in data or data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-            raise UnicodeError
-        lines = data.decode("utf-8-sig").splitlines()
-    except UnicodeError:
-        raise DataError(f"{path}: not UTF-8 text; save it in that encoding") from None
-    names = []
-    for line in (line.strip() for line in lines):
-        if line.endswith(".png") and ".jpg " in line:  # /JPEGImages/480p/x/00000.jpg /Annotations/480p/x/00000.png
-            frame_folder = line.split(".jpg ")[0].rsplit("/", 2)[-2]
-            if frame_folder not in names:
-                names.append(frame_folder)
-        elif line and not line.startswith("#"):
-            names.append(line)
+    names, repeated = [], set()
+    for number, line in enumerate(read_lines(path), 1):
+        line = re.sub(r"(^|\s)#.*", "", line).strip()
+        # /JPEGImages/480p/bear/00000.jpg /Annotations/480p/bear/00000.png, perhaps with columns after them
+        frame = re.match(r"(.+?)\.jpe?g(\s|$)", line, re.IGNORECASE)
+        sequence = frame[1].rpartition("/")[0].rpartition("/")[2] if frame else line.rstrip("/")
+        if line and not sequence:
+            raise DataError(f"{path}: line {number} names no sequence ({line}): give a name, such as bear, or "
+                            "/JPEGImages/480p/bear/00000.jpg")
+        if sequence in names and not frame:
+            repeated.add(sequence)
+        elif line and sequence not in names:
+            names.append(sequence)
     if not names:
         raise DataError(f"{path}: lists no sequence")
-    repeated = {n for n in names if names.count(n) > 1}
     if repeated:
         raise DataError(f"{path}: lists {', '.join(sorted(repeated))} more than once")
     return names
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text in UTF-8, with or without a byte order mark."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file; give the folder that has ImageSets and JPEGImages in it") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+    try:
+        if b"\0" in data or data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            raise UnicodeError
+        return data.decode("utf-8-sig").splitlines()
+    except UnicodeError:
+        raise DataError(f"{path}: not UTF-8 text; save it in that encoding") from None
 
 
 def numbered_files(folder: Path, suffixes: tuple[str, ...], content: str) -> list[Path]:
     """The files of a folder with one of the suffixes, sorted by the number that each is named after.
 
     Raises:
-        DataError: there are none, a name is not a number, or two have the same number.
+        DataError: there are none, they cannot be listed, a name is not a number, or two have the same number.
     """
-    paths = [p for p in folder.glob("*") if p.suffix.lower() in suffixes and not is_hidden(p.name)]
+    try:
+        paths = [folder / name for name in os.listdir(folder)] if folder.is_dir() else []
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be listed ({error.strerror})") from None
+    paths = [path for path in paths if path.suffix.lower() in suffixes and not is_hidden(path.name)]
     if not paths:
         raise DataError(f"{folder}: no {content} ({', '.join('*' + s for s in suffixes)})")
     for path in paths:
@@ -111,12 +140,16 @@ def numbered_files(folder: Path, suffixes: tuple[str, ...], content: str) -> lis
     return paths
 
 
-def check_no_gaps(frames: list[Path], masks: list[Path]) -> None:
-    """Raise DataError if the numbers of frames skip one, or if a mask between the first and last has no frame."""
+def mask_numbers(folder: Path) -> set[int]:
+    return {int(path.stem) for path in folder.glob("*.png") if path.stem.isascii() and path.stem.isdigit()}
+
+
+def check_no_gaps(frames: list[Path], masks: set[int]) -> None:
+    """Raise DataError if the numbers of frames skip one, or lack that of a mask, be it after the last frame."""
     numbers = [int(path.stem) for path in frames]
     step = min((b - a for a, b in zip(numbers, numbers[1:], strict=False)), default=1)
-    expected = set(range(numbers[0], numbers[-1], step)) | {int(path.stem) for path in masks}
-    missing = sorted(number for number in expected - set(numbers) if number < numbers[-1])
+    expected = set(range(numbers[0], numbers[-1], step)) | masks
+    missing = sorted(expected - set(numbers))
     if missing:
         digits = len(frames[0].stem)
         listed = ", ".join(f"{number:0{digits}}" for number in missing[:5]) + (", …" if missing[5:] else "")
@@ -130,6 +163,12 @@ def check_name(name: str) -> None:
         raise DataError(f"ImageSets/2017 lists {name!r}, which is not the name of a folder of JPEGImages/480p")
 
 
+def find_frames(davis_path: str | Path, name: str) -> list[Path]:
+    """The frames of a sequence in order. A DataError says what is wrong with its name or theirs."""
+    check_name(name)
+    return numbered_files(Path(davis_path) / "JPEGImages" / "480p" / name, (".jpg", ".jpeg"), "frames")
+
+
 def find_sequence(davis_path: str | Path, name: str, allow_gaps: bool = False) -> Sequence:
     """The frames and first annotation of a sequence, of which only the first frame and mask are read.
 
@@ -140,34 +179,29 @@ def find_sequence(davis_path: str | Path, name: str, allow_gaps: bool = False) -
         DataError: bad name, no frames, frames not named by numbers or with gaps, no first annotation, one that is not
             indexed or of another size than its frame, or a frame too small or too long to segment.
     """
-    check_name(name)
-    frames = numbered_files(Path(davis_path) / "JPEGImages" / "480p" / name, (".jpg", ".jpeg"), "frames")
+    frames = find_frames(davis_path, name)
     annotation = Path(davis_path) / "Annotations" / "480p" / name / f"{frames[0].stem}.png"
     if not annotation.is_file():
         raise DataError(f"{annotation}: the first frame's annotation is missing")
     if not allow_gaps:
-        masks = [p for p in annotation.parent.glob("*.png") if p.stem.isascii() and p.stem.isdigit()]
-        check_no_gaps(frames, masks)
-    width, height = image_size(frames[0])
-    mask_height, mask_width = read_mask(annotation)[0].shape
-    if (mask_width, mask_height) != (width, height):
-        raise DataError(f"{annotation}: is {mask_width}×{mask_height}, its frame {width}×{height}")
-    if min(width, height) < MIN_SIDE or max(width, height) > MAX_ASPECT * min(width, height):
-        raise DataError(f"{frames[0]}: is {width}×{height}, but a side must have {MIN_SIDE} pixels or more, and at "
-                        f"most {MAX_ASPECT} times those of the other")
-    return Sequence(name, tuple(frames), annotation)
+        check_no_gaps(frames, mask_numbers(annotation.parent))
+    (width, height), mask = open_image(frames[0]).size, read_mask(annotation)
+    if mask.ids.shape != (height, width):
+        raise DataError(f"{annotation}: is {mask.ids.shape[1]}×{mask.ids.shape[0]}, its frame {width}×{height}")
+    check_sides(frames[0], width, height)
+    return Sequence(name, tuple(frames), annotation, mask)
 
 
 # ---------------------------------------------------------------- frames
 
-def image_size(path: str | Path) -> tuple[int, int]:
-    """Width and height."""
-    return open_image(path).size
+def check_sides(path: str | Path, width: int, height: int) -> None:
+    if min(width, height) < MIN_SIDE or max(width, height) > MAX_ASPECT * min(width, height):
+        raise DataError(f"{path}: is {width}×{height}, but a side must have {MIN_SIDE} pixels or more, and at most "
+                        f"{MAX_ASPECT} times those of the other")
 
 
-def orientation_note(path: str | Path) -> str:
-    """What to say about a frame's EXIF orientation tag; empty if it has none."""
-    tag = orientation(open_image(path))
+def orientation_note(path: str | Path, tag: int) -> str:
+    """What to say about the EXIF orientation tag of a frame or mask; empty if it is 1, upright."""
     return "" if tag == 1 else f"{path}: EXIF orientation {tag} is ignored, as masks are of the pixels as stored"
 
 
@@ -178,58 +212,86 @@ def resized_shape(height: int, width: int, scale_size: int = SCALE_SIZE) -> tupl
     return scale_size, scale_size * width // height // 64 * 64
 
 
-def load_frame(path: str | Path, scale_size: int = SCALE_SIZE) -> tuple[np.ndarray, int, int]:
-    """A frame as resized RGB, uint8 [H, W, 3], and its original height and width.
+class Frame(NamedTuple):
+    """A frame as resized RGB, uint8 [H, W, 3], its original height and width, and its EXIF orientation tag."""
+    image: np.ndarray
+    height: int
+    width: int
+    orientation: int = 1
+
+
+def load_frame(path: str | Path, scale_size: int = SCALE_SIZE, shape: tuple[int, int] | None = None) -> Frame:
+    """Read a frame.
+
+    Args:
+        shape: (height, width) that it must have, those of the first frame.
 
     Raises:
         UnreadableImage: the file is missing, damaged or not an image.
+        DataError: it has another shape, or is too small or too long to segment.
     """
     data = read_bytes(path)
-    open_image(path, data)  # refuses damaged files, of which OpenCV would decode the readable part
-    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
-    if image is None:
-        raise UnreadableImage(f"cannot read the image {path} (OpenCV cannot decode it): convert it")
-    height, width = image.shape[:2]
-    image = cv2.resize(image, resized_shape(height, width, scale_size)[::-1])  # bilinear, on uint8 as published
-    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB), height, width
+    stored = open_image(path, data)  # refuses damaged files, of which OpenCV would decode the readable part
+    width, height = stored.size
+    if shape not in (None, (height, width)):
+        raise DataError(f"{path}: is {width}×{height}, the first frame {shape[1]}×{shape[0]}")
+    check_sides(path, width, height)
+    try:
+        if stored.format == "JPEG" and stored.mode in ("RGB", "L"):  # by OpenCV, as published
+            image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+            image = cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+        else:
+            image = np.asarray(load_rgb(path, data))
+        image = cv2.resize(image, resized_shape(height, width, scale_size)[::-1])  # bilinear, on uint8 as published
+    except cv2.error:
+        raise UnreadableImage(f"cannot read the image {path} (OpenCV cannot decode it): convert it") from None
+    return Frame(image, height, width, orientation(stored))
 
 
 # ---------------------------------------------------------------- masks
 
-def read_mask(path: str | Path) -> tuple[np.ndarray, bytes]:
-    """A PNG of ids -> ids, uint8 [H, W], and its palette (DAVIS's if it has none).
+def read_mask(path: str | Path, binary: bool | None = None) -> Mask:
+    """Read a PNG of ids; the palette is DAVIS's if it has none.
 
-    A grey PNG of 0 and 255 alone is a mask of DAVIS 2016: one object, not void.
+    Args:
+        binary: whether 255 in a grey PNG is object 1, as in DAVIS 2016, and not void. None: it is if there are no
+            other values than 0 and 255, which one mask of a video must decide for all.
 
     Raises:
-        UnreadableImage: the file is missing or damaged, or has another mode.
+        UnreadableImage: the file is missing or damaged, or has another mode or a lossy format.
+        DataError: binary, and there are other ids beside 255.
     """
-    mask, palette = load_ids(path)
-    if palette is None and is_binary(mask):
-        mask = np.where(mask == VOID, 1, 0).astype(np.uint8)
-    return mask, palette or DAVIS_PALETTE
+    data = read_bytes(path)
+    image = open_image(path, data)
+    ids, palette = load_ids(path, data, image)
+    if palette is None:
+        values = set(np.flatnonzero(np.bincount(ids.ravel(), minlength=256)).tolist())
+        binary = values <= {0, VOID} and VOID in values if binary is None else binary
+        if binary and VOID in values:
+            if not values <= {0, VOID}:
+                raise DataError(f"{path}: has 255 beside other ids, but 255 is the object of this video's first mask")
+            ids = np.where(ids == VOID, 1, 0).astype(np.uint8)
+    return Mask(ids, palette or DAVIS_PALETTE, bool(binary), orientation(image))
 
 
-def is_binary(mask: np.ndarray) -> bool:
-    """Whether grey values [H, W] are 0 and 255 alone, as in DAVIS 2016, with at least one 255."""
-    return bool(((mask == 0) | (mask == VOID)).all() and mask.any())
+def binary_note(path: str | Path, mask: Mask) -> str:
+    """What to say about a video's first annotation if it is one of DAVIS 2016; empty if it is none."""
+    return f"{path}: a grey mask of 0 and 255 is read as one object, as in DAVIS 2016" if mask.binary else ""
 
 
-def binary_note(path: str | Path) -> str:
-    """What to say about an annotation of DAVIS 2016; empty if it is none."""
-    image = open_image(path)
-    if image.mode == "L" and is_binary(np.array(image)):
-        return f"{path}: a grey mask of 0 and 255 is read as one object, as in DAVIS 2016"
-    return ""
+def read_masks(paths: list[Path], first: Mask | None = None) -> np.ndarray:
+    """Masks of one video -> uint8 [T, H, W]. What 255 means in all of them is decided by the first.
 
-
-def read_masks(paths: list[Path]) -> np.ndarray:
-    """Masks of one size -> uint8 [T, H, W]."""
-    masks = [read_mask(path)[0] for path in paths]
-    for path, mask in zip(paths, masks, strict=True):
-        if mask.shape != masks[0].shape:
-            raise DataError(f"{path}: is {mask.shape[1]}×{mask.shape[0]}, "
-                            f"{paths[0]} {masks[0].shape[1]}×{masks[0].shape[0]}")
+    Args:
+        first: the mask of paths[0], if that has been read already.
+    """
+    first = read_mask(paths[0]) if first is None else first
+    masks = [first.ids]
+    for path in paths[1:]:
+        masks.append(read_mask(path, first.binary).ids)
+        if masks[-1].shape != first.ids.shape:
+            height, width = first.ids.shape
+            raise DataError(f"{path}: is {masks[-1].shape[1]}×{masks[-1].shape[0]}, {paths[0]} {width}×{height}")
     return np.stack(masks)
 
 
@@ -243,12 +305,21 @@ def imwrite_indexed(filename: str | Path, array: np.ndarray, color_palette: byte
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a small file whole or not at all, and print whether it replaced one."""
+    """Write a small file whole or not at all, and print whether it replaced one.
+
+    Raises:
+        DataError: the disk is full, or a folder is in the way.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     replaced = path.exists()
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(text)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written ({error.strerror})") from None
+    finally:
+        temporary.unlink(missing_ok=True)
     print(f"{path} {'replaced' if replaced else 'written'}")
 
 

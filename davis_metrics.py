@@ -10,7 +10,7 @@ import math
 import multiprocessing
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -20,6 +20,7 @@ import numpy as np
 from davis_data import (
     VOID,
     DataError,
+    Mask,
     binary_note,
     check_name,
     numbered_files,
@@ -184,7 +185,7 @@ def score_files(annotation_folder: Path, result_folder: Path) -> tuple[np.ndarra
     annotations = read_masks(annotation_paths)
     results = np.zeros_like(annotations)
     if len(result_paths) > 2:
-        middle = read_masks(result_paths[1:-1])
+        middle = read_masks(result_paths[1:-1], read_mask(result_paths[1], binary=True))  # results have no void
         if middle.shape[1:] != annotations.shape[1:]:
             raise DataError(f"{result_paths[1]}: is {middle.shape[2]}×{middle.shape[1]}, "
                             f"its annotation {annotations.shape[2]}×{annotations.shape[1]}")
@@ -223,17 +224,29 @@ def attempt_score(folders: tuple[Path, Path]) -> tuple[np.ndarray, np.ndarray] |
         return score_files(*folders)
     except ConfigError as error:
         return error
+    except OSError as error:  # a folder without permission
+        return DataError(str(error))
 
 
-def first_annotations(davis_path: str | Path, names: Iterable[str]) -> dict[str, Path]:
+def first_annotations(davis_path: str | Path, names: Iterable[str]) -> dict[str, tuple[Path, Mask]]:
+    """The first annotation of each sequence, as a file and as read."""
     folders = {name: Path(davis_path) / "Annotations" / "480p" / name for name in names}
-    return {name: numbered_files(folder, (".png",), "annotations")[0] for name, folder in folders.items()}
+    paths = {name: numbered_files(folder, (".png",), "annotations")[0] for name, folder in folders.items()}
+    return {name: (path, read_mask(path)) for name, path in paths.items()}
 
 
-def find_absent(annotations: dict[str, Path]) -> dict[str, list[int]]:
-    """absent_objects of each sequence that has any, from its first annotation."""
-    absent = {name: absent_objects(read_mask(path)[0]) for name, path in annotations.items()}
+def find_absent(annotations: dict[str, np.ndarray]) -> dict[str, list[int]]:
+    """absent_objects of each sequence that has any, from its first annotation, ids [H, W]."""
+    absent = {name: absent_objects(ids) for name, ids in annotations.items()}
     return {name: ids for name, ids in absent.items() if ids}
+
+
+def score_notes(annotations: dict[str, tuple[Path, Mask]], scores: dict[str, tuple[np.ndarray, np.ndarray]],
+                absent: dict[str, list[int]], present_objects: bool) -> Iterator[str]:
+    """What there is to say about first annotations: masks of DAVIS 2016, and ids without a pixel."""
+    yield from filter(None, (binary_note(*annotation) for annotation in annotations.values()))
+    if absent:
+        yield absence_note(scores, absent, present_objects)
 
 
 def absence_note(scores: dict[str, tuple[np.ndarray, np.ndarray]], absent: dict[str, list[int]],
@@ -311,14 +324,12 @@ def main(args: argparse.Namespace) -> int:
     try:
         scores = score_folder(args.davis_path, args.results_path, args.set, args.processes)
         annotations = first_annotations(args.davis_path, scores)
-        absent = find_absent(annotations)
+        absent = find_absent({name: mask.ids for name, (_, mask) in annotations.items()})
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 1
-    for note in filter(None, map(binary_note, annotations.values())):
+    for note in score_notes(annotations, scores, absent, args.present_objects):
         print(note, file=sys.stderr)
-    if absent:
-        print(absence_note(scores, absent, args.present_objects), file=sys.stderr)
     print(format_scores(scores, absent, args.present_objects))
     write_csv(scores, args.results_path, args.set, absent if args.present_objects else None)
     return 0

@@ -27,6 +27,7 @@ from davis_data import SCALE_SIZE, VOID, DataError, Sequence, imwrite_indexed, l
 from davis_metrics import absence_note, find_absent, format_scores, num_objects, score_sequence
 from distributed import Launch, join, keep_freed_memory, pick_device, read_launcher
 from errors import ArgumentParser, ConfigError, run_main, user_path
+from image_files import is_hidden
 from label_propagation import label_propagation, norm_mask, restrict_neighborhood, to_mask, to_one_hot  # noqa: F401
 from model_options import DTYPES, add_model_options, pick_dtype
 from patch_features import PatchFeatures, frame_features, normalise
@@ -36,24 +37,29 @@ from propagation_bounds import propagate
 
 def read_frame(path: str | Path, scale_size: int = SCALE_SIZE) -> tuple[torch.Tensor, int, int]:
     """A frame resized and normalised, [3, H, W], and its original height and width."""
-    image, height, width = load_frame(path, scale_size)
+    image, height, width, _ = load_frame(path, scale_size)
     return normalise(torch.from_numpy(image)[None])[0], height, width
 
 
 def read_seg(path: str | Path, patch_size: int, scale_size: int = SCALE_SIZE) -> tuple[torch.Tensor, np.ndarray]:
     """One-hot labels of patches [1, C, h, w], void as background, and the annotation as stored, uint8 [H, W]."""
-    annotation = davis_data.read_mask(path)[0]
+    annotation = davis_data.read_mask(path).ids
+    return to_labels(annotation, patch_size, scale_size), annotation
+
+
+def to_labels(annotation: np.ndarray, patch_size: int, scale_size: int = SCALE_SIZE) -> torch.Tensor:
+    """Ids, uint8 [H, W] -> one-hot labels of patches [1, C, h, w], void as background."""
     height, width = resized_shape(*annotation.shape, scale_size)
     labels = Image.fromarray(np.where(annotation == VOID, 0, annotation).astype(np.uint8))
     labels = labels.resize((width // patch_size, height // patch_size), Image.Resampling.NEAREST)
-    return to_one_hot(torch.from_numpy(np.array(labels))), annotation
+    return to_one_hot(torch.from_numpy(np.array(labels)))
 
 
-def annotation_notes(sequence: Sequence, labels: torch.Tensor, annotation: np.ndarray) -> Iterator[str]:
-    """Warnings about a first annotation [H, W] and the labels [1, C, h, w] that it is reduced to."""
-    yield from filter(None, (davis_data.orientation_note(sequence.frames[0]),
-                             davis_data.orientation_note(sequence.annotation),
-                             davis_data.binary_note(sequence.annotation)))
+def annotation_notes(sequence: Sequence, labels: torch.Tensor) -> Iterator[str]:
+    """Warnings about a first annotation and the labels [1, C, h, w] that it is reduced to."""
+    annotation = sequence.mask.ids
+    yield from filter(None, (davis_data.orientation_note(sequence.annotation, sequence.mask.orientation),
+                             davis_data.binary_note(sequence.annotation, sequence.mask)))
     if (annotation == VOID).any():
         yield f"{sequence.annotation}: void ({VOID}) counts as background"
     objects = set(np.unique(annotation).tolist()) - {0, VOID}
@@ -77,19 +83,18 @@ def segment(sequence: Sequence, extract: PatchFeatures, output_dir: str | Path, 
         n_last_frames, size_mask_neighborhood, topk: see propagation_bounds.propagate.
 
     Raises:
-        ConfigError: a frame or the annotation cannot be read, the annotation has no object, or memory runs out.
+        ConfigError: a frame cannot be read, the annotation has no object, or memory runs out.
     """
     if executor is None:
         with ThreadPoolExecutor(4) as executor:
             return segment(sequence, extract, output_dir, executor, n_last_frames, size_mask_neighborhood, topk,
                            progress)
-    patch_size = extract.model.patch_size
-    labels, annotation = read_seg(sequence.annotation, patch_size)
+    patch_size, annotation = extract.model.patch_size, sequence.mask.ids
+    labels = to_labels(annotation, patch_size)
     if not num_objects(annotation):
         raise DataError(f"{sequence.annotation}: has no object, so there is nothing to segment")
-    for note in annotation_notes(sequence, labels, annotation):
+    for note in annotation_notes(sequence, labels):
         tqdm.write(note, file=sys.stderr)
-    palette = davis_data.read_mask(sequence.annotation)[1]
     features = frame_features(sequence, extract, annotation.shape, executor)
     soft_labels = propagate(features, labels[0].to(extract.device), n_last_frames, size_mask_neighborhood, topk)
     masks, writes = [annotation], []
@@ -97,7 +102,8 @@ def segment(sequence: Sequence, extract: PatchFeatures, output_dir: str | Path, 
         for path in sequence.frames:
             if writes:
                 masks.append(to_mask(next(soft_labels), patch_size, *annotation.shape).cpu().numpy())
-            writes.append(executor.submit(imwrite_indexed, folder / f"{path.stem}.png", masks[-1], palette))
+            writes.append(executor.submit(imwrite_indexed, folder / f"{path.stem}.png", masks[-1],
+                                          sequence.mask.palette))
             if progress:
                 progress.update()
         for future in writes:
@@ -106,14 +112,18 @@ def segment(sequence: Sequence, extract: PatchFeatures, output_dir: str | Path, 
 
 
 def score(sequence: Sequence, masks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """J and F [objects, T - 2] of a video's masks, uint8 [T, H, W]."""
-    paths = sequence.annotations()
-    if paths is None:
-        raise DataError("not scored: some frames have no annotation")
+    """J and F [objects, T - 2] of a video's masks, uint8 [T, H, W], all of whose frames have an annotation.
+
+    Raises:
+        DataError: an annotation cannot be read or has another size, or there are fewer than 3 frames.
+    """
     try:
-        return score_sequence(davis_data.read_masks(paths), masks)
+        annotations = davis_data.read_masks(sequence.annotations(), sequence.mask)
+        if sequence.lacks_end():  # then the last frame there is counts, as in davis_metrics.py: repeat it as the end
+            annotations, masks = (np.concatenate([one, one[-1:]]) for one in (annotations, masks))
+        return score_sequence(annotations, masks)
     except ConfigError as error:
-        raise DataError(f"not scored: {error}") from None
+        raise DataError(f"segmented, but not scored: {error}") from None
 
 
 def evaluate(sequences: list[Sequence], extract: PatchFeatures, output_dir: str | Path, with_scores: bool = True,
@@ -133,7 +143,9 @@ def evaluate(sequences: list[Sequence], extract: PatchFeatures, output_dir: str 
             progress.set_description(sequence.name)
             try:
                 masks = segment(sequence, extract, output_dir, executor, **protocol, progress=progress)
-                if with_scores:
+                if with_scores and sequence.annotations() is None:
+                    unscored[sequence.name] = "not scored: some frames have no annotation"
+                elif with_scores:
                     scoring[sequence.name] = executor.submit(score, sequence, masks)
             except (ConfigError, OSError) as error:
                 failed[sequence.name] = str(error)
@@ -142,7 +154,7 @@ def evaluate(sequences: list[Sequence], extract: PatchFeatures, output_dir: str 
             try:
                 scores[name] = future.result()
             except ConfigError as error:
-                unscored[name] = str(error)
+                failed[name] = str(error)
     return scores, unscored, failed
 
 
@@ -195,11 +207,11 @@ def find_sequences(data_path: str | Path, output_dir: str | Path,
         folder = Path(output_dir) / name
         try:
             sequence = davis_data.find_sequence(data_path, name, allow_gaps)
-            others = [p.name for p in folder.glob("*") if p.suffix != ".png"] if folder.is_dir() else []
+            others = [p.name for p in folder.glob("*") if p.suffix != ".png" and not is_hidden(p.name)]
             if others or folder.is_file():
                 raise DataError(f"{folder}: not replaced, as it is not a folder of masks ({', '.join(others[:1])})")
             sequences.append(sequence)
-        except ConfigError as error:
+        except (ConfigError, OSError) as error:
             failed[name] = str(error)
     return sequences, failed
 
@@ -217,7 +229,7 @@ def report_scores(sequences: list[Sequence], names: list[str], scores: dict, uns
     """Print the results in the order of val.txt, and return the exit status."""
     if scores:
         scores = {name: scores[name] for name in names if name in scores}
-        absent = find_absent({s.name: s.annotation for s in sequences if s.name in scores})
+        absent = find_absent({s.name: s.mask.ids for s in sequences if s.name in scores})
         if absent:
             print(absence_note(scores, absent, present_objects), file=sys.stderr)
         print(f"J & F of {len(scores)} of {len(names)} sequences")
@@ -254,16 +266,18 @@ def make_extractor(args: argparse.Namespace, launch: Launch) -> PatchFeatures:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Exit status: 0, or 1 if a sequence failed.
+    """Exit status: 0, or 1 if a sequence failed. Without one that can be segmented, no backbone is loaded.
 
     Raises:
-        ConfigError: no sequence can be segmented, for a reason in options, data or checkpoint.
+        ConfigError: an option, the list of sequences or the checkpoint cannot be used.
     """
     launch = read_launcher()
     rank, world_size = launch.rank, launch.world_size
     check_options(args)
     names = davis_data.read_set(args.data_path)
     sequences, failed = find_sequences(args.data_path, args.output_dir, args.allow_gaps)
+    if not sequences:  # every process finds the same
+        return report_scores([], names, {}, {}, failed, args.present_objects) if rank == 0 else 0
     extract = make_extractor(args, launch)
     try:
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)

@@ -11,31 +11,39 @@ import errno
 import io
 import os
 import stat
+import sys
 import time
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from errors import ConfigError
+import image_depths
+from errors import ConfigError, printable
 
 try:
     from torchvision.io import decode_jpeg
 except ImportError:  # torchvision 0.29 announces the end of its decoders; PIL then decodes everything
     decode_jpeg = None
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 OTHER_IMAGE_SUFFIXES = (".gif", ".heic", ".heif", ".avif", ".jp2", ".jxl", ".svg", ".psd", ".raw", ".cr2", ".nef",
-                        ".dng", ".arw", ".jfif", ".exr", ".hdr", ".tga", ".ico")
+                        ".dng", ".arw", ".exr", ".hdr", ".tga", ".ico")
 # what a network file system may report once: the file is read again
 TRANSIENT_ERRORS = {errno.EIO, errno.ESTALE, errno.EAGAIN, errno.ETIMEDOUT, errno.ENOTCONN, errno.ECONNRESET,
                     errno.EHOSTDOWN}
 RETRY_SECONDS = (0.1, 1.0)  # before the second and the third attempt
 MAX_PIXELS = 179_000_000  # PIL's own limit against decompression bombs, twice MAX_IMAGE_PIXELS
+# at half of it PIL warns on stderr, also of images that are then read
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+PIXELS_PER_BYTE = 256  # of a JPEG that is not progressive: a block of 8×8 takes two bits or more
+LOSSY_FORMATS = ("JPEG", "MPO", "JPEG2000", "WEBP", "AVIF")  # PIL's names: not for masks, whose ids they change
 
 UNDO_ORIENTATION = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
                     4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_90,
@@ -44,6 +52,10 @@ UNDO_ORIENTATION = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTAT
 
 class UnreadableImage(ConfigError):
     """An image file that cannot be used; the message names it and says why, in one line."""
+
+    def __init__(self, message: str, every_rank: bool = False):
+        super().__init__(message, every_rank)
+        self.args = (printable(self.args[0]),)  # a file's name may hold line breaks
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -59,10 +71,13 @@ def walk(folder: str | Path, visited: set[str] | None = None) -> Iterator[str]:
 
     Args:
         visited: real paths of folders not to enter again; what is walked is added.
+
+    Raises:
+        ConfigError: a folder cannot be listed, so the images in it would be missing without a word.
     """
     visited = set() if visited is None else visited
     visited.add(os.path.realpath(folder))
-    for where, folders, names in os.walk(folder, followlinks=True):
+    for where, folders, names in os.walk(folder, onerror=refuse_folder, followlinks=True):
         fresh = []
         for name in sorted(name for name in folders if not is_hidden(name)):
             real = os.path.realpath(os.path.join(where, name))
@@ -73,6 +88,11 @@ def walk(folder: str | Path, visited: set[str] | None = None) -> Iterator[str]:
         for name in sorted(names):
             if not is_hidden(name):
                 yield os.path.join(where, name)
+
+
+def refuse_folder(error: OSError) -> NoReturn:
+    raise ConfigError(f"cannot list the folder {error.filename} ({error.strerror}): make it readable, or move it out "
+                      "of the data") from None
 
 
 def is_image_name(path: str | Path) -> bool:
@@ -120,8 +140,11 @@ def read_with_retries(path: str | Path) -> bytes:
     return Path(path).read_bytes()
 
 
-def open_image(path: str | Path, data: bytes | None = None) -> Image.Image:
+def open_image(path: str | Path, data: bytes | None = None, low_bytes: bool = False) -> Image.Image:
     """The decoded image as PIL has it, in the mode it is stored in.
+
+    Args:
+        low_bytes: decode the lower byte of 16-bit RGB samples; PIL itself keeps the upper one alone.
 
     Raises:
         UnreadableImage: whatever PIL raises about the file; one of more than 179 million pixels.
@@ -129,16 +152,8 @@ def open_image(path: str | Path, data: bytes | None = None) -> Image.Image:
     data = read_bytes(path) if data is None else data
     try:
         with Image.open(io.BytesIO(data)) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"{image.width}×{image.height} pixels, more than {MAX_PIXELS // 10**6} million")
-            tag = orientation(image)
-            image.load()
-            if image.format == "TIFF" and tag in UNDO_ORIENTATION:  # of all formats, PIL applies the tag to this one
-                stored = image.transpose(UNDO_ORIENTATION[tag])
-                stored.format, stored.tag_v2 = image.format, image.tag_v2
-                image = stored
-            image.info["orientation"] = tag
-            return image
+            check_pixels(image, len(data))
+            return decode(image, low_bytes)
     except MemoryError:
         raise
     except Exception as error:  # PIL's plugins raise nearly anything about damaged data: struct.error, TypeError, …
@@ -147,10 +162,44 @@ def open_image(path: str | Path, data: bytes | None = None) -> Image.Image:
         raise UnreadableImage(f"cannot read the image {path} ({reason}): replace it or remove it") from None
 
 
+def check_pixels(image: Image.Image, size: int) -> None:
+    """Raise ValueError if the header asks for more pixels than are read, or than a JPEG of `size` bytes can hold."""
+    pixels, asked = image.width * image.height, f"{image.width}×{image.height} pixels"
+    if pixels > MAX_PIXELS:
+        raise ValueError(f"{asked}, more than {MAX_PIXELS // 10**6} million")
+    if image.format == "JPEG" and not image.info.get("progressive") and pixels > PIXELS_PER_BYTE * size:
+        raise ValueError(f"{asked}, more than {size} bytes can hold")
+
+
+def decode(image: Image.Image, low_bytes: bool = False) -> Image.Image:
+    """An image whose header PIL has read, with its pixels as stored and its orientation tag as an attribute."""
+    if low_bytes:
+        image.tile = [swap_bytes(tile) for tile in image.tile]
+    # a TIFF's tag is gone after load, which applies it, as for no other format; a PNG's comes with load, whose error
+    # must not be lost among those of damaged EXIF
+    tag = orientation(image) if image.format == "TIFF" else None
+    image.load()
+    tag = tag or orientation(image)
+    if image.format == "TIFF" and tag in UNDO_ORIENTATION:
+        stored = image.transpose(UNDO_ORIENTATION[tag])
+        stored.format, stored.tag_v2 = image.format, image.tag_v2
+        image = stored
+    image.stored_orientation = tag
+    return image
+
+
+def swap_bytes(tile: tuple) -> tuple:
+    """PIL's description of where pixels are in a file, for the other byte order: RGB;16B becomes RGB;16L."""
+    layout, *rest = (tile.args,) if isinstance(tile.args, str) else tile.args
+    order = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}[layout[-1]]  # N: the machine's own
+    layout = layout[:-1] + order
+    return tile._replace(args=layout if isinstance(tile.args, str) else (layout, *rest))
+
+
 def orientation(image: Image.Image) -> int:
     """The EXIF orientation tag of an image from open_image, 1 (upright) if there is none; nothing here applies it."""
-    if "orientation" in image.info:
-        return image.info["orientation"]
+    if hasattr(image, "stored_orientation"):
+        return image.stored_orientation
     try:
         value = image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:  # damaged EXIF of a sound image
@@ -166,28 +215,31 @@ def load_rgb(path: str | Path, data: bytes | None = None) -> Image.Image:
     """
     data = read_bytes(path) if data is None else data
     image = open_image(path, data)
-    if image.mode == "F":
-        raise UnreadableImage(f"cannot read the image {path} (floating point, with no known range): convert it")
-    if image.mode.startswith("I"):
-        return scale_integers(image, path, data).convert("RGB")
-    if image.format == "PNG" and image.mode in ("RGB", "RGBA") and data[24] == 16 and max(
-            high for _, high in image.convert("RGB").getextrema()) < 16:
-        raise UnreadableImage(unknown_depth(path))
+    try:
+        image = image_depths.to_8_bits(image, data, lambda: open_image(path, data, low_bytes=True))
+    except image_depths.UnknownRange as error:
+        raise UnreadableImage(f"cannot read the image {path} ({error})") from None
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # keeps the palette's colours; PIL would warn of transparency in bytes
     return image.convert("RGB")
 
 
-def load_ids(path: str | Path) -> tuple[np.ndarray, bytes | None]:
+def load_ids(path: str | Path, data: bytes | None = None,
+             image: Image.Image | None = None) -> tuple[np.ndarray, bytes | None]:
     """The ids of an indexed or grey image, uint8 [H, W], and its palette, None for a grey one.
 
     Grey PNGs of less than 8 bits have their samples as ids, which PIL scales to 255.
 
+    Args:
+        data, image: the file's bytes and what open_image makes of them, if they are there already.
+
     Raises:
-        UnreadableImage: the file is missing or damaged, or has colours or more than 8 bits.
+        UnreadableImage: the file is missing or damaged, has colours or more than 8 bits, or a lossy format.
     """
-    data = read_bytes(path)
-    image = open_image(path, data)
+    data = read_bytes(path) if data is None else data
+    image = open_image(path, data) if image is None else image
+    if image.format in LOSSY_FORMATS:
+        raise UnreadableImage(f"{path}: is a {image.format}, whose compression changes ids: give an indexed PNG")
     if image.mode not in ("P", "L", "1"):
         raise UnreadableImage(f"{path}: is {image.mode}, not an indexed PNG with one object id per pixel")
     if image.mode == "P":
@@ -195,41 +247,6 @@ def load_ids(path: str | Path) -> tuple[np.ndarray, bytes | None]:
     ids = np.array(image.convert("L"))
     depth = data[24] if image.format == "PNG" else 8  # in the PNG header
     return (ids // (255 // (2**depth - 1)) if depth < 8 else ids), None
-
-
-def unknown_depth(path: str | Path) -> str:
-    return (f"cannot read the image {path} (16 bits, but no value above 4095, and the file does not say that its "
-            "samples have fewer): scale it to the full range, or save it in 8 bits")
-
-
-def scale_integers(image: Image.Image, path: str | Path, data: bytes) -> Image.Image:
-    """An image of integers, PIL's modes I and I;16, as 8 bits, by the depth that the file gives.
-
-    Raises:
-        UnreadableImage: it gives none, or one that its values contradict.
-    """
-    values = np.asarray(image).astype(np.int64)
-    depth = sample_depth(image, data)
-    if depth is None or values.min() < 0 or values.max() >= 2**depth:
-        raise UnreadableImage(f"cannot read the image {path} ({image.format} with integers of {values.min()} to "
-                              f"{values.max()}, whose range the file does not give): save it in 8 or 16 bits")
-    if depth == 16 and 0 < values.max() < 4096:
-        raise UnreadableImage(unknown_depth(path))
-    return Image.fromarray((values >> (depth - 8) if depth >= 8 else values * 255 // (2**depth - 1)).astype(np.uint8))
-
-
-def sample_depth(image: Image.Image, data: bytes) -> int | None:
-    """Bits of a sample by the file's header: TIFF's BitsPerSample, PNG's sBIT or bit depth, 16 for PGM.
-
-    None if the header does not say.
-    """
-    if image.format == "TIFF":
-        bits = image.tag_v2.get(258, (0,))[0]
-        return bits if 0 < bits <= 16 else None
-    if image.format == "PNG":
-        start = data.find(b"sBIT", 0, data.find(b"IDAT"))
-        return data[start + 4] if start > 0 else 16
-    return 16 if image.format == "PPM" else None  # PIL scales a PGM to 16 bits by its maximum value
 
 
 def jpeg_pixels(data: bytes) -> int:
@@ -253,7 +270,7 @@ def load_uint8(path: str | Path) -> torch.Tensor:
     """
     data = read_bytes(path)
     # a damaged header can ask for gigabytes, which the native decoder would fill
-    if decode_jpeg is not None and 0 < jpeg_pixels(data) <= MAX_PIXELS:
+    if decode_jpeg is not None and 0 < jpeg_pixels(data) <= min(MAX_PIXELS, PIXELS_PER_BYTE * len(data)):
         try:
             image = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8))
             if image.ndim == 3 and len(image) == 3:

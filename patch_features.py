@@ -3,6 +3,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor
+from functools import partial
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from tqdm import tqdm
 
 from augmentations import IMAGENET_MEAN, IMAGENET_STD
 from backbones import Backbone, image_statistics
-from davis_data import DataError, Sequence, load_frame
+from davis_data import DataError, Sequence, load_frame, orientation_note
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.228, 0.224, 0.225)  # 0.228, not ImageNet's 0.229, as in DINO's published DAVIS protocol
@@ -87,14 +88,18 @@ def frame_features(sequence: Sequence, extract: PatchFeatures, shape: tuple[int,
                    executor: Executor) -> Iterator[torch.Tensor]:
     """Features [h, w, D] of a video's frames, one by one.
 
+    The first orientation tag is reported.
+
     Args:
         shape: (height, width) that every frame must have.
     """
-    batch, loaded = [], prefetch(executor, load_frame, sequence.frames, 2 * extract.batch_size)
-    for path, (image, height, width) in zip(sequence.frames, loaded, strict=True):
-        if (height, width) != shape:
-            raise DataError(f"{path}: is {width}×{height}, the first frame {shape[1]}×{shape[0]}")
-        batch.append(image)
+    batch, noted = [], False
+    loaded = prefetch(executor, partial(load_frame, shape=shape), sequence.frames, 2 * extract.batch_size)
+    for path, frame in zip(sequence.frames, loaded, strict=True):
+        if not noted and (note := orientation_note(path, frame.orientation)):
+            tqdm.write(note, file=sys.stderr)
+            noted = True
+        batch.append(frame.image)
         if len(batch) >= extract.batch_size or path == sequence.frames[-1]:
             yield from extract(np.stack(batch))
             batch = []

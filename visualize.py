@@ -17,6 +17,7 @@ scores: J&F of such folders by sequence, as a bar chart.
 """
 import argparse
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +33,7 @@ from augmentations import IMAGENET_MEAN, IMAGENET_STD
 from backbones import Backbone, TimmBackbone, check_layer, image_statistics, load_any_with_info
 from checkpoint_files import CheckpointError
 from checkpoints import CheckpointInfo, build_head
-from davis_data import DataError, find_sequence, read_mask, read_set
+from davis_data import DataError, find_frames, read_mask, read_set
 from drawing import fit_patches
 from errors import ArgumentParser, ConfigError, run_main
 from image_files import load_rgb, open_image, orientation
@@ -261,31 +262,40 @@ def draw_overlay(args: argparse.Namespace) -> None:
                           + ("" if output.is_dir() else ", or --overwrite"))
     if args.fps <= 0 or args.width < 16:
         raise ConfigError(f"--fps {args.fps:g} --width {args.width}: give more than 0 and at least 16")
-    sequence = find_sequence(args.davis_path, name, allow_gaps=True)
-    masks = [[Path(folder) / name / f"{frame.stem}.png" for frame in sequence.frames] for folder in args.results]
+    frames = find_frames(args.davis_path, name)
+    masks = [[Path(folder) / name / f"{frame.stem}.png" for frame in frames] for folder in args.results]
     for path in (path for paths in masks for path in paths if not path.is_file()):
         raise DataError(f"{path}: no result for this frame")
 
+    binary = [read_mask(paths[0]).binary for paths in masks]  # one decision for a video: is 255 void or an object?
+
     def pictures():
-        for frame, *paths in tqdm(zip(sequence.frames, *masks, strict=True), name, len(sequence.frames)):
+        for frame, *paths in tqdm(zip(frames, *masks, strict=True), name, len(frames)):
             panels = [np.asarray(load_rgb(frame))]
-            for path in paths:
-                mask, palette = read_mask(path)
+            for path, is_binary in zip(paths, binary, strict=True):
+                mask, palette, *_ = read_mask(path, is_binary)
                 if mask.shape != panels[0].shape[:2]:
                     raise DataError(f"{path}: is {mask.shape[1]}×{mask.shape[0]}, not of its frame's size")
                 panels.append(overlays.overlay(panels[0], mask, palette))
             yield overlays.side_by_side(panels, ["video", *labels], args.width)
 
     overlays.write_video(pictures(), output, args.fps)
-    print(f"wrote {output}: {len(sequence.frames)} frames of {name}")
+    print(f"wrote {output}: {len(frames)} frames of {name}")
 
 
 def draw_scores(args: argparse.Namespace) -> None:
     labels, output = result_labels(args), check_output(args.output, args.overwrite)
     scores = [davis_metrics.score_folder(args.davis_path, folder, args.set, args.processes) for folder in args.results]
-    groups = {"all objects": [davis_metrics.summarise(one)[0]["J&F-Mean"] for one in scores]}
-    for name in scores[0]:
-        groups[name] = [float(np.mean(one[name])) for one in scores]  # J and F of all its objects and frames
+    annotations = davis_metrics.first_annotations(args.davis_path, scores[0])
+    absent = davis_metrics.find_absent({name: mask.ids for name, (_, mask) in annotations.items()})
+    for label, one in zip(labels, scores, strict=True):
+        for note in davis_metrics.score_notes(annotations, one, absent, args.present_objects):
+            print(f"{label}: {note}", file=sys.stderr)
+    left_out = absent if args.present_objects else {}
+    groups = {"all objects": [davis_metrics.summarise(one, left_out)[0]["J&F-Mean"] for one in scores]}
+    for name in scores[0]:  # J and F of all its objects and frames
+        rows = [i for i in range(len(scores[0][name][0])) if i + 1 not in left_out.get(name, ())]
+        groups[name] = [float(np.mean([values[rows] for values in one[name]])) for one in scores]
     overlays.bar_chart(groups, labels, f"J&F of {args.set}").save(output)
     print(f"wrote {output}: " + ", ".join(f"{label} {value:.3f}" for label, value in
                                           zip(labels, groups["all objects"], strict=True)))
@@ -317,6 +327,9 @@ def add_scores(subparsers) -> None:
     add_results(parser)
     parser.add_argument("--output", default="scores.png", type=os.path.expanduser, help="PNG to write")
     parser.add_argument("--processes", type=int, default=1, help="processes that share the scoring")
+    parser.add_argument("--present_objects", action="store_true",
+                        help="leave out ids that have no pixel in a sequence's first annotation, which the official "
+                             "figures count as perfect")
     parser.set_defaults(func=draw_scores)
 
 

@@ -67,7 +67,7 @@ def make_clip(folder: Path, frames: int) -> davis_data.Sequence:
 def find_clip(args: argparse.Namespace) -> davis_data.Sequence:
     """The first frames of a DAVIS sequence."""
     sequence = davis_data.find_sequence(args.data_path, args.sequence or davis_data.read_set(args.data_path)[0])
-    shape = davis_data.read_mask(sequence.annotation)[0].shape
+    shape = sequence.mask.ids.shape
     if shape != (HEIGHT, WIDTH) or sequence.annotations() is None:
         raise davis_data.DataError(f"{sequence.annotation.parent}: should have {WIDTH}×{HEIGHT} masks of all frames")
     return replace(sequence, frames=sequence.frames[:args.frames])

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from mmengine.config import Config
 from mmseg.datasets import LoadAnnotations
 from mmseg.registry import MODELS, TRANSFORMS
-from PIL import Image
 
 from checkpoints import from_mmseg_names
 from errors import ConfigError
+from image_files import LOSSY_FORMATS, UnreadableImage, open_image
 from openmmlab import load_pretrained
 from vision_transformer import VisionTransformer
 
@@ -113,24 +113,25 @@ class LoadADEAnnotations(LoadAnnotations):
     """mmseg's LoadAnnotations, with checks for files that would give wrong labels or make the loss fail.
 
     Raises:
-        AnnotationError: not an 8-bit image of the photograph's size, or one with ids above 150 (255, like 0, is
-            ignored).
+        AnnotationError: not an 8-bit image of the photograph's size, a lossy one, or one with ids above 150 (255, like
+            0, is ignored).
     """
 
     def _load_seg_map(self, results: dict) -> None:
-        path, image_size = results["seg_map_path"], results["ori_shape"]
+        path, (height, width) = results["seg_map_path"], results["ori_shape"]
         try:
-            with Image.open(path) as image:
-                mode, size = image.mode, (image.height, image.width)
-            super()._load_seg_map(results)
-        except OSError as error:
-            raise AnnotationError(f"{path} cannot be read ({error}), the annotation of {results['img_path']}") from None
-        if mode not in ("L", "P"):  # the full ADE20K has RGB files; 16-bit values would be truncated to 8 bits
-            raise AnnotationError(f"{path} has mode {mode}: annotations are 8-bit images of ids, as in "
+            image = open_image(path)
+        except UnreadableImage as error:
+            raise AnnotationError(f"{error}; it is the annotation of {results['img_path']}") from None
+        if image.mode not in ("L", "P"):  # the full ADE20K has RGB files; 16-bit values would be truncated to 8 bits
+            raise AnnotationError(f"{path} has mode {image.mode}: annotations are 8-bit images of ids, as in "
                                   "ADEChallengeData2016")
-        if size != tuple(image_size):
-            raise AnnotationError(f"{path} has {size[0]} rows of {size[1]} pixels, but {results['img_path']} has "
-                                  f"{image_size[0]} of {image_size[1]}: the sizes must be equal")
+        if image.format in LOSSY_FORMATS:
+            raise AnnotationError(f"{path} is a {image.format}, whose compression changes ids: use PNGs")
+        if image.size != (width, height):
+            raise AnnotationError(f"{path} has {image.height} rows of {image.width} pixels, but {results['img_path']} "
+                                  f"has {height} of {width}: the sizes must be equal")
+        super()._load_seg_map(results)
         labels = results["gt_seg_map"]  # mmseg has mapped id 0 to 255, which is ignored, and ids 1 to 150 to 0 to 149
         if (invalid := labels[(labels >= ADE20K_CLASSES) & (labels < 255)]).size:
             raise AnnotationError(f"{path} has the id {int(invalid.max()) + 1}, but ADE20K's are 0 (nothing) and 1 to "

@@ -5,6 +5,7 @@ import runpy
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +56,16 @@ def write_ade(root: Path) -> None:
             ids[:, 40:] = 150
             ids[48:] = 0
             Image.fromarray(ids).save(root / "annotations" / split / f"{i}.png")
+
+
+def check_stored_pixels(load: Callable[[dict], dict], folder: Path, tag: int) -> None:
+    """Check that a transform reads a JPEG with an EXIF orientation tag with its pixels as stored."""
+    pixels, exif = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8), Image.Exif()
+    exif[0x0112] = tag
+    Image.fromarray(pixels).save(folder / "plain.jpg")
+    Image.fromarray(pixels).save(folder / "tagged.jpg", exif=exif)
+    plain, tagged = (load({"img_path": str(folder / f"{name}.jpg")})["img"] for name in ("plain", "tagged"))
+    assert plain.shape == (48, 64, 3) and np.array_equal(plain, tagged)
 
 
 def script_error(capsys: pytest.CaptureFixture, script: str, *options) -> str:

@@ -1,8 +1,10 @@
 """The data set's files and shares, the loader's crops, and their way to the device."""
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from image_cases import refuse_listing, write_damaged_png
 
 from data import build_dataset
 from errors import ConfigError, TrainingError
@@ -66,6 +68,10 @@ def folder(image_folder, tmp_path):
     return shutil.copytree(image_folder, tmp_path / "data")
 
 
+def write_cut_jpeg(path):
+    path.write_bytes(b"\xff\xd8\xff damaged")
+
+
 def names(dataset):
     return [path.rsplit("/", 2)[1:] for path, _ in dataset.samples]
 
@@ -94,6 +100,32 @@ def test_each_file_once_where_links_lead_back(folder):
     assert build_dataset(folder).samples == expected
 
 
+def test_a_class_folder_once_whatever_leads_to_it(folder):
+    expected = build_dataset(folder).samples
+    (folder / "a").symlink_to(folder / "class1")  # before it in the alphabet
+    (folder / "z").symlink_to("class0")
+    (folder / "up").symlink_to("..")
+    (folder / "top").symlink_to(folder)
+    (folder.parent / "beside.jpg").touch()
+    dataset = build_dataset(folder)
+    assert [path for path, _ in dataset.samples] == [path for path, _ in expected] + [str(folder / "up" / "beside.jpg")]
+    assert dataset.classes == ["class0", "class1", "up"]
+
+
+def test_images_beside_class_folders_are_counted(folder):
+    for name in ("one.jpg", "two.PNG", "._one.jpg", "notes.txt"):
+        (folder / name).touch()
+    assert build_dataset(folder).unread_summary() == "not read: 2 beside the class folders (move them into one)"
+
+
+@pytest.mark.parametrize("locked", ["", "class1", "class1/deep"])
+def test_a_folder_that_cannot_be_listed_is_named(folder, locked, monkeypatch):
+    (folder / "class1" / "deep").mkdir()
+    refuse_listing(monkeypatch, folder / locked)
+    with pytest.raises(ConfigError, match=f"cannot list the folder {folder / locked} .Permission denied"):
+        build_dataset(folder)
+
+
 def test_formats_that_are_not_read_are_counted(folder):
     for name in ("class0/a.heic", "class0/b.HEIC", "class1/c.gif", "class1/notes.txt"):
         (folder / name).touch()
@@ -104,8 +136,10 @@ def test_formats_that_are_not_read_are_counted(folder):
         build_dataset(folder)
 
 
-@pytest.mark.parametrize("augment, workers", [("device", 0), ("pil", 0), ("device", 2)])
-def test_an_unreadable_image_is_replaced_and_named(folder, augment, workers):
+@pytest.mark.parametrize("augment, workers, damage", [
+    ("device", 0, write_cut_jpeg), ("pil", 0, write_cut_jpeg), ("device", 2, write_cut_jpeg),
+    ("device", 0, write_damaged_png), ("pil", 0, write_damaged_png)])
+def test_an_unreadable_image_is_replaced_and_named(folder, augment, workers, damage):
     """By the next readable one of the data set, and all other samples stay where they are."""
     def epoch(dataset):
         loader = CropLoader(dataset, batch_size=4, num_workers=workers, max_bad_images=0.5)
@@ -119,8 +153,7 @@ def test_an_unreadable_image_is_replaced_and_named(folder, augment, workers):
     expected = [dataset.samples[i][0] for i in order]
     bad = dataset.samples[3][0]
     loaded, load = [], dataset.loader
-    with open(bad, "wb") as file:
-        file.write(b"\xff\xd8\xff damaged")
+    damage(Path(bad))
     dataset.loader = lambda path: loaded.append(path) or load(path)
     if not workers:
         for i in order:

@@ -2,16 +2,16 @@
 import json
 import re
 import shutil
-import struct
-import zlib
+from functools import partial
 
 import numpy as np
 import pytest
 from golden_rules import GOLDEN
+from image_cases import refuse_listing
 from PIL import Image
 
 import davis_metrics
-from davis_data import DataError, imwrite_indexed, read_mask, read_set
+from davis_data import DataError, imwrite_indexed
 from davis_metrics import boundary_f, jaccard, score_folder, score_sequence, statistics, summarise
 from errors import ConfigError
 
@@ -148,6 +148,13 @@ def test_bad_results_are_named_and_no_csv_is_written(results, capsys):
     assert not list(results.glob("*.csv"))
 
 
+def test_csv_files_that_cannot_be_written(results):
+    (results / "global_results-val.csv").mkdir()
+    with pytest.raises(DataError, match="global_results-val.csv: cannot be written .Is a directory"):
+        run(SCORES, results)
+    assert not list(results.glob(".*"))
+
+
 def test_what_cannot_be_scored():
     masks = np.zeros((4, 10, 10), np.uint8)
     with pytest.raises(DataError, match="no object"):
@@ -173,45 +180,6 @@ def test_names_outside_the_data_are_refused(tmp_path, results, capsys):
         run(tmp_path, tmp_path / "nowhere")
 
 
-# ---------------------------------------------------------------- lists and masks as their makers write them
-
-
-@pytest.mark.parametrize("content, names", [
-    (b"\xef\xbb\xbfbear\ncamel\r\n", ["bear", "camel"]),
-    (b"# my list\n\nbear\n  # another\ncamel\n", ["bear", "camel"]),
-    (b"/JPEGImages/480p/bear/00000.jpg /Annotations/480p/bear/00000.png\n"
-     b"/JPEGImages/480p/bear/00001.jpg /Annotations/480p/bear/00001.png\n"
-     b"/JPEGImages/480p/camel/00000.jpg /Annotations/480p/camel/00000.png\n", ["bear", "camel"])])
-def test_lists_of_sequences(tmp_path, content, names):
-    (tmp_path / "ImageSets" / "2017").mkdir(parents=True)
-    (tmp_path / "ImageSets" / "2017" / "val.txt").write_bytes(content)
-    assert read_set(tmp_path) == names
-
-
-@pytest.mark.parametrize("content", ["bear\n".encode("utf-16"), "bear\n".encode("utf-16-le"), b"b\xe4r\n"])
-def test_lists_in_other_encodings_are_refused_by_name(tmp_path, content):
-    (tmp_path / "ImageSets" / "2017").mkdir(parents=True)
-    (tmp_path / "ImageSets" / "2017" / "val.txt").write_bytes(content)
-    with pytest.raises(DataError, match="val.txt: not UTF-8"):
-        read_set(tmp_path)
-
-
-@pytest.mark.parametrize("depth", [1, 2, 4, 8])
-def test_grey_masks_have_their_samples_as_ids(tmp_path, depth):
-    """PIL scales grey PNGs of less than 8 bits to 255."""
-    ids = (np.arange(8 * 16).reshape(8, 16) % min(2**depth, 5)).astype(np.uint8)
-    packed = np.packbits(np.unpackbits(ids[..., None], axis=-1)[..., -depth:].reshape(8, -1), axis=1)
-
-    def chunk(name, data):
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-
-    path = tmp_path / "mask.png"
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 16, 8, depth, 0, 0, 0, 0))
-                     + chunk(b"IDAT", zlib.compress(b"".join(b"\0" + row.tobytes() for row in packed)))
-                     + chunk(b"IEND", b""))
-    assert np.array_equal(read_mask(path)[0], ids)
-
-
 def test_absent_ids_are_named_and_left_out_if_asked_for(tmp_path, capsys):
     """A grey PNG of id 38: 37 ids count as perfect in the official figure."""
     names = ("ImageSets/2017", "Annotations/480p/x", "results/x")
@@ -234,3 +202,51 @@ def test_absent_ids_are_named_and_left_out_if_asked_for(tmp_path, capsys):
             out.splitlines()[1].split()[0])
     assert said == figures[::-1]  # each figure's line names the other one
     assert figures[0] == pytest.approx((37 + figures[1]) / 38, abs=1e-3) and figures[1] < 0.9
+
+
+def write_clip(root, masks, name="Annotations/480p/x"):
+    """Masks, or grey values, as the frames of sequence x."""
+    (root / name).mkdir(parents=True)
+    (root / "ImageSets" / "2017").mkdir(parents=True, exist_ok=True)
+    (root / "ImageSets" / "2017" / "val.txt").write_text("x\n")
+    for t, mask in enumerate(masks):
+        (Image.fromarray(mask).save if name[0] == "A" else partial(imwrite_indexed, array=mask))(
+            root / name / f"{t:05}.png")
+
+
+def test_what_255_means_is_decided_by_the_first_annotation(tmp_path, capsys):
+    """Grey masks of object 1 with void below; in two frames the object is hidden, and 0 and 255 alone are left."""
+    masks = np.zeros((6, 40, 60), np.uint8)
+    masks[:, 5:20, 10:30], masks[:, 30:] = 1, 255
+    masks[2:4, :30] = 0
+    write_clip(tmp_path, masks)
+    write_clip(tmp_path, np.where(masks == 255, 0, masks), "results/x")
+    assert run(tmp_path, tmp_path / "results") == 0
+    out, err = capsys.readouterr()
+    assert float(out.splitlines()[1].split()[0]) == 1 and err == ""
+
+
+def test_masks_of_davis_2016(tmp_path, capsys):
+    masks = np.zeros((6, 40, 60), np.uint8)
+    masks[:, 5:20, 10:30] = 255
+    masks[1] = 0  # hidden in the first frame of the results that is scored
+    write_clip(tmp_path, masks)
+    write_clip(tmp_path, masks // 255, "results/x")
+    assert run(tmp_path, tmp_path / "results") == 0
+    out, err = capsys.readouterr()
+    assert float(out.splitlines()[1].split()[0]) == 1
+    assert "00000.png: a grey mask of 0 and 255 is read as one object" in err
+    shutil.copytree(tmp_path / "Annotations/480p/x", tmp_path / "grey/x")
+    assert run(tmp_path, tmp_path / "grey") == 0
+    assert float(capsys.readouterr().out.splitlines()[1].split()[0]) == 1
+    masks[3, 0, 0] = 7
+    Image.fromarray(masks[3]).save(tmp_path / "Annotations/480p/x/00003.png")
+    assert run(tmp_path, tmp_path / "results") == 1
+    assert "00003.png: has 255 beside other ids" in capsys.readouterr().err
+
+
+def test_a_folder_without_permission_is_named(results, capsys, monkeypatch):
+    refuse_listing(monkeypatch, SCORES / "Annotations" / "480p" / "camel")
+    assert run(SCORES, results) == 1
+    err = capsys.readouterr().err
+    assert "camel: cannot be listed (Permission denied)" in err and err.count("\n") == 1

@@ -4,12 +4,20 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from openmmlab_data import ROOT, free_port, script_error, skip_without_packages, start, write_coco
+from openmmlab_data import (
+    ROOT,
+    check_stored_pixels,
+    free_port,
+    script_error,
+    skip_without_packages,
+    start,
+    write_coco,
+)
 
 skip_without_packages()
 
 from mmdet.datasets import CocoDataset  # noqa: E402
-from mmdet.registry import MODELS  # noqa: E402
+from mmdet.registry import MODELS, TRANSFORMS  # noqa: E402
 from mmdet.utils import register_all_modules  # noqa: E402
 from mmengine.config import Config  # noqa: E402
 from mmengine.logging import HistoryBuffer  # noqa: E402
@@ -283,6 +291,12 @@ def test_invalid_input_ends_with_one_line(config, coco, pretrained, tmp_path, ca
     (tmp_path / "run" / "last_checkpoint").write_text(str(tmp_path / "run" / "epoch_1.pth"))
     assert "already has checkpoints of a run" in train_error(capsys, config, *valid, "--pretrained", pretrained)
     assert not list((tmp_path / "run").glob("*.py"))  # no run was started
+
+
+@pytest.mark.parametrize("tag", [2, 3, 6])
+@pytest.mark.parametrize("pipeline", ["train_dataloader", "test_dataloader"])
+def test_photographs_are_read_as_stored_like_their_boxes(tmp_path, tag, pipeline):
+    check_stored_pixels(TRANSFORMS.build(load_config(RECIPE)[pipeline].dataset.pipeline[0]), tmp_path, tag)
 
 
 def test_all_80_categories_are_required(config, pretrained, tmp_path, capsys):

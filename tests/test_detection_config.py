@@ -91,7 +91,8 @@ def compose(steps: list[dict]):
 
 def test_pipelines_are_the_published_ones():
     cfg = Config.fromfile(RECIPE)
-    load, annotations = {"type": "LoadImageFromFile"}, {"type": "LoadAnnotations", "with_bbox": True, "with_mask": True}
+    load = {"type": "LoadImageFromFile", "color_type": "color_ignore_orientation"}  # the published one applies it
+    annotations = {"type": "LoadAnnotations", "with_bbox": True, "with_mask": True}
 
     def resize(shorts):
         return {"type": "RandomChoiceResize", "keep_ratio": True, "scales": [(1333, short) for short in shorts]}

@@ -51,12 +51,17 @@ def agreement(folder: Path, published: str) -> list[float]:
     return shares
 
 
+def keep_frames(data: Path, count: int) -> None:
+    for path in (*data.glob("JPEGImages/480p/*/*.jpg"), *data.glob("Annotations/480p/*/*.png")):
+        if int(path.stem) >= count:
+            path.unlink()
+
+
 @pytest.mark.parametrize("precision, frames, least", [("fp32", 14, 0.9999), ("bf16", 3, 0.999)])
 def test_golden_clip(precision, frames, least, tmp_path, capsys):
     data, weights, output = tmp_path / "data", tmp_path / "backbone.pth", tmp_path / "masks"
     shutil.copytree(CLIP, data)
-    for path in sorted(data.glob("JPEGImages/480p/*/*.jpg"))[frames:]:
-        path.unlink()
+    keep_frames(data, frames)
     model = set_weights(vit_tiny(), int((CLIP / "salt.txt").read_text()))
     torch.save({"teacher": {f"backbone.{name}": p for name, p in model.state_dict().items()}}, weights)
     assert run(data, output, "--pretrained_weights", weights, "--precision", precision) == 0
@@ -72,8 +77,7 @@ def test_golden_clip_of_dino(tmp_path):
     """A backbone with class token and final norm, by DINO's own script: its features are taken after the norm."""
     data, weights, output = tmp_path / "data", tmp_path / "dino.pth", tmp_path / "masks"
     shutil.copytree(CLIP, data)
-    for path in sorted(data.glob("JPEGImages/480p/*/*.jpg"))[5:]:
-        path.unlink()
+    keep_frames(data, 5)
     model = set_weights(vit_tiny(class_token=True, final_norm=True), int((CLIP / "salt.txt").read_text()))
     torch.save(model.state_dict(), weights)
     assert run(data, output, "--pretrained_weights", weights, "--no_score") == 0
@@ -115,11 +119,11 @@ def halve(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
 
 
-def shrink(frames: Path, masks: Path) -> None:
+def resize(frames: Path, masks: Path, size: tuple[int, int]) -> None:
     for path in frames.iterdir():
-        Image.new("RGB", (1, 1)).save(path)
+        Image.new("RGB", size).save(path)
     for path in masks.iterdir():
-        imwrite_indexed(path, np.ones((1, 1), np.uint8))
+        imwrite_indexed(path, np.ones(size[::-1], np.uint8))
 
 
 BAD = {  # what is done to a sequence's frames and masks, and words of the line that reports it
@@ -130,7 +134,15 @@ BAD = {  # what is done to a sequence's frames and masks, and words of the line 
     "fifo": (lambda f, m: ((f / "00002.jpg").unlink(), os.mkfifo(f / "00002.jpg")), ("00002.jpg", "not a regular")),
     "folder": (lambda f, m: ((f / "00001.jpg").unlink(), (f / "00001.jpg").mkdir()), ("00001.jpg", "not a regular")),
     "huge": (lambda f, m: Image.new("1", (14000, 14000)).save(f / "00001.jpg"), ("00001.jpg", "pixels")),
-    "tiny": (lambda f, m: shrink(f, m), ("00000.jpg", "is 1×1")),
+    "bad-later-mask": (lambda f, m: halve(m / "00002.png"), ("00002.png", "segmented, but not scored", "cannot read")),
+    "small-later-mask": (lambda f, m: rewrite(m / "00002.png", lambda a: a[:50]), ("00002.png", "100×50", "100×60")),
+    "no-end": (lambda f, m: (f / "00003.jpg").unlink(), ("lacks frame 00003", "--allow_gaps")),
+    "gap-by-masks": (lambda f, m: [(f / f"0000{t}.jpg").unlink() for t in (1, 3)], ("lacks frame 00001, 00003",)),
+    "turns-long": (lambda f, m: Image.new("RGB", (40000, 1)).save(f / "00002.jpg"), ("00002.jpg", "is 40000×1")),
+    "long": (lambda f, m: resize(f, m, (400, 20)), ("00000.jpg", "is 400×20", "at most 16 times")),
+    "jpeg-mask": (lambda f, m: Image.open(m / "00000.png").convert("L").save(m / "00000.png", "JPEG"),
+                  ("00000.png", "is a JPEG")),
+    "tiny": (lambda f, m: resize(f, m, (1, 1)), ("00000.jpg", "is 1×1")),
     "rgb-mask": (lambda f, m: rgb(m / "00000.png"), ("00000.png", "is RGB")),
     "other-size": (lambda f, m: rewrite(m / "00000.png", lambda a: a[:50]), ("00000.png", "100×50", "100×60")),
     "bad-mask": (lambda f, m: halve(m / "00000.png"), ("00000.png", "cannot read")),
@@ -156,8 +168,17 @@ def test_bad_sequences_are_reported_and_the_others_done(tmp_path, capsys):
         line = next(line for line in reported if line.startswith(f"failed: {name}:"))
         assert all(word in line for word in words), line
     assert f"J & F of 1 of {len(BAD) + 2} sequences" in out
-    assert [path.name for path in output.iterdir()] == ["good"]  # nothing half-written, and nothing outside
+    segmented = {"good", "bad-later-mask", "small-later-mask"}  # nothing half-written, and nothing outside
+    assert {path.name for path in output.iterdir()} == segmented
     assert len(list((output / "good").iterdir())) == 4
+
+
+def test_no_backbone_is_loaded_for_nothing(tmp_path, capsys):
+    data = make_davis(tmp_path / "data", "clip")
+    shutil.rmtree(data / "JPEGImages" / "480p" / "clip")
+    assert run(data, tmp_path / "masks", *UNTRAINED) == 1
+    out, err = capsys.readouterr()
+    assert err.startswith("failed: clip: ") and "random weights" not in out + err
 
 
 def test_void_and_lost_objects_are_reported(tmp_path, capsys):
@@ -196,6 +217,7 @@ def test_results_are_replaced_only_where_they_are_masks(tmp_path, capsys):
     data, output = make_davis(tmp_path / "data", "clip"), tmp_path / "masks"
     assert run(data, output, *UNTRAINED) == 0
     (output / "clip" / "00099.png").write_text("from an earlier run")
+    (output / "clip" / ".DS_Store").touch()
     assert run(data, output, *UNTRAINED) == 0
     assert "replacing the masks of clip" in capsys.readouterr().out
     assert sorted(p.name for p in (output / "clip").iterdir()) == [f"{t:05d}.png" for t in range(4)]

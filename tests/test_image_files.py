@@ -3,27 +3,22 @@ import os
 import struct
 import subprocess
 import sys
-import warnings
-import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from image_cases import picture, refuse_listing, write_damaged_png
+from PIL import Image, PngImagePlugin
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 import image_files
 from errors import ConfigError
 from image_files import UnreadableImage, load_rgb, load_uint8, orientation, walk
 
-pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")
+pytestmark = [pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning"),
+              pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")]
 ROOT = Path(__file__).parents[1]
-
-
-def picture(seed=0, width=80, height=60):
-    noise = np.random.default_rng(seed).integers(0, 256, (height // 10, width // 10, 3), dtype=np.uint8)
-    return Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
 
 
 # ---------------------------------------------------------------- formats
@@ -61,57 +56,16 @@ def test_pixels_are_as_stored_whatever_the_orientation_tag(tmp_path, tag, suffix
     assert orientation(image_files.open_image(tagged)) == tag and orientation(image_files.open_image(plain)) == 1
 
 
-# ---------------------------------------------------------------- depths
+def test_a_text_chunk_is_no_orientation(tmp_path):
+    text = PngImagePlugin.PngInfo()
+    text.add_text("orientation", "landscape")
+    picture().save(tmp_path / "image.png", pnginfo=text)
+    assert orientation(image_files.open_image(tmp_path / "image.png")) == 1
 
 
-def png(values, depth, significant=None):
-    """A grey PNG of `depth` bits, with an sBIT chunk if significant bits are given."""
-    def chunk(name, data):
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-
-    height, width = values.shape
-    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
-    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, 0, 0, 0, 0))
-            + (chunk(b"sBIT", bytes([significant])) if significant else b"")
-            + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
-
-
-def ramp(top, dtype=np.uint16):
-    return np.linspace(0, top, 80 * 60).reshape(60, 80).astype(dtype)
-
-
-def test_16_bit_grey_keeps_its_range(tmp_path):
-    Image.fromarray(ramp(65535)).save(tmp_path / "image.png")
-    assert np.abs(np.asarray(load_rgb(tmp_path / "image.png"))[..., 1] - ramp(65535) / 257).max() <= 1
-    (tmp_path / "image.pgm").write_bytes(b"P5 80 60 4095\n" + ramp(4095, ">u2").tobytes())
-    assert np.abs(np.asarray(load_rgb(tmp_path / "image.pgm"))[..., 1] - ramp(255)).max() <= 1
-
-
-def test_12_bits_are_scaled_where_the_file_says_so(tmp_path):
-    path = tmp_path / "image.png"
-    path.write_bytes(png(ramp(4095), 16, significant=12))
-    assert np.abs(np.asarray(load_rgb(path))[..., 0] - ramp(255)).max() <= 1
-    assert torch.equal(load_uint8(path), pil_to_tensor(load_rgb(path)))
-
-
-@pytest.mark.parametrize("values, suffix", [
-    (ramp(4095), "png"), (ramp(4095), "tif"), (ramp(200), "png"), (ramp(4095, np.int32), "tif"),
-    (ramp(4095, np.float32), "tif")])
-def test_unknown_ranges_are_refused(tmp_path, values, suffix):
-    """Integers and floats of which the file does not say what is white: neither black nor guessed."""
-    Image.fromarray(values).save(tmp_path / f"image.{suffix}")
-    with pytest.raises(UnreadableImage, match="image.*(the file does not|no known range)"):
-        load_rgb(tmp_path / f"image.{suffix}")
-
-
-def test_16_bit_colour_of_small_values_is_refused(tmp_path):
-    import cv2
-    colours = np.stack([ramp(4095)] * 3, axis=-1)
-    cv2.imwrite(str(tmp_path / "dark.png"), colours)
-    cv2.imwrite(str(tmp_path / "full.png"), colours * 16)
-    with pytest.raises(UnreadableImage, match="no value above 4095"):
-        load_uint8(tmp_path / "dark.png")
-    assert load_uint8(tmp_path / "full.png").max() == 255
+def test_jfif_is_jpeg(tmp_path):
+    picture().save(tmp_path / "image.jfif", "JPEG")
+    assert image_files.is_image_name(tmp_path / "image.jfif") and load_uint8(tmp_path / "image.jfif").any()
 
 
 # ---------------------------------------------------------------- damage
@@ -130,6 +84,42 @@ def test_unreadable_image_is_named(tmp_path, content):
             load(tmp_path / "missing.jpg")
 
 
+def test_a_message_is_one_line_whatever_the_name(tmp_path):
+    path = tmp_path / "two\nlines.jpg"
+    path.write_bytes(b"no image")
+    with pytest.raises(UnreadableImage, match="two.lines.jpg") as error:
+        load_rgb(path)
+    assert "\n" not in str(error.value)
+
+
+READ = """
+import sys
+from image_files import UnreadableImage, load_rgb, load_uint8, open_image
+for load in (load_uint8, load_rgb):
+    try:
+        load(sys.argv[1])
+    except UnreadableImage as error:
+        print(error)
+print(open_image(sys.argv[2]).size)
+"""
+
+
+def python(code, *words):
+    """Run code in a process of its own, which must not crash; return it."""
+    result = subprocess.run([sys.executable, "-c", code, *map(str, words)], cwd=ROOT, capture_output=True, text=True,
+                            timeout=120)
+    assert result.returncode == 0, result.stderr[-2000:]
+    return result
+
+
+def test_a_damaged_png_is_refused_and_a_large_one_read_without_a_warning(tmp_path):
+    write_damaged_png(tmp_path / "damaged.png")  # torchvision's decoder would crash
+    Image.new("1", (9500, 9500)).save(tmp_path / "large.png")  # over PIL's 89 million pixels
+    result = python(READ, tmp_path / "damaged.png", tmp_path / "large.png")
+    assert result.stdout.count("damaged.png (") == 2 and result.stdout.endswith("(9500, 9500)\n")
+    assert result.stderr == ""
+
+
 def test_what_is_not_a_regular_file_is_refused_at_once(tmp_path):
     os.mkfifo(tmp_path / "fifo.jpg")
     (tmp_path / "folder.jpg").mkdir()
@@ -140,20 +130,25 @@ def test_what_is_not_a_regular_file_is_refused_at_once(tmp_path):
         load_uint8("nul\0.jpg")
 
 
-def test_a_header_that_asks_for_gigabytes(tmp_path):
+@pytest.mark.parametrize("height, width", [(65535, 65535), (12000, 16000), (12000, 12000)])
+def test_a_header_that_asks_for_gigabytes(tmp_path, monkeypatch, height, width):
+    """Or for 192 million pixels, which PIL only warns about; or for more pixels than so few bytes can hold."""
     path = tmp_path / "huge.jpg"
     picture().save(path)
     data = bytearray(path.read_bytes())
     frame = data.index(b"\xff\xc0")
-    data[frame + 5:frame + 9] = b"\xff\xff\xff\xff"  # 65535 × 65535
+    data[frame + 5:frame + 9] = struct.pack(">HH", height, width)
     path.write_bytes(data)
+    monkeypatch.setattr(image_files, "decode_jpeg", lambda _: pytest.fail("the native decoder fills the memory"))
     with pytest.raises(UnreadableImage, match="huge.jpg"):
         load_uint8(path)
-    data[frame + 5:frame + 9] = struct.pack(">HH", 12000, 16000)  # 192 million, which PIL only warns about
-    path.write_bytes(data)
-    with warnings.catch_warnings(), pytest.raises(UnreadableImage, match="huge.jpg"):
-        warnings.simplefilter("ignore")
-        load_uint8(path)
+
+
+@pytest.mark.parametrize("options", [{"optimize": True}, {"progressive": True}])
+def test_the_smallest_jpegs_are_read(tmp_path, options):
+    Image.new("L", (3000, 2000), 128).save(tmp_path / "flat.jpg", **options)
+    assert load_uint8(tmp_path / "flat.jpg").shape == (3, 2000, 3000)
+    assert load_rgb(tmp_path / "flat.jpg").getpixel((9, 9)) == (128, 128, 128)
 
 
 FUZZ = """
@@ -168,40 +163,46 @@ noise = np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8)
 path = tempfile.mkdtemp() + "/image"
 originals = []
 for mode in options["modes"].split(","):
-    file = io.BytesIO()
-    Image.fromarray(noise).convert(mode).save(file, name)
-    originals.append(file.getvalue())
+    for variant in options.get("variants", "{}").split(";"):
+        file = io.BytesIO()
+        Image.fromarray(noise).convert(mode).save(file, name, **eval(variant))
+        originals.append(file.getvalue())
 for i in range(count):
     data = bytearray(originals[i % len(originals)])
     place = rng.randrange(len(data))
-    if i % 3 == 0:
+    kind = i // len(originals) % 3
+    if kind == 0:
         for _ in range(rng.choice((1, 1, 4))):
             data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
-    elif i % 3 == 1:
+    elif kind == 1:
         del data[place:]
     else:
         data[place:place + 8] = bytes(len(data[place:place + 8]))
     with open(path, "wb") as file:
         file.write(data)
+    images = []
     for load in (load_uint8, load_rgb):
         try:
-            load(path)
+            images.append(np.asarray(load(path)))
             read += 1
         except UnreadableImage as error:
             assert chr(10) not in str(error), error
             refused += 1
+    assert len(images) != 1, "one decoder reads what the other refuses"
+    if images:
+        tensor, image = images[0].transpose(1, 2, 0).astype(int), images[1]
+        assert tensor.shape == image.shape and np.abs(tensor - image).mean() <= 1
 print(read, refused)
 """
 
 
-@pytest.mark.parametrize("name, modes", [("JPEG", "RGB,L,CMYK"), ("PNG", "RGB,P,LA,1"), ("WEBP", "RGB,RGBA"),
-                                         ("GIF", "P"), ("BMP", "RGB,P"), ("TIFF", "RGB,L")])
-def test_2000_damaged_images_are_read_or_refused(name, modes):
-    """334 of each format, with flipped bits, cut off or zeroed; in a process of its own, which must not crash."""
-    result = subprocess.run([sys.executable, "-c", FUZZ, name, "334", f"modes={modes}"], cwd=ROOT,
-                            capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stderr[-2000:]
-    read, refused = map(int, result.stdout.split())
+@pytest.mark.parametrize("name, modes, variants", [
+    ("JPEG", "RGB,L,CMYK", '{};{"progressive":True};{"restart_marker_rows":1}'), ("PNG", "RGB,P,LA,1", "{}"),
+    ("WEBP", "RGB,RGBA", "{}"), ("GIF", "P", "{}"), ("BMP", "RGB,P", "{}"),
+    ("TIFF", "RGB,L", '{};{"compression":"tiff_lzw"};{"compression":"tiff_deflate"}')])
+def test_2000_damaged_images_are_read_or_refused(name, modes, variants):
+    """334 of each format, with flipped bits, cut off or zeroed; either decoder gives the same pixels, or none."""
+    read, refused = map(int, python(FUZZ, name, 334, f"modes={modes}", f"variants={variants}").stdout.split())
     assert read + refused == 2 * 334 and refused > 50
 
 
@@ -216,6 +217,13 @@ def test_hidden_files_and_folders_are_left_out_and_loops_end(tmp_path):
     (tmp_path / "c").symlink_to(tmp_path / "b")
     names = [os.path.relpath(path, tmp_path) for path in walk(tmp_path)]
     assert names == ["a/1.jpg", "a/deep/2.jpg", "b/3.jpg"]
+
+
+def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
+    (tmp_path / "a" / "locked").mkdir(parents=True)
+    refuse_listing(monkeypatch, tmp_path / "a" / "locked")
+    with pytest.raises(ConfigError, match="cannot list the folder .*a/locked .Permission denied"):
+        list(walk(tmp_path))
 
 
 def test_a_workers_error_is_one_line():

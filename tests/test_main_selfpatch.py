@@ -177,9 +177,11 @@ def test_unreadable_images_end_the_run_or_are_replaced(image_folder, tmp_path, m
     assert stop.value.code == 1 and err.count("\n") == 1
     assert err.startswith(f"main_selfpatch.py: error: cannot read the image {damaged}")
     assert "1 of 12 images, which is more than --max_bad_images 0.001" in err
+    (tmp_path / "data" / "class1" / "photo.heic").touch()
     train_dino(options("--epochs", 1, "--data_path", tmp_path / "data", "--output_dir", tmp_path / "out", "--augment",
                        augment, "--max_bad_images", 0.1))
-    assert "1 of 12 images cannot be read and are replaced" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "\nnot read: 1 .heic (only .jpg" in out and "1 of 12 images cannot be read and are replaced" in out
     assert (tmp_path / "out" / "bad_images.txt").read_text().startswith(f"cannot read the image {damaged}")
 
 

@@ -1,4 +1,6 @@
 """Pictures of videos: what is tinted, what the files hold, and what is refused."""
+import shutil
+
 import cv2
 import numpy as np
 import pytest
@@ -80,6 +82,33 @@ def test_overlay_refuses(tmp_path):
     with pytest.raises(ValueError, match="9×9"):
         run("overlay", "--davis_path", CLIP, "--results", tmp_path / "small", "--output", tmp_path / "a.gif")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["small", "there.gif"]
+
+
+def test_overlay_needs_no_annotation(tmp_path):
+    shutil.copytree(CLIP / "JPEGImages", tmp_path / "JPEGImages")
+    run("overlay", "--davis_path", tmp_path, "--results", MASKS, "--sequence", "blobs", "--width", 128, "--output",
+        tmp_path / "video.gif")
+    assert (tmp_path / "video.gif").stat().st_size
+
+
+@pytest.mark.parametrize("options, figure", [((), "0.987"), (("--present_objects",), "0.500")])
+def test_scores_of_ids_with_gaps(tmp_path, capsys, monkeypatch, options, figure):
+    """Grey masks of id 38, half of it found: 37 ids without a pixel count as perfect."""
+    for name in ("Annotations/480p/x", "results/x", "ImageSets/2017"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "ImageSets/2017/val.txt").write_text("x\n")
+    mask = np.zeros((40, 60), np.uint8)
+    mask[10:30, 10:30] = 38
+    for t in range(4):
+        Image.fromarray(mask).save(tmp_path / f"Annotations/480p/x/{t:05}.png")
+        imwrite_indexed(tmp_path / f"results/x/{t:05}.png", mask * (t == 1))
+    drawn = {}
+    monkeypatch.setattr(overlays, "bar_chart", lambda groups, *_: drawn.update(groups) or Image.new("RGB", (8, 8)))
+    run("scores", "--davis_path", tmp_path, "--results", tmp_path / "results", "--output", tmp_path / "scores.png",
+        *options)
+    out, err = capsys.readouterr()
+    assert f"results {figure}" in out and "results: " in err and "x: 1, 2, 3" in err
+    assert {name: f"{value:.3f}" for name, (value,) in drawn.items()} == {"all objects": figure, "x": figure}
 
 
 def test_scores_chart(tmp_path, capsys):

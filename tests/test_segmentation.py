@@ -1,4 +1,5 @@
 """segmentation/: features of the backbone, released models, invalid input, and whole jobs on a tiny ADE20K."""
+import os
 import re
 import sys
 
@@ -7,7 +8,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from golden_rules import set_weights
-from openmmlab_data import ROOT, free_port, script_error, skip_without_packages, start, write_ade
+from image_cases import write_damaged_png
+from openmmlab_data import (
+    ROOT,
+    check_stored_pixels,
+    free_port,
+    script_error,
+    skip_without_packages,
+    start,
+    write_ade,
+)
 from PIL import Image
 
 skip_without_packages()
@@ -15,7 +25,7 @@ skip_without_packages()
 from mmengine.config import Config  # noqa: E402
 from mmengine.runner import load_checkpoint  # noqa: E402
 from mmseg.models.backbones import VisionTransformer as MMSegViT  # noqa: E402
-from mmseg.registry import DATASETS, MODELS  # noqa: E402
+from mmseg.registry import DATASETS, MODELS, TRANSFORMS  # noqa: E402
 from mmseg.utils import register_all_modules  # noqa: E402
 
 import openmmlab  # noqa: E402
@@ -170,16 +180,23 @@ def test_segmenter_with_final_norm_is_refused(released, cfg, tmp_path):
     (np.zeros((64, 80), np.uint16), 0, r"0\.png has mode I;16: annotations are 8-bit images of ids"),
     (np.zeros((64, 80, 3), np.uint8), 0, r"0\.png has mode RGB"),
     (np.zeros((64, 81), np.uint8), 0, r"0\.png has 64 rows of 81 pixels, but \S+0\.jpg has 64 of 80"),
-    (None, 0, r"0\.png cannot be read .*, the annotation of \S+0\.jpg")],
-    ids=["151", "254 in a worker", "16 bits", "RGB", "size", "missing"])
+    (None, 0, r"cannot read the image \S+0\.png \(No such file.*; it is the annotation of \S+0\.jpg"),
+    (write_damaged_png, 1, r"cannot read the image \S+0\.png .*; it is the annotation of \S+0\.jpg"),
+    (os.mkfifo, 0, r"0\.png is not a regular file; it is the annotation of \S+0\.jpg"),
+    (lambda path: Image.new("L", (80, 64)).save(path, "JPEG"), 0,
+     r"0\.png is a JPEG, whose compression changes ids")],
+    ids=["151", "254 in a worker", "16 bits", "RGB", "size", "missing", "damaged", "FIFO", "JPEG"])
 def test_invalid_annotation_is_one_line(tmp_path, capsys, monkeypatch, annotation, workers, message):
     monkeypatch.setattr(sys, "argv", ["test.py"])
     monkeypatch.setenv("LOCAL_RANK", "1")  # reported from every process, since others may not meet the file
     for folder in ("images/validation", "annotations/validation"):
         (tmp_path / folder).mkdir(parents=True)
     Image.new("RGB", (80, 64)).save(tmp_path / "images/validation/0.jpg")
-    if annotation is not None:
-        Image.fromarray(annotation).save(tmp_path / "annotations/validation/0.png")
+    path = tmp_path / "annotations/validation/0.png"
+    if isinstance(annotation, np.ndarray):
+        Image.fromarray(annotation).save(path)
+    elif annotation:
+        annotation(path)
     cfg = load_config(SEMANTIC_FPN, data_root=tmp_path)
     loader = torch.utils.data.DataLoader(DATASETS.build(cfg.test_dataloader.dataset), num_workers=workers,
                                          collate_fn=lambda samples: samples)
@@ -187,6 +204,13 @@ def test_invalid_annotation_is_one_line(tmp_path, capsys, monkeypatch, annotatio
         run_main(next, iter(loader))
     error = capsys.readouterr().err
     assert stop.value.code == 2 and re.search(message, error) and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("tag", [2, 3, 6])
+@pytest.mark.parametrize("pipeline", ["train_dataloader", "test_dataloader"])
+def test_photographs_are_read_as_stored_like_their_annotations(tmp_path, tag, pipeline):
+    load = TRANSFORMS.build(load_config(SEMANTIC_FPN)[pipeline].dataset.pipeline[0])
+    check_stored_pixels(load, tmp_path, tag)
 
 
 def test_invalid_options_end_with_one_line(ade, pretrained, tmp_path, capsys):

@@ -158,7 +158,7 @@ errors.run_main(main, sys.argv[1])
 
 
 @pytest.mark.parametrize("word, local_rank, status, line", [
-    ("config", "0", 2, "-c: error: --lr is nan\n"), ("config", "1", 2, ""),
+    ("config", "0", 2, "-c: error: --lr is nan\n"), ("config", "1", 2, "-c: error: --lr is nan\n"),
     ("training", "1", 1, "-c: error: the loss was nan\n"), ("none", "0", 3, "")])
 def test_a_main_ends_with_one_line_and_a_status(word, local_rank, status, line):
     result = subprocess.run([sys.executable, "-c", MAIN, word], capture_output=True, text=True,

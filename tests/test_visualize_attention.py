@@ -131,6 +131,17 @@ def run(*argv):
     args.func(args)
 
 
+def test_an_orientation_tag_is_reported(tmp_path, photo, capsys):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.open(photo).save(tmp_path / "turned.png", exif=exif)
+    Image.open(photo).save(tmp_path / "upright.png")
+    assert visualize.read_image(tmp_path / "turned.png").tobytes() == visualize.read_image(
+        tmp_path / "upright.png").tobytes()
+    assert capsys.readouterr().out == (f"{tmp_path}/turned.png: EXIF orientation 6 is ignored, as in training: pixels "
+                                       "are used as stored\n")
+
+
 def test_positives_job_draws_what_matching_picks(tmp_path, run_file, photo, capsys, monkeypatch):
     asked = []
     monkeypatch.setattr(drawing, "positives", lambda image, size, patches, chosen: asked.append(
