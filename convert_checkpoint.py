@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 
 from checkpoint_files import CheckpointError, write_checkpoint
-from checkpoints import CheckpointInfo, read_backbone, resolve_path, to_mmseg_names
+from checkpoint_layouts import to_mmseg_names
+from checkpoints import CheckpointInfo, read_backbone, resolve_path
 from errors import ArgumentParser, run_main
 
 FORMATS = {

@@ -11,7 +11,7 @@ from mmseg.datasets import LoadAnnotations
 from mmseg.registry import MODELS, TRANSFORMS
 from PIL import Image
 
-from checkpoints import from_mmseg_names
+from checkpoint_layouts import from_mmseg_names
 from errors import ConfigError
 from openmmlab import load_pretrained
 from vision_transformer import VisionTransformer

@@ -147,6 +147,20 @@ def test_full_disk_is_one_line(tmp_path, monkeypatch, number, function):
     assert read_checkpoint(path) == {"epoch": 1} and list(tmp_path.iterdir()) == [path]
 
 
+def test_interrupted_write_keeps_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "checkpoint.pth"
+    write_checkpoint({"epoch": 1}, path)
+
+    def interrupted(state, file):
+        file.write(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_checkpoint({"epoch": 2}, path)
+    assert read_checkpoint(path) == {"epoch": 1} and list(tmp_path.iterdir()) == [path]
+
+
 def test_what_cannot_be_pickled_is_not_a_full_disk(tmp_path):
     with pytest.raises((AttributeError, RuntimeError, TypeError), match="pickle"):
         write_checkpoint({"function": lambda: None}, tmp_path / "run.pth")

@@ -12,7 +12,8 @@ from golden_rules import set_weights
 from torch import nn
 
 from checkpoint_files import CheckpointError, read_checkpoint, write_checkpoint
-from checkpoints import build_head, from_mmseg_names, load_backbone, read_backbone, to_mmseg_names
+from checkpoint_layouts import from_mmseg_names, to_mmseg_names
+from checkpoints import build_head, load_backbone, read_backbone
 from selfpatch_head import MultiCropWrapper, SelfPatchHead
 from vision_transformer import DINOHead, vit_base, vit_small, vit_tiny
 
@@ -333,17 +334,3 @@ def test_compatible_with_the_published_layout_both_ways(tmp_path, ours):
     # the other way: a file saved by the published code
     torch.save({"teacher": published.state_dict(), "args": argparse.Namespace(k_num=4)}, tmp_path / "published.pth")
     assert_same_features(load_backbone(tmp_path / "published.pth"), ours.backbone)
-
-
-def test_interrupted_write_keeps_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "checkpoint.pth"
-    write_checkpoint({"epoch": 1}, path)
-
-    def interrupted(state, file):
-        file.write(b"half")
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(torch, "save", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        write_checkpoint({"epoch": 2}, path)
-    assert read_checkpoint(path) == {"epoch": 1} and list(tmp_path.iterdir()) == [path]

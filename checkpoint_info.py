@@ -1,0 +1,147 @@
+"""What a checkpoint's network is: its kind, architecture and options, and the line that jobs print about it."""
+import argparse
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+import checkpoint_layouts as layouts
+from checkpoint_files import CheckpointError, printable
+from checkpoint_networks import Network
+
+ARCH_OF_WIDTH = {192: "vit_tiny", 384: "vit_small", 768: "vit_base"}
+LARGEST_GRID = 512  # patches per side: images of 8192 pixels with patches of 16
+OWN_WORDS = {"teacher", "student"}  # dictionaries of a run, which its key names already
+
+
+@dataclass
+class CheckpointInfo:
+    """Metadata of a checkpoint. str() gives the one-line summary that jobs print.
+
+    Attributes:
+        path: the file.
+        kind: its format, such as "SelfPatch run" or "mmdet detector".
+        key: which network of several it is (teacher, student, or the word that it was asked for by); None if the file
+            has a single one.
+        prefix: of the backbone's names in the file, after those of the dictionaries that lead there, without module.,
+            _orig_mod. and the like.
+        arch, patch_size, class_token, final_norm: arguments that rebuild the backbone.
+        grid: patches per side that the position embedding is made for.
+        num_tensors: number of tensors in the backbone.
+        epoch: as the file has it: this project counts completed epochs, others may count from 0.
+        num_heads: attention heads, where the kind of file determines another number than the arch does.
+        args: options of the training run, empty if the file has none.
+        other_tensors: heads and everything else beside the backbone, under the file's own names.
+        ignored: the modules of other_tensors that are in no other network.
+        also: other networks in the file, by their prefixes.
+    """
+    path: Path
+    kind: str
+    key: str | None
+    arch: str
+    patch_size: int
+    grid: int
+    class_token: bool
+    final_norm: bool
+    num_tensors: int
+    epoch: int | None
+    args: dict = field(repr=False)
+    other_tensors: dict[str, torch.Tensor] = field(repr=False)
+    prefix: str = ""
+    num_heads: int | None = None
+    ignored: tuple[str, ...] = ()
+    also: tuple[str, ...] = ()
+
+    @property
+    def embed_dim(self) -> int:
+        return next(width for width, arch in ARCH_OF_WIDTH.items() if arch == self.arch)
+
+    @property
+    def k_num(self) -> int:
+        """Number of positive patches that the run was trained with, 4 if unknown."""
+        k_num = self.args.get("k_num") or 4
+        if not isinstance(k_num, int) or not 1 <= k_num <= 8:
+            raise CheckpointError(f"{self.path} has k_num {k_num!r}, which is not an integer from 1 to 8: give --k_num")
+        return k_num
+
+    def __str__(self) -> str:
+        parts = [f"{self.path}: {self.kind}", f"key {self.key}" if self.key else "no key",
+                 *([f"prefix {self.prefix}"] if self.prefix not in ("", "backbone.") else []),
+                 f"{self.arch}, patch size {self.patch_size}", f"{self.num_tensors} tensors",
+                 f"epoch {self.epoch}" if self.epoch is not None else "epoch unknown"]
+        if self.ignored:
+            parts.append(f"ignored {' '.join(self.ignored)}")
+        if self.also:
+            parts.append(f"also in the file: {' '.join(name or 'one without prefix' for name in self.also)}")
+        return printable(", ".join(parts))
+
+
+def describe(content: dict, network: Network, shapes: dict[str, torch.Tensor], path: Path) -> CheckpointInfo:
+    """The metadata of a network, from the shapes of its tensors and the entries of the file beside them."""
+    arch, patch_size, grid = _infer_architecture(shapes, path)
+    kind = _kind(network)
+    args, meta, epoch = (content.get(name) for name in ("args", "meta", "epoch"))
+    if epoch is None and isinstance(meta, dict):
+        epoch = meta.get("epoch")
+    words = [word for word in network.path if word not in OWN_WORDS.union(layouts.WRAPPERS)]
+    return CheckpointInfo(
+        path=path, kind=f"{kind} (safetensors)" if path.suffix == ".safetensors" else kind, key=None,
+        prefix="".join(f"{word}." for word in words) + network.prefix, arch=arch, patch_size=patch_size, grid=grid,
+        num_heads=layouts.SMALL_HEADS.get(kind) if arch == "vit_small" else None,
+        class_token="cls_token" in shapes, final_norm="norm.weight" in shapes, num_tensors=len(shapes),
+        epoch=epoch if isinstance(epoch, int) else None, other_tensors={},
+        args=vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, dict) else {})
+
+
+def _kind(network: Network) -> str:
+    """Classify a file by the names of its network and what is beside it."""
+    names, prefix = network.tensors, network.prefix
+    modules = {name.split(".")[0] for name in names}
+    if "ca_head" in modules:
+        return "SelfPatch run"
+    if network.kind == "run":
+        return "DINO run" if "head" in modules and prefix == "backbone." else "run"
+    if network.kind is not None:
+        return network.kind
+    if layouts.VISSL_STEPS[0] in network.path:
+        return "VISSL run"
+    if any(name.startswith(f"{prefix}embeddings.patch_embeddings.") for name in names):
+        return "Hugging Face ViT"
+    if f"{prefix}decoder_pos_embed" in names:
+        return "MAE"
+    if "backbone" in modules:
+        return ("mmseg segmenter" if "decode_head" in modules else
+                "mmdet detector" if modules & {"rpn_head", "roi_head", "bbox_head"} else "wrapped backbone")
+    if prefix or set(network.path) - set(layouts.WRAPPERS) and network.role is None:
+        return "wrapped backbone"
+    if "layers" in modules:
+        return "backbone with mmseg names"
+    if modules & {"head", "fc_norm", "pre_logits"}:
+        return "timm backbone"
+    return "DINO or timm backbone" if modules & {"cls_token", "norm"} else "SelfPatch backbone"
+
+
+def _infer_architecture(state: dict[str, torch.Tensor], path: Path) -> tuple[str, int, int]:
+    """Arch, patch size and patches per side, from the shapes of a backbone's tensors."""
+    if missing := [name for name in ("patch_embed.proj.weight", "pos_embed") if name not in state]:
+        raise CheckpointError(f"{path} holds no Vision Transformer: missing {', '.join(missing)}; "
+                              f"{summarise('it has', list(state))}")
+    patch, pos = state["patch_embed.proj.weight"].shape, state["pos_embed"].shape
+    if len(patch) != 4 or patch[2] != patch[3] or not 1 <= patch[2] <= 224 or patch[0] not in ARCH_OF_WIDTH:
+        raise CheckpointError(f"{path} does not fit: patch_embed.proj.weight is {list(patch)}, expected "
+                              f"[D, 3, p, p] with D one of {', '.join(map(str, ARCH_OF_WIDTH))}, p at most 224")
+    if len(pos) == 4:
+        raise CheckpointError(f"{path} holds a Vision Transformer with a position embedding of rows and columns, "
+                              f"{list(pos)}, as in SAM and ViTDet, whose attention is within windows: load it with "
+                              "timm")
+    num_patches = pos[1] - ("cls_token" in state) if len(pos) == 3 else 0
+    side = round(num_patches ** 0.5)
+    if side * side != num_patches or not 1 <= side <= LARGEST_GRID:
+        token = "with" if "cls_token" in state else "without"
+        raise CheckpointError(f"{path} does not fit: pos_embed is {list(pos)}, {token} class token: not a square grid "
+                              f"of up to {LARGEST_GRID} patches a side")
+    return ARCH_OF_WIDTH[patch[0]], patch[2], side
+
+
+def summarise(what: str, names: list[str]) -> str:
+    return f"{what} ({len(names)}): {', '.join(names[:12])}{', …' if len(names) > 12 else ''}"
