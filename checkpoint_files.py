@@ -79,24 +79,25 @@ def allowed_classes() -> list:
     return ALLOWED_CLASSES + [entry for entry in PLACEHOLDERS if entry[1] not in registered]
 
 
-def write_checkpoint(state: dict, path: str | Path) -> None:
+def write_checkpoint(state: dict, path: str | Path, metadata: dict[str, str] | None = None) -> None:
     """Save state atomically: after a crash at any moment, path is either the old file or the complete new one.
 
     Args:
         state: anything that torch.save takes; a flat dictionary of tensors if path ends in .safetensors.
-        path: file to write or replace.
+        path: file to write or replace; of a link, the file that it leads to.
+        metadata: for .safetensors, texts that go into its header.
 
     Raises:
         CheckpointError: the disk is full or cannot be written; the old file is kept.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # two processes never write to one file
     try:
         with open(temporary, "wb") as file:
             if path.suffix == ".safetensors":
                 # safetensors refuses tensors that share memory
                 state = {name: tensor.clone().contiguous() for name, tensor in state.items()}
-                file.write(safetensors.torch.save(state, {"format": "pt"}))
+                file.write(safetensors.torch.save(state, {"format": "pt"} | (metadata or {})))
             else:
                 torch.save(state, file)
             file.flush()
@@ -144,6 +145,14 @@ def read_checkpoint(path: str | Path) -> dict:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} contains a {type(content).__name__}, not a dictionary of tensors")
     return content
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """The texts in the header of a .safetensors file that read_checkpoint can read; empty for other files."""
+    if not _is_safetensors(path):
+        return {}
+    with safetensors.safe_open(path, "pt") as file:
+        return file.metadata() or {}
 
 
 def check_sums(path: str | Path) -> None:

@@ -1,6 +1,6 @@
 """What a checkpoint's network is: its kind, architecture and options, and the line that jobs print about it."""
 import argparse
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -29,7 +29,9 @@ class CheckpointInfo:
         grid: patches per side that the position embedding is made for.
         num_tensors: number of tensors in the backbone.
         epoch: as the file has it: this project counts completed epochs, others may count from 0.
-        num_heads: attention heads, where the kind of file determines another number than the arch does.
+        num_heads: attention heads, where the file records them or its kind has another number than the arch;
+            otherwise None.
+        heads_from: where num_heads comes from, in words for the line; "recorded" or, for instance, "as published".
         args: options of the training run, empty if the file has none.
         other_tensors: heads and everything else beside the backbone, under the file's own names.
         ignored: the modules of other_tensors that are in no other network.
@@ -49,6 +51,7 @@ class CheckpointInfo:
     other_tensors: dict[str, torch.Tensor] = field(repr=False)
     prefix: str = ""
     num_heads: int | None = None
+    heads_from: str = ""
     ignored: tuple[str, ...] = ()
     also: tuple[str, ...] = ()
 
@@ -61,13 +64,13 @@ class CheckpointInfo:
         """Number of positive patches that the run was trained with, 4 if unknown."""
         k_num = self.args.get("k_num") or 4
         if not isinstance(k_num, int) or not 1 <= k_num <= 8:
-            raise CheckpointError(f"{self.path} has k_num {k_num!r}, which is not an integer from 1 to 8: give --k_num")
+            raise CheckpointError(f"{self.path} has k_num {k_num!r}, which is not an integer from 1 to 8")
         return k_num
 
     def __str__(self) -> str:
         parts = [f"{self.path}: {self.kind}", f"key {self.key}" if self.key else "no key",
                  *([f"prefix {self.prefix}"] if self.prefix not in ("", "backbone.") else []),
-                 f"{self.arch}, patch size {self.patch_size}", f"{self.num_tensors} tensors",
+                 f"{self.arch}, patch size {self.patch_size}", *self._heads(), f"{self.num_tensors} tensors",
                  f"epoch {self.epoch}" if self.epoch is not None else "epoch unknown"]
         if self.ignored:
             parts.append(f"ignored {' '.join(self.ignored)}")
@@ -76,21 +79,54 @@ class CheckpointInfo:
         return printable(", ".join(parts))
 
 
-def describe(content: dict, network: Network, shapes: dict[str, torch.Tensor], path: Path) -> CheckpointInfo:
-    """The metadata of a network, from the shapes of its tensors and the entries of the file beside them."""
+    def _heads(self) -> list[str]:
+        if self.num_heads:
+            return [f"{self.num_heads} attention heads ({self.heads_from})"]
+        # only ViT-S is published with different numbers, which its tensors do not tell
+        known = self.arch != "vit_small" or self.kind.startswith(("SelfPatch", "DINO run"))
+        return [] if known else ["6 attention heads (assumed)"]
+
+    def with_heads(self, num_heads: int, source: str) -> "CheckpointInfo":
+        """The same with another number of attention heads.
+
+        Raises:
+            CheckpointError: the width cannot be divided by it.
+        """
+        if not isinstance(num_heads, int) or num_heads < 1 or self.embed_dim % num_heads:
+            raise CheckpointError(f"{self.path}: {num_heads!r} attention heads ({source}) do not divide the width "
+                                  f"{self.embed_dim} of {self.arch}")
+        return replace(self, num_heads=num_heads, heads_from=source)
+
+
+def describe(content: dict, metadata: dict, network: Network, shapes: dict[str, torch.Tensor],
+             path: Path) -> CheckpointInfo:
+    """The metadata of a network, from the shapes of its tensors and the entries of the file beside them.
+
+    Args:
+        content: of the file.
+        metadata: of its header, if it is a .safetensors file.
+
+    Raises:
+        CheckpointError: the shapes are not those of a supported architecture.
+    """
     arch, patch_size, grid = _infer_architecture(shapes, path)
     kind = _kind(network)
     args, meta, epoch = (content.get(name) for name in ("args", "meta", "epoch"))
-    if epoch is None and isinstance(meta, dict):
-        epoch = meta.get("epoch")
+    meta = metadata | (meta if isinstance(meta, dict) else {})
+    epoch = meta.get("epoch") if epoch is None else epoch
     words = [word for word in network.path if word not in OWN_WORDS.union(layouts.WRAPPERS)]
-    return CheckpointInfo(
+    info = CheckpointInfo(
         path=path, kind=f"{kind} (safetensors)" if path.suffix == ".safetensors" else kind, key=None,
         prefix="".join(f"{word}." for word in words) + network.prefix, arch=arch, patch_size=patch_size, grid=grid,
-        num_heads=layouts.SMALL_HEADS.get(kind) if arch == "vit_small" else None,
         class_token="cls_token" in shapes, final_norm="norm.weight" in shapes, num_tensors=len(shapes),
         epoch=epoch if isinstance(epoch, int) else None, other_tensors={},
         args=vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, dict) else {})
+    if (num_heads := meta.get("num_heads")) is not None:
+        number = str(num_heads)
+        return info.with_heads(int(number) if number.isdecimal() and len(number) < 5 else num_heads, "recorded")
+    if arch == "vit_small" and kind in layouts.SMALL_HEADS:
+        return info.with_heads(layouts.SMALL_HEADS[kind], "as published")
+    return info
 
 
 def _kind(network: Network) -> str:

@@ -15,7 +15,7 @@ import torch
 
 import checkpoint_layouts as layouts
 import checkpoint_networks as networks
-from checkpoint_files import CheckpointError, read_checkpoint
+from checkpoint_files import CheckpointError, read_checkpoint, read_metadata
 from checkpoint_info import OWN_WORDS, CheckpointInfo, describe, summarise
 from selfpatch_head import SelfPatchHead
 from vision_transformer import ARCHS, VisionTransformer
@@ -59,7 +59,7 @@ def read_backbone(path: str | Path, key: str = "teacher") -> tuple[dict[str, tor
         if parts := layouts.unsupported_parts(shapes):
             raise CheckpointError(f"{path} holds a Vision Transformer with {', '.join(parts)}, which this project's "
                                   "backbone does not have: load it with timm")
-        info = describe(content, network, shapes, path)
+        info = describe(content, read_metadata(path), network, shapes, path)
     except layouts.LayoutError as error:
         raise CheckpointError(f"{path} does not fit: {error}") from None
     info.key, info.other_tensors = key if network.role or key != "teacher" else None, rest
@@ -128,17 +128,18 @@ def build_backbone(state: dict[str, torch.Tensor], info: CheckpointInfo, arch: s
     Args:
         state, info: as read_backbone returns them; the network shares the tensors of state.
         arch, patch_size: what the user asked for; None accepts the file's.
-        kwargs: further arguments of VisionTransformer: drop_path_rate; num_heads, which files do not record (the
+        kwargs: further arguments of VisionTransformer: drop_path_rate; num_heads, which few files record (the
             published detectors have 8 in vit_small).
 
     Raises:
         CheckpointError: arch or patch_size contradicts the file.
     """
     if arch is not None and ARCHS[arch] is not ARCHS[info.arch]:
-        raise CheckpointError(f"--arch {arch} contradicts {info.path}, which holds {info.arch}: omit --arch")
+        raise CheckpointError(f"arch {arch} contradicts {info.path}, which holds {info.arch}: ask for {info.arch}, or "
+                              "for none")
     if patch_size is not None and patch_size != info.patch_size:
-        raise CheckpointError(f"--patch_size {patch_size} contradicts {info.path}, whose patch size is "
-                              f"{info.patch_size}: omit --patch_size")
+        raise CheckpointError(f"patch size {patch_size} contradicts {info.path}, whose patch size is "
+                              f"{info.patch_size}: ask for {info.patch_size}, or for none")
     model = _meta_backbone(info, **kwargs)
     model.load_state_dict(state, strict=True, assign=True)
     return model.eval()
@@ -186,21 +187,20 @@ def load_with_info(path: str | Path, key: str = "teacher", arch: str | None = No
         raise CheckpointError(f"--random_weights contradicts --pretrained_weights {path}: give one of the two")
     if path:
         state, info = read_backbone(path, key)
+        if "num_heads" in kwargs:
+            info = info.with_heads(kwargs["num_heads"], "as asked for")
         model = build_backbone(state, info, arch, patch_size, **kwargs)
         print(f"loaded {info}")
-        if info.kind.startswith("mmdet") and "num_heads" not in kwargs:
-            print(f"note: {model.num_heads} attention heads, as in pretraining; files do not record the number, and "
-                  "the published detectors have 8: load_backbone(path, num_heads=8)")
-        elif info.num_heads and "num_heads" not in kwargs:
-            print(f"note: {model.num_heads} attention heads, as published for this kind of file, which does not record "
-                  "the number")
+        if info.kind.startswith("mmdet") and not info.num_heads:
+            print(f"note: {model.num_heads} attention heads, as in pretraining; the file does not record the number, "
+                  "and the published detectors have 8: load_backbone(path, num_heads=8)")
         return model, info
     if not random_weights:
         raise CheckpointError("--pretrained_weights is empty, so the features would be those of a random network: "
                               "give a checkpoint, or --random_weights to run without one")
     arch, patch_size = arch or "vit_small", 16 if patch_size is None else patch_size
     if not 1 <= patch_size <= 224:
-        raise CheckpointError(f"--patch_size {patch_size} is not between 1 and 224")
+        raise CheckpointError(f"patch size {patch_size} is not between 1 and 224")
     print(f"random weights: {arch}, patch size {patch_size}, untrained")
     return ARCHS[arch](patch_size, **kwargs).eval(), None
 

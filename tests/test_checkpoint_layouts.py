@@ -14,8 +14,6 @@ from layout_files import assert_is, empty_like, half_state, saved, timm_network,
 from checkpoint_files import CheckpointError
 from checkpoint_layouts import UNSUPPORTED
 from checkpoints import load_backbone, read_backbone
-from convert_checkpoint import convert_file
-from vision_transformer import vit_small
 
 ROOT = Path(__file__).parents[1]
 IMAGE = torch.randn(1, 3, 48, 48, generator=torch.Generator().manual_seed(0))
@@ -244,20 +242,6 @@ def test_missing_and_unexpected_keys_under_a_prefix(tmp_path, other):
     state = under("visual.trunk.", without(other, "blocks.3.norm1.bias") | {"blocks.0.extra": torch.zeros(1)})
     with pytest.raises(CheckpointError, match=r"missing \(1\): blocks.3.norm1.bias; unexpected \(1\): blocks.0.extra"):
         read_backbone(saved(tmp_path, state))
-
-
-def test_attention_heads_of_moco_v3(tmp_path, capsys):
-    """MoCo v3's ViT-S has 12 heads of 32 channels; the line and the converted file's call say so."""
-    with torch.device("meta"):
-        shapes = vit_small(class_token=True, final_norm=True).state_dict()
-    state = {name: torch.zeros(()).expand(tensor.shape) for name, tensor in shapes.items()}
-    path = saved(tmp_path, {"state_dict": under("module.momentum_encoder.", state)})
-    assert load_backbone(path).num_heads == 12 and load_backbone(path, num_heads=6).num_heads == 6
-    assert capsys.readouterr().out.count("note: 12 attention heads, as published") == 1
-    for to, call in (("timm", "num_heads=12, checkpoint_path="), ("backbone", "out.pth', num_heads=12)"),
-                     ("mmdet", "backbone=dict(num_heads=12, init_cfg")):
-        convert_file(path, tmp_path / "out.pth", to, overwrite=True)
-        assert call in capsys.readouterr().out
 
 
 def test_names_with_escape_codes(tmp_path, sd):

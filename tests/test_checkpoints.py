@@ -278,9 +278,9 @@ def test_arch_patch_size_and_grid_are_inferred(tmp_path, make, arch):
 def test_contradicting_options(tmp_path, ours):
     path = tmp_path / "file.pth"
     torch.save(bare(ours.backbone), path)
-    with pytest.raises(CheckpointError, match=r"--arch vit_base contradicts .*file.pth.* vit_tiny"):
+    with pytest.raises(CheckpointError, match=r"arch vit_base contradicts .*file.pth.* vit_tiny"):
         load_backbone(path, arch="vit_base")
-    with pytest.raises(CheckpointError, match=r"--patch_size 8 contradicts .*file.pth.* 16"):
+    with pytest.raises(CheckpointError, match=r"patch size 8 contradicts .*file.pth.* 16"):
         load_backbone(path, patch_size=8)
     with pytest.raises(CheckpointError, match="--random_weights contradicts"):
         load_backbone(path, random_weights=True)
@@ -291,7 +291,7 @@ def test_empty_path_needs_random_weights(capsys):
         load_backbone("")
     assert load_backbone("", arch="vit_tiny", patch_size=8, random_weights=True).patch_size == 8
     assert "random weights: vit_tiny, patch size 8" in capsys.readouterr().out
-    with pytest.raises(CheckpointError, match="--patch_size 0"):
+    with pytest.raises(CheckpointError, match="patch size 0"):
         load_backbone("", patch_size=0, random_weights=True)
 
 
