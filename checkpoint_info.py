@@ -1,6 +1,7 @@
 """What a checkpoint's network is: its kind, architecture and options, and the line that jobs print about it."""
 import argparse
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from pathlib import Path
 
 import torch
@@ -8,6 +9,7 @@ import torch
 import checkpoint_layouts as layouts
 from checkpoint_files import CheckpointError, printable
 from checkpoint_networks import Network
+from pickled_classes import StandIn
 
 ARCH_OF_WIDTH = {192: "vit_tiny", 384: "vit_small", 768: "vit_base"}
 LARGEST_GRID = 512  # patches per side: images of 8192 pixels with patches of 16
@@ -119,14 +121,20 @@ def describe(content: dict, metadata: dict, network: Network, shapes: dict[str, 
         path=path, kind=f"{kind} (safetensors)" if path.suffix == ".safetensors" else kind, key=None,
         prefix="".join(f"{word}." for word in words) + network.prefix, arch=arch, patch_size=patch_size, grid=grid,
         class_token="cls_token" in shapes, final_norm="norm.weight" in shapes, num_tensors=len(shapes),
-        epoch=epoch if isinstance(epoch, int) else None, other_tensors={},
-        args=vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, dict) else {})
+        epoch=int(epoch) if isinstance(epoch, Integral) else None, other_tensors={}, args=_options(args))
     if (num_heads := meta.get("num_heads")) is not None:
         number = str(num_heads)
         return info.with_heads(int(number) if number.isdecimal() and len(number) < 5 else num_heads, "recorded")
     if arch == "vit_small" and kind in layouts.SMALL_HEADS:
         return info.with_heads(layouts.SMALL_HEADS[kind], "as published")
     return info
+
+
+def _options(args: object) -> dict:
+    """The options of a run: argparse's, a dictionary, or a dictionary of a class of its own."""
+    if isinstance(args, StandIn):
+        return args.entries
+    return vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, dict) else {}
 
 
 def _kind(network: Network) -> str:

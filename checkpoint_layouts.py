@@ -6,6 +6,8 @@ import re
 
 import torch
 
+from file_formats import FORMATS
+
 VISSL_STEPS = ("classy_state_dict", "base_model", "model", "trunk")
 WRAPPERS = ("state_dict", "model", "module", *VISSL_STEPS)  # dictionaries that say nothing about the network in them
 
@@ -149,7 +151,7 @@ def split_backbone(tensors: dict[str, torch.Tensor], prefix: str, others: list[s
         others: prefixes of other networks in the same dictionary.
 
     Raises:
-        LayoutError: parts of another backbone, or tensors that do not hold numbers one by one.
+        LayoutError: parts of another backbone beside the prefix, or tensors that do not hold numbers one by one.
     """
     backbone, rest = {}, {}
     ignored = tuple(start for starts, _ in IGNORED for start in starts)
@@ -232,6 +234,25 @@ def _table(header: tuple, rows: list[tuple]) -> list[str]:
     return [f"| {' | '.join(row)} |" for row in (header, ("---",) * len(header), *rows)]
 
 
+def _heads_and_files() -> list[str]:
+    """The last two sections of the page."""
+    heads = ", ".join(f"{kind} (ViT-S: {number})" for kind, number in SMALL_HEADS.items())
+    return [
+        "## How many attention heads it gets", "",
+        "Tensors do not tell the number. It is the architecture's (3, 6, 12) unless the file records another one, as "
+        "`num_heads` in `meta` or in the header of a .safetensors file, or is of a kind with another one: "
+        f"{heads}. The line says where the number comes from, and `(assumed)` for a ViT-S that does not tell. "
+        "`convert_checkpoint.py --num_heads` records the right one.", "",
+        "## What kind of file it is", "",
+        "What torch.save or safetensors writes. Other formats are named, with what to do about them: "
+        f"{', '.join(what for _, _, what, _ in FORMATS)}, a zip archive, a .npz file, a TorchScript program, an ONNX "
+        "model.", "",
+        "Beside the tensors, a file may have options and states of any class. Numbers, text, containers, dates, "
+        "argparse's Namespace and NumPy's arrays and scalars are read as they are, paths as text, and everything else "
+        "as an inert stand-in that keeps what the file says about it. Nothing of the file is called: names of modules "
+        "that can run code, such as os or subprocess, are refused."]
+
+
 def page() -> str:
     """The page docs/CHECKPOINTS.md, in Markdown."""
     pairs = [(f"`{teacher}`", f"`{student}`", writer) for teacher, student, _, writer in NETWORKS]
@@ -265,7 +286,8 @@ def page() -> str:
                 [(", ".join(f"`{start}`" for start in starts), what) for starts, what in IGNORED]), "",
         "## What is refused", "",
         "This project's backbone does not have these; load such a network with timm.", "",
-        *_table(("a network with", "for example"), [(what, writer) for what, _, writer in UNSUPPORTED])]
+        *_table(("a network with", "for example"), [(what, writer) for what, _, writer in UNSUPPORTED]),
+        "| a position embedding of rows and columns | SAM, ViTDet |", "", *_heads_and_files()]
     return "\n".join(lines) + "\n"
 
 

@@ -17,6 +17,7 @@ import checkpoint_layouts as layouts
 import checkpoint_networks as networks
 from checkpoint_files import CheckpointError, read_checkpoint, read_metadata
 from checkpoint_info import OWN_WORDS, CheckpointInfo, describe, summarise
+from pickled_classes import StandIn
 from selfpatch_head import SelfPatchHead
 from vision_transformer import ARCHS, VisionTransformer
 
@@ -85,6 +86,10 @@ def _no_network(content: dict, names: list[str], key: str, path: Path) -> Checkp
         part = part.get(step)
         if not isinstance(part, dict):
             return CheckpointError(f"{path} is a VISSL checkpoint without {step} in {layouts.VISSL_STEPS[0]}")
+    for name, part in content.items():
+        if isinstance(part, StandIn) and isinstance(part.state, dict) and "_modules" in part.state:
+            return CheckpointError(f"{path} has a whole {part.origin} as {name!r}, not its tensors: ask its author for "
+                                   "the state_dict")
     tensors = list(networks.collect_tensors(content, nested=True))
     if any(RESNET.search(name) for name in tensors):
         return CheckpointError(f"{path} holds a ResNet, but SelfPatch's backbone is a Vision Transformer")
