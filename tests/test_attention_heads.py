@@ -5,6 +5,7 @@ import torch
 from golden_rules import set_weights
 from layout_files import empty_like, saved, under
 
+import convert_checkpoint
 from checkpoint_files import CheckpointError
 from checkpoints import load_backbone, read_backbone
 from convert_checkpoint import convert_file, get_args_parser, main
@@ -91,3 +92,11 @@ def test_a_recorded_number_that_cannot_be(tmp_path, state, number):
     if isinstance(number, int):
         with pytest.raises(CheckpointError, match="--num_heads. do not divide"):
             convert_file(saved(tmp_path, state), tmp_path / "out.pth", "timm", num_heads=number)
+
+
+def test_an_output_without_the_number_is_reported(tmp_path, state, monkeypatch):
+    path = saved(tmp_path, under("momentum_encoder.", state))
+    monkeypatch.setattr(convert_checkpoint, "write_checkpoint",
+                        lambda content, path, metadata: torch.save(content["state_dict"], path))
+    with pytest.raises(CheckpointError, match="differs from what was written"):
+        convert_file(path, tmp_path / "out.pth", "backbone")
