@@ -23,6 +23,7 @@ from torch import nn
 import checkpoint_layouts as layouts
 from augmentations import IMAGENET_MEAN, IMAGENET_STD
 from checkpoint_files import CheckpointError, read_checkpoint
+from checkpoint_networks import choose_network, collect_tensors, list_networks
 from checkpoints import CheckpointInfo, check_state_dict, load_with_info, resolve_path
 from errors import ConfigError
 from vision_transformer import Features, VisionTransformer
@@ -199,18 +200,18 @@ def read_timm_weights(path: str | Path, key: str, network: nn.Module) -> tuple[d
     Raises:
         CheckpointError: no checkpoint, none or several networks for the key, or another patch size.
     """
-    tensors = {name.replace("_orig_mod.", "").removeprefix("module."): tensor
-               for name, tensor in layouts.collect_tensors(read_checkpoint(path), nested=True).items()}
-    prefixes = layouts.find_prefixes(tensors)
+    content = read_checkpoint(path)
     try:
-        prefix = layouts.choose_prefix(prefixes, key)
+        found = list_networks(content)
+        chosen = choose_network(found, key)
+        if chosen is None:
+            there = [one.name or "one without a name" for one in found] or list(collect_tensors(content, nested=True))
+            raise CheckpointError(f"{path} has no Vision Transformer under {key!r}: it has "
+                                  + (", ".join(there[:6]) or "no tensors"))
     except layouts.LayoutError as error:
         raise CheckpointError(f"{path} does not fit: {error}") from None
-    if prefix is None:
-        raise CheckpointError(f"{path} has no Vision Transformer under {key!r}: it has "
-                              + (", ".join(prefixes) or ", ".join(list(tensors)[:6]) or "no tensors"))
-    state = {name.removeprefix(prefix): tensor.float() if tensor.is_floating_point() else tensor
-             for name, tensor in tensors.items() if name.startswith(prefix)}
+    state = {name.removeprefix(chosen.prefix): tensor.float() if tensor.is_floating_point() else tensor
+             for name, tensor in chosen.tensors.items() if name.startswith(chosen.prefix)}
     ours, theirs = network.patch_embed.proj.weight, state.get("patch_embed.proj.weight")
     if theirs is not None and theirs.shape[-2:] != ours.shape[-2:] and theirs.dim() == 4:
         raise CheckpointError(f"{path} has patches of {theirs.shape[-2]}×{theirs.shape[-1]}, the network of --arch of "

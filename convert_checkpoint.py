@@ -7,6 +7,8 @@
     python convert_checkpoint.py segmenter.pth ours.pth --to mmdet --keep_heads         # the whole model, our names
 
 The output is read back and compared before the job reports success. Existing files are kept without --overwrite.
+A number of attention heads that the architecture alone does not tell, such as the 12 of MoCo v3's ViT-S, is recorded in
+the output; give it with --num_heads where the input does not tell it either.
 """
 import argparse
 import os
@@ -15,7 +17,8 @@ from pathlib import Path
 import torch
 
 from checkpoint_files import CheckpointError, write_checkpoint
-from checkpoints import CheckpointInfo, read_backbone, resolve_path, to_mmseg_names
+from checkpoint_layouts import to_mmseg_names
+from checkpoints import CheckpointInfo, read_backbone, resolve_path
 from errors import ArgumentParser, run_main
 
 FORMATS = {
@@ -35,6 +38,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--to", required=True, choices=list(FORMATS),
                         help="; ".join(f"{name}: {text}" for name, text in FORMATS.items()))
     parser.add_argument("--checkpoint_key", default="teacher", help="network of a training run: teacher or student")
+    parser.add_argument("--num_heads", type=int,
+                        help="attention heads, where the line about the input says another number than is true")
     parser.add_argument("--keep_heads", action="store_true",
                         help="with mmdet or mmseg, from a detector or segmenter: keep its neck and heads unchanged")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output file")
@@ -61,20 +66,23 @@ def check_paths(source: Path, output: Path, to: str, keep_heads: bool = False, o
         raise CheckpointError(f"--keep_heads requires --to mmdet or mmseg, not {to}")
 
 
-def convert(state: dict[str, torch.Tensor], info: CheckpointInfo, to: str, keep_heads: bool = False) -> dict:
+def convert(state: dict[str, torch.Tensor], info: CheckpointInfo, to: str, keep_heads: bool = False,
+            with_metadata: bool = False) -> dict:
     """Convert a backbone to the content of a file in another format.
 
     Args:
         state, info: as checkpoints.read_backbone returns them.
         to: one of FORMATS.
         keep_heads: with mmdet and mmseg, convert the whole detector or segmenter that contains the backbone.
+        with_metadata: the file has a header of its own for the number of attention heads. Without one, backbone and
+            timm hold the tensors under state_dict if there is such a number to record.
 
     Raises:
         CheckpointError: keep_heads, but the file is neither a detector nor a segmenter.
     """
     if to == "mmseg":
         state = to_mmseg_names(state)
-    if to in ("backbone", "timm"):
+    if to in ("backbone", "timm") and (with_metadata or info.num_heads is None):
         return state
     if keep_heads:
         heads = ("neck.", "decode_head.", "rpn_head.", "roi_head.")
@@ -82,11 +90,14 @@ def convert(state: dict[str, torch.Tensor], info: CheckpointInfo, to: str, keep_
             raise CheckpointError(f"--keep_heads: {info.path} is a {info.kind}, not a detector or a segmenter")
         state = {f"backbone.{name}": tensor for name, tensor in state.items()} | info.other_tensors
     meta = {"source": info.path.name, "arch": info.arch, "patch_size": info.patch_size, "epoch": info.epoch}
+    if info.num_heads is not None:
+        meta["num_heads"] = info.num_heads
     return {"meta": meta, "state_dict": state}
 
 
 def loading_code(info: CheckpointInfo, to: str, keep_heads: bool, output: Path) -> str:
     """The line of Python or of a config that loads the output."""
+    path = str(output)
     if to == "timm":
         options = ["num_classes=0", "global_pool=''"]  # tokens [B, N, D] instead of a pooled vector
         if not info.class_token:
@@ -99,17 +110,18 @@ def loading_code(info: CheckpointInfo, to: str, keep_heads: bool, output: Path) 
             options.append(f"img_size={info.grid * info.patch_size}")
         if info.num_heads:
             options.append(f"num_heads={info.num_heads}")
-        return f"timm.create_model('{info.arch}_patch16_224', {', '.join(options)}, checkpoint_path='{output}')"
+        return f"timm.create_model('{info.arch}_patch16_224', {', '.join(options)}, checkpoint_path={path!r})"
     if to == "backbone":
-        return f"checkpoints.load_backbone('{output}'{f', num_heads={info.num_heads}' if info.num_heads else ''})"
+        return f"checkpoints.load_backbone({path!r})"
     if keep_heads:
-        return f"load_from = '{output}'"
+        heads = f"model = dict(backbone=dict(num_heads={info.num_heads})); " if info.num_heads else ""
+        return f"{heads}load_from = {path!r}"
     num_heads = f"num_heads={info.num_heads}, " if info.num_heads else ""
-    return f"backbone=dict({num_heads}init_cfg=dict(type='Pretrained', checkpoint='{output}'))"
+    return f"backbone=dict({num_heads}init_cfg=dict(type='Pretrained', checkpoint={path!r}))"
 
 
 def convert_file(source: str | Path, output: str | Path, to: str, key: str = "teacher", keep_heads: bool = False,
-                 overwrite: bool = False) -> None:
+                 overwrite: bool = False, num_heads: int | None = None) -> None:
     """Convert a file, verify the result, and print how to load it.
 
     Args:
@@ -119,6 +131,7 @@ def convert_file(source: str | Path, output: str | Path, to: str, key: str = "te
         key: network of a training run, teacher or student.
         keep_heads: see convert.
         overwrite: replace an existing output.
+        num_heads: attention heads; None for what the input says.
 
     Raises:
         CheckpointError: the input cannot be read, or the output cannot be written.
@@ -126,20 +139,26 @@ def convert_file(source: str | Path, output: str | Path, to: str, key: str = "te
     output = Path(output)
     try:
         check_paths(resolve_path(source), output, to, keep_heads, overwrite)
-        state, info = read_backbone(source, key)
-        print(f"loaded {info}")
-        write_checkpoint(convert(state, info, to, keep_heads), output)
-    except OSError as error:
+    except OSError as error:  # a folder that may not be read
         raise CheckpointError(str(error)) from None
+    state, info = read_backbone(source, key)
+    if num_heads is not None:
+        info = info.with_heads(num_heads, "--num_heads")
+    print(f"loaded {info}")
+    header = output.suffix == ".safetensors"
+    metadata = {"num_heads": str(info.num_heads)} if header and info.num_heads else None
+    write_checkpoint(convert(state, info, to, keep_heads, header), output, metadata=metadata)
     written, written_info = read_backbone(output)
-    if written.keys() != state.keys() or not all(torch.equal(written[name], state[name]) for name in state):
+    if (written.keys() != state.keys() or written_info.num_heads != info.num_heads
+            or not all(torch.equal(written[name], state[name]) for name in state)):
         raise CheckpointError(f"{output} differs from what was written to it: the disk may be full or failing")
     print(f"wrote {written_info}")
     print(f"load it with: {loading_code(info, to, keep_heads, output)}")
 
 
 def main(args: argparse.Namespace) -> None:
-    convert_file(args.input, args.output, args.to, args.checkpoint_key, args.keep_heads, args.overwrite)
+    convert_file(args.input, args.output, args.to, args.checkpoint_key, args.keep_heads, args.overwrite,
+                 args.num_heads)
 
 
 if __name__ == "__main__":

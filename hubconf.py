@@ -9,6 +9,7 @@ import ast as _ast
 import importlib as _importlib
 import importlib.machinery as _machinery
 import importlib.util as _util
+import os as _os
 import sys as _sys
 import zlib as _zlib
 from pathlib import Path as _Path
@@ -17,10 +18,12 @@ dependencies = ["torch", "timm", "safetensors"]
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Modules as common as utils and vision_transformer are in other projects too, DINO among them. So ours are loaded as
-# members of a package whose name is this folder's alone: vision_transformer as selfpatch_1a2b3c4d.vision_transformer
+# members of a package whose name is this folder's alone: vision_transformer as selfpatch_1a2b3c4d.vision_transformer.
+# The time of the newest module is in the name too, so that torch.hub.load(force_reload=True) loads what it fetched
 
 _FOLDER = _Path(__file__).resolve().parent
-_PACKAGE = f"selfpatch_{_zlib.crc32(str(_FOLDER).encode()):08x}"
+_NEWEST = max(file.stat().st_mtime_ns for file in _FOLDER.glob("*.py"))
+_PACKAGE = f"selfpatch_{_zlib.crc32(f'{_FOLDER} {_NEWEST}'.encode()):08x}"
 
 
 def _is_ours(name: str) -> bool:
@@ -74,6 +77,7 @@ def _load(arch: str, pretrained: str, checkpoint_key: str, patch_size: int | Non
           kwargs: dict):
     if isinstance(pretrained, bool):
         raise ValueError(f"pretrained={pretrained}: give the path of a checkpoint, or omit it for random weights")
+    pretrained = _os.path.expanduser(pretrained or "")
     return _import_ours("checkpoints").load_backbone(pretrained, checkpoint_key, arch, patch_size,
                                                      random_weights=not pretrained, **kwargs)
 

@@ -58,7 +58,8 @@ def adapt_backbone(cfg: Config, info: CheckpointInfo, keep_grid: bool) -> None:
     """Set the config's class token and, with keep_grid, its position embedding's size to those of a checkpoint.
 
     Raises:
-        CheckpointError: the config has another patch size or embedding dimension than the file.
+        CheckpointError: the config has another patch size, embedding dimension or number of attention heads than the
+            file.
     """
     backbone = cfg.model.backbone
     if (backbone.patch_size, backbone.embed_dim) != (info.patch_size, info.embed_dim):
@@ -66,9 +67,18 @@ def adapt_backbone(cfg: Config, info: CheckpointInfo, keep_grid: bool) -> None:
             f"{info.path} holds {info.arch} with embed_dim {info.embed_dim} and patch size {info.patch_size}, but "
             f"the config says embed_dim {backbone.embed_dim} and patch_size {backbone.patch_size}: use another config "
             f"than {cfg.filename}")
+    check_heads(info, backbone.get("num_heads"))
     backbone.class_token = info.class_token
     if keep_grid:
         backbone.img_size = info.grid * info.patch_size
+
+
+def check_heads(info: CheckpointInfo, num_heads: int | None) -> None:
+    """Raise CheckpointError if a checkpoint is known to have another number of attention heads than the config."""
+    if info.num_heads not in (None, num_heads):
+        raise CheckpointError(
+            f"{info.path} has {info.num_heads} attention heads ({info.heads_from}), but the config says {num_heads}: "
+            f"give --cfg-options model.backbone.num_heads={info.num_heads}, in training and in testing")
 
 
 def load_pretrained(backbone: nn.Module, init_cfg: dict, prepare: Callable[[dict], dict] = dict) -> None:
@@ -85,6 +95,7 @@ def load_pretrained(backbone: nn.Module, init_cfg: dict, prepare: Callable[[dict
     if init_cfg.get("type") != "Pretrained":
         raise ConfigError(f"init_cfg of the backbone is {init_cfg}: only type 'Pretrained' is supported")
     state, info = read_backbone(init_cfg["checkpoint"], init_cfg.get("key", "teacher"))
+    check_heads(info, backbone.num_heads)
     state = prepare(remove_final_norm(state))
     expected = {name: t for name, t in backbone.state_dict().items() if not name.startswith("fpn")}
     check_state_dict(state, expected, f"{info.path} does not fit the config's backbone")
@@ -216,8 +227,10 @@ def evaluate(cfg: Config, checkpoint: str | Path) -> dict[str, float]:
     model.load_state_dict(state)
     if is_main_process():
         published = " (the published detectors have 8)" if info.kind.startswith("mmdet") else ""
+        source = "as the file records" if info.num_heads else (
+            f"as in the config, since the file does not record the number{published}")
         print(f"loaded {info.path}: {info.kind}, all {len(state)} tensors; {cfg.model.backbone.num_heads} attention "
-              f"heads as in the config, since files do not record the number{published}"
+              f"heads {source}"
               + ("; the class token takes part in the attention" if info.class_token else ""))
     return runner.test()
 

@@ -131,7 +131,7 @@ def draw_attention(args: argparse.Namespace) -> None:
         if info is None:
             head = SelfPatchHead(backbone.embed_dim, backbone.num_heads).eval()
         elif any(name.startswith("ca_head.") for name in info.other_tensors):
-            head = build_head(info)
+            head = build_head(info, 4)  # any number: attention does not depend on it
         else:
             raise CheckpointError(f"{info.path} has neither a class token nor a SelfPatch head (ca_head): give a "
                                   "training checkpoint, or --patch ROW,COLUMN for a patch's own attention")
@@ -155,7 +155,10 @@ def draw_positives(args: argparse.Namespace) -> None:
     image = read_image(args.image_path)
     backbone, info = load(args)
     check_layer(backbone, args.layer)
-    k_num = args.k_num or (info.k_num if info else 4)
+    try:
+        k_num = args.k_num or (info.k_num if info else 4)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}: give --k_num") from None
     image = fit_patches(image, args.image_size, backbone.patch_size)
     x = to_tensor(image, image_statistics(backbone))
     grid = backbone.grid_size(x)

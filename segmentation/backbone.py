@@ -10,7 +10,7 @@ from mmengine.config import Config
 from mmseg.datasets import LoadAnnotations
 from mmseg.registry import MODELS, TRANSFORMS
 
-from checkpoints import from_mmseg_names
+from checkpoint_layouts import from_mmseg_names
 from errors import ConfigError
 from image_files import LOSSY_FORMATS, UnreadableImage, open_image
 from openmmlab import load_pretrained

@@ -1,4 +1,5 @@
 """Weights under the names of other projects become this project's backbone, or the error says what they have."""
+import re
 import runpy
 from pathlib import Path
 
@@ -6,13 +7,13 @@ import numpy as np
 import pytest
 import timm
 import torch
+import torchvision
 from golden_rules import set_weights
+from layout_files import assert_is, empty_like, half_state, saved, timm_network, under
 
 from checkpoint_files import CheckpointError
-from checkpoint_layouts import UNSUPPORTED, LayoutError, collect_tensors
+from checkpoint_layouts import UNSUPPORTED
 from checkpoints import load_backbone, read_backbone
-from convert_checkpoint import convert_file
-from vision_transformer import vit_small
 
 ROOT = Path(__file__).parents[1]
 IMAGE = torch.randn(1, 3, 48, 48, generator=torch.Generator().manual_seed(0))
@@ -20,72 +21,21 @@ IMAGE = torch.randn(1, 3, 48, 48, generator=torch.Generator().manual_seed(0))
 
 @pytest.fixture(scope="module")
 def network():
-    """timm's ViT-Ti with class token, norm and head, for images of 48 pixels."""
-    return set_weights(timm.create_model("vit_tiny_patch16_224", img_size=48, num_classes=5), 0).eval()
+    return timm_network()
 
 
 @pytest.fixture(scope="module")
-def sd(network):
-    """Its state dict in float16, so that the files are small."""
-    return {name: tensor.half() for name, tensor in network.state_dict().items()}
+def sd():
+    return half_state()
 
 
 @pytest.fixture(scope="module")
 def other(sd):
-    """Another network of the same shapes: expanded scalars, of which torch.save writes one number each."""
-    return {name: torch.zeros((), dtype=torch.half).expand(tensor.shape) for name, tensor in sd.items()}
+    return empty_like(sd)
 
 
-def under(prefix, state):
-    return {f"{prefix}{name}": tensor for name, tensor in state.items()}
-
-
-def saved(tmp_path, content):
-    torch.save(content, tmp_path / "file.pth")
-    return tmp_path / "file.pth"
-
-
-def assert_is(path, state, key="teacher"):
-    """The backbone in the file is that of a timm state dict, to the bit; returns the metadata."""
-    loaded, info = read_backbone(path, key)
-    expected = {name: tensor.float() for name, tensor in state.items() if not name.startswith("head.")}
-    assert loaded.keys() == expected.keys() and all(torch.equal(loaded[name], expected[name]) for name in expected)
-    return info
-
-
-PAIRS = [  # how the file is made from teacher t and student s, its kind, the prefixes of t and s
-    ("MoCo v3", lambda t, s: {"state_dict": under("module.momentum_encoder.", t) | under("module.base_encoder.", s)},
-     "MoCo v3 run", "momentum_encoder.", "base_encoder."),
-    ("MSN", lambda t, s: {"encoder": under("module.", s), "target_encoder": under("module.", t), "epoch": 3},
-     "MSN run", "target_encoder.module.", "encoder.module."),
-    ("Lightning", lambda t, s: {"state_dict": under("teacher_backbone.vit.", t) | under("student_backbone.vit.", s)},
-     "Lightning run", "teacher_backbone.vit.", "student_backbone.vit."),
-    ("solo-learn", lambda t, s: {"state_dict": under("backbone.", s) | under("momentum_backbone.", t)
-                                 | {"classifier.weight": torch.zeros(5, 192)}},
-     "solo-learn run", "momentum_backbone.", "backbone."),
-    ("DINOv2", lambda t, s: {"model": under("student.backbone.", s) | under("teacher.backbone.", t)},
-     "run", "teacher.backbone.", "student.backbone."),
-]
-
-
-@pytest.mark.parametrize("make, kind, teacher, student", [pair[1:] for pair in PAIRS], ids=[pair[0] for pair in PAIRS])
-def test_two_networks_in_one_file(tmp_path, sd, other, make, kind, teacher, student):
-    path = saved(tmp_path, make(sd, other))
-    for key, state, prefix in (("teacher", sd, teacher), ("student", other, student)):
-        info = assert_is(path, state, key)
-        assert (info.kind, info.key, info.prefix) == (kind, key, prefix)
-        where = f"key {key}, prefix {prefix}," if prefix != "backbone." else f"key {key},"  # as in a detector
-        assert f"file.pth: {kind}, {where} vit_tiny, patch size 16, 150 tensors, epoch" in str(info)
-    with pytest.raises(CheckpointError, match=rf"no network 'predictor': it has .*{teacher}"):
-        read_backbone(path, "predictor")
-    assert_is(path, sd, teacher.split(".")[0])  # the first word of a prefix is a key too
-
-
-def test_only_a_student(tmp_path, sd):
-    path = saved(tmp_path, {"state_dict": under("student_backbone.vit.", sd)})
-    with pytest.raises(CheckpointError, match="no network 'teacher': it has student_backbone.vit.$"):
-        read_backbone(path)
-    assert_is(path, sd, "student")
+def renamed(state, pattern, replacement):
+    return {re.sub(pattern, replacement, name, count=1): tensor for name, tensor in state.items()}
 
 
 @pytest.mark.parametrize("make, summary", [
@@ -99,13 +49,18 @@ def test_only_a_student(tmp_path, sd):
     (lambda sd: {"teacher": under("backbone.", sd) | {"backbone.masked_embed": torch.zeros(1, 192),
                                                       "head.mlp.0.bias": torch.zeros(3)}}, "DINO run, key teacher"),
     (lambda sd: {"encoder": under("module.", sd) | {"module.fc.fc1.weight": torch.zeros(3, 192)}},
-     "prefix encoder.module."),
+     "prefix encoder., vit_tiny"),
     (lambda sd: sd | under("pooler.dense.", {"weight": torch.zeros(192, 192)}), "timm backbone, no key, vit_tiny"),
-], ids=["model", "visual.trunk", "nested", "MAE", "iBOT", "MSN's encoder alone", "pooler"])
+    (lambda sd: {"model": renamed(sd, "", "_fsdp_wrapped_module.")}, "timm backbone, no key, vit_tiny"),
+    (lambda sd: {"model": renamed(sd, r"(blocks\.\d+\.)", r"\1_checkpoint_wrapped_module.")}, "timm backbone, no key"),
+    (lambda sd: {"teacher": renamed(sd, r"blocks\.([0-5])\.", r"blocks.0.\1.")}, "run, key teacher"),
+    (lambda sd: {"state_dict": under("module.", sd) | {"n_averaged": torch.tensor(3)}}, "timm backbone, no key"),
+], ids=["model", "visual.trunk", "nested", "MAE", "iBOT", "MSN's encoder alone", "pooler", "FSDP", "checkpointing",
+        "DINOv2's chunks", "SWA"])
 def test_prefixes_and_extras(tmp_path, sd, make, summary):
     info = str(assert_is(saved(tmp_path, make(sd)), sd))
     assert summary in info
-    for extra in ("mask_token decoder" if "MAE" in info else "masked_embed" if "DINO" in info else "").split():
+    for extra in ("mask_token decoder" if "MAE" in info else "masked_embed" if "DINO run" in info else "").split():
         assert extra in info.split("ignored")[1]
 
 
@@ -115,14 +70,6 @@ def test_features_of_a_prefixed_network(tmp_path, network, capsys):
         torch.testing.assert_close(load_backbone(path)(IMAGE), network.forward_features(IMAGE)[:, 1:],
                                    rtol=1e-5, atol=1e-5)
     assert "prefix visual.trunk., vit_tiny, patch size 16, 150 tensors" in capsys.readouterr().out
-
-
-def test_several_networks_without_a_teacher(tmp_path, sd, other):
-    path = saved(tmp_path, {"state_dict": under("left.vit.", sd) | under("right.vit.", other)})
-    with pytest.raises(CheckpointError, match="several Vision Transformers, under left.vit., right.vit.: .*_key"):
-        read_backbone(path)
-    assert_is(path, sd, "left")
-    assert_is(path, other, "right.vit.")
 
 
 def hugging_face(sd, prefix="vit.", extra=()):
@@ -155,6 +102,32 @@ def test_hugging_face(tmp_path, sd, prefix):
     info = assert_is(path, sd)
     assert info.kind == "Hugging Face ViT" and info.class_token and info.final_norm
     assert info.prefix == prefix and ("ignored classifier embeddings pooler" in str(info))
+
+
+def test_hugging_face_names_with_projections(tmp_path, sd):
+    """As later versions name them: layers.{i}.attention.q_proj, mlp.fc1."""
+    state = hugging_face(sd, "")
+    for theirs, later in (("encoder.layer.", "layers."), ("attention.output.dense", "attention.o_proj"),
+                          ("attention.attention.query", "attention.q_proj"), ("intermediate.dense", "mlp.fc1"),
+                          ("attention.attention.key", "attention.k_proj"), ("output.dense", "mlp.fc2"),
+                          ("attention.attention.value", "attention.v_proj")):
+        state = {name.replace(theirs, later): tensor for name, tensor in state.items()}
+    assert "layers.3.attention.q_proj.bias" in state and "layers.3.mlp.fc2.weight" in state
+    assert assert_is(saved(tmp_path, state), sd).kind == "Hugging Face ViT"
+
+
+@pytest.mark.parametrize("older", [False, True])  # its published files have mlp.linear_1 and mlp.linear_2
+def test_torchvision(tmp_path, older):
+    network = torchvision.models.VisionTransformer(48, 16, 12, 3, 192, 768, num_classes=5)
+    source = set_weights(network, 0).eval()
+    state = source.state_dict()
+    if older:
+        state = {name.replace("mlp.0.", "mlp.linear_1.").replace("mlp.3.", "mlp.linear_2."): tensor
+                 for name, tensor in state.items()}
+    model = load_backbone(saved(tmp_path, state))
+    tokens = torch.cat([source.class_token, source._process_input(IMAGE)], 1)
+    with torch.no_grad():
+        torch.testing.assert_close(model(IMAGE), source.encoder(tokens)[:, 1:], rtol=1e-5, atol=1e-5)
 
 
 def test_hugging_face_without_a_key_bias(tmp_path, sd):
@@ -212,6 +185,18 @@ REFUSED = [
                                                     "blocks.0.attn.q_bias": torch.zeros(192)},
      ["a relative position bias", "q and v biases without one for k"]),
     ("qk_norm", lambda sd: sd | {"blocks.0.attn.q_norm.weight": torch.ones(64)}, ["norms of q and k"]),
+    ("Hugging Face BEiT", lambda sd: without(hugging_face(sd, "beit."), *(
+        f"beit.encoder.layer.{i}.attention.attention.key.bias" for i in range(12)))
+     | layer_scale("beit.encoder.layer.{i}.lambda_{j}"), ["LayerScale", "q and v biases without one for k"]),
+    ("OpenCLIP", lambda sd: {"visual.conv1.weight": sd["patch_embed.proj.weight"], "visual.class_embedding":
+                             torch.zeros(192), "visual.positional_embedding": torch.zeros(10, 192),
+                             "visual.ln_pre.weight": torch.ones(192), "logit_scale": torch.ones(())},
+     ["a norm before the blocks"]),
+    ("Hugging Face CLIP", lambda sd: {
+        "vision_model.embeddings.patch_embedding.weight": sd["patch_embed.proj.weight"],
+        "vision_model.embeddings.position_embedding.weight": torch.zeros(10, 192),
+        "vision_model.pre_layrnorm.weight": torch.ones(192)},
+     ["a norm before the blocks", "the embeddings of CLIP or SigLIP"]),
     ("CLIP", lambda sd: {"state_dict": under("visual.trunk.", sd | {"norm_pre.weight": torch.ones(192)})},
      ["a norm before the blocks"]),
 ]
@@ -247,42 +232,16 @@ def test_arrays_in_place_of_tensors(tmp_path, sd, make):
     assert_is(saved(tmp_path, make({name: tensor.numpy() for name, tensor in sd.items()})), sd)
 
 
-def test_arrays_of_the_other_byte_order_and_of_text():
-    content = {"a": np.arange(3, dtype=">f4"), "b": np.array(["text"]), 3: np.float32([1])[::-1],
-               "c": {"d": torch.ones(1)}}
-    tensors = collect_tensors(content, nested=True)
-    assert list(tensors) == ["a", "3", "c.d"] and torch.equal(tensors["a"], torch.arange(3.0))
-
-
-def test_endless_nesting():
-    content = {"a": torch.zeros(1)}
-    content["self"] = content
-    assert list(collect_tensors(content, nested=True)) == ["self." * i + "a" for i in range(6)]
-    many = {}
-    for _ in range(6):
-        many = {str(i): many for i in range(1000)}
-    with pytest.raises(LayoutError, match="more than 1000000"):
-        collect_tensors(many, nested=True)
+def test_position_embedding_of_rows_and_columns(tmp_path, other):
+    state = without(other, "cls_token") | {"pos_embed": torch.zeros(1, 3, 3, 192)}
+    with pytest.raises(CheckpointError, match=r"rows and columns, \[1, 3, 3, 192\], as in SAM .* load it with timm$"):
+        read_backbone(saved(tmp_path, under("image_encoder.", state)))
 
 
 def test_missing_and_unexpected_keys_under_a_prefix(tmp_path, other):
     state = under("visual.trunk.", without(other, "blocks.3.norm1.bias") | {"blocks.0.extra": torch.zeros(1)})
     with pytest.raises(CheckpointError, match=r"missing \(1\): blocks.3.norm1.bias; unexpected \(1\): blocks.0.extra"):
         read_backbone(saved(tmp_path, state))
-
-
-def test_attention_heads_of_moco_v3(tmp_path, capsys):
-    """MoCo v3's ViT-S has 12 heads of 32 channels; the line and the converted file's call say so."""
-    with torch.device("meta"):
-        shapes = vit_small(class_token=True, final_norm=True).state_dict()
-    state = {name: torch.zeros(()).expand(tensor.shape) for name, tensor in shapes.items()}
-    path = saved(tmp_path, {"state_dict": under("module.momentum_encoder.", state)})
-    assert load_backbone(path).num_heads == 12 and load_backbone(path, num_heads=6).num_heads == 6
-    assert capsys.readouterr().out.count("note: 12 attention heads, as published") == 1
-    for to, call in (("timm", "num_heads=12, checkpoint_path="), ("backbone", "out.pth', num_heads=12)"),
-                     ("mmdet", "backbone=dict(num_heads=12, init_cfg")):
-        convert_file(path, tmp_path / "out.pth", to, overwrite=True)
-        assert call in capsys.readouterr().out
 
 
 def test_names_with_escape_codes(tmp_path, sd):

@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 
 from checkpoint_files import CheckpointError, read_checkpoint
-from checkpoints import load_backbone, read_backbone
+from checkpoints import build_head, load_backbone, read_backbone
 from vision_transformer import vit_tiny
 
 
@@ -181,10 +181,10 @@ def test_plain_pickles_are_not_executed(tmp_path):
 
 def test_missing_key_lists_those_of_the_file(tmp_path, state):
     torch.save({"student": state, "epoch": 1}, tmp_path / "run.pth")
-    with pytest.raises(CheckpointError, match="no network 'teacher': it has student, epoch"):
+    with pytest.raises(CheckpointError, match="no network 'teacher': it has student.$"):
         load_backbone(tmp_path / "run.pth")
     torch.save(state, tmp_path / "bare.pth")
-    with pytest.raises(CheckpointError, match="no network 'student': it has a single network"):
+    with pytest.raises(CheckpointError, match="no network 'student': it has a single one without a name"):
         load_backbone(tmp_path / "bare.pth", "student")
 
 
@@ -210,12 +210,39 @@ def test_vissl_without_a_trunk(tmp_path):
     (lambda s: s | {"layers.0.ln1.weight": s["blocks.0.norm1.weight"]}, "under mmseg's names and under this project's"),
     (lambda s: {f"backbone.{k}": v for k, v in s.items()} | {"blocks.99.norm1.bias": torch.zeros(1)},
      "second backbone.*blocks.99"),
-    (lambda s: s | {"pos_embed": s["pos_embed"].to_sparse()}, "sparse or without data: pos_embed"),
+    (lambda s: s | {"pos_embed": s["pos_embed"].to_sparse()}, "sparse, nested, quantised or without data: pos_embed"),
+    (lambda s: s | {"pos_embed": torch.zeros(1, 196, 192, device="meta")}, "without data: pos_embed"),
+    (lambda s: s | {"pos_embed": torch.nested.nested_tensor([torch.ones(196, 192)])}, "nested, .*: pos_embed"),
+    (lambda s: s | {"blocks.1.norm1.bias": torch.quantize_per_tensor(torch.ones(192), 0.1, 0, torch.qint8)},
+     "quantised .*: blocks.1.norm1.bias"),
+    (lambda s: s | {"pos_embed": torch.ones(1, 196, 192, dtype=torch.complex64)}, r"not floating point \(1\): pos_emb"),
     (lambda s: s | {"patch_embed.proj.weight": torch.zeros(192, 3, 0, 0)}, "patch_embed.proj.weight is")])
 def test_ambiguous_or_invalid_tensors(tmp_path, state, spoil, expected):
     torch.save(spoil(state), tmp_path / "file.pth")
     with pytest.raises(CheckpointError, match=expected):
         read_backbone(tmp_path / "file.pth")
+
+
+@pytest.mark.parametrize("name, shape, expected", [
+    ("pos_embed", (1, 10 ** 7, 10 ** 7), "pos_embed is"), ("pos_embed", (1, 10 ** 14, 192), "square grid of up to"),
+    ("patch_embed.proj.weight", (192, 3, 10 ** 6, 10 ** 6), "p at most 224"),
+    ("blocks.0.mlp.fc1.weight", (10 ** 7, 10 ** 7), "wrong shape"), ("extra", (10 ** 7, 10 ** 7), "unexpected"),
+    ("blocks.0.ls1.gamma", (10 ** 7, 10 ** 7), "LayerScale"), ("blocks.0.ls1.gamma", (10 ** 14,), "LayerScale"),
+    ("embeddings.patch_embeddings.projection.weight", (10 ** 7, 10 ** 7), "patch_embed.proj.weight is")])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_expanded_tensors_are_not_filled_in(tmp_path, state, name, shape, expected, dtype):
+    """Their shapes are checked before anything is made of them: each claims 10^14 numbers in a file of a few bytes."""
+    torch.save(state | {name: torch.ones((), dtype=dtype).expand(shape)}, tmp_path / "file.pth")
+    with pytest.raises(CheckpointError, match=expected):
+        read_backbone(tmp_path / "file.pth")
+
+
+def test_expanded_tensors_of_a_head(tmp_path, state):
+    run = {f"backbone.{name}": tensor for name, tensor in state.items()}
+    for tensor in (torch.ones((), dtype=torch.half).expand(10 ** 7, 10 ** 7), torch.ones(1, 1, 192, device="meta")):
+        torch.save({"teacher": run | {"ca_head.cls_token": tensor}}, tmp_path / "file.pth")
+        with pytest.raises(CheckpointError, match="the ca_head in .*file.pth does not fit"):
+            build_head(read_backbone(tmp_path / "file.pth")[1])
 
 
 def test_empty_path():

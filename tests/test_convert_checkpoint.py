@@ -1,14 +1,17 @@
 """Converted checkpoints give the same features in the other library; invalid requests are refused."""
 import errno
+import os
 import runpy
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import timm
 import torch
 from golden_rules import set_weights
 
+import checkpoints
 import convert_checkpoint
 from checkpoint_files import CheckpointError, read_checkpoint
 from checkpoints import load_backbone, read_backbone
@@ -164,16 +167,41 @@ def test_refused_requests(tmp_path, run_file, capsys, monkeypatch):
 
 
 def test_full_disk_is_one_error(tmp_path, run_file, monkeypatch):
-    def no_space(state, path):
-        raise OSError(errno.ENOSPC, "No space left on device")
+    def no_space(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(convert_checkpoint, "write_checkpoint", no_space)
-    with pytest.raises(CheckpointError, match="No space left on device"):
+    monkeypatch.setattr(os, "replace", no_space)
+    with pytest.raises(CheckpointError, match="out.pth cannot be written: No space left on device$"):
         convert_file(run_file, tmp_path / "out.pth", "timm")
 
 
+def test_folder_that_may_not_be_read(tmp_path, run_file, monkeypatch):
+    def refused(*_):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "closed")
+
+    monkeypatch.setattr(Path, "exists", refused)
+    with pytest.raises(CheckpointError, match="Permission denied: 'closed'"):
+        convert_file(run_file, tmp_path / "out.pth", "timm")
+
+
+def test_a_link_stays_a_link(tmp_path, run_file):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link.pth").symlink_to(tmp_path / "disk" / "real.pth")
+    for _ in range(2):  # new, and replaced
+        convert_file(run_file, tmp_path / "link.pth", "backbone", overwrite=True)
+        assert (tmp_path / "link.pth").is_symlink() and read_backbone(tmp_path / "disk" / "real.pth")[1].arch
+    assert os.listdir(tmp_path / "disk") == ["real.pth"]
+
+
+def test_paths_with_an_apostrophe(tmp_path, source, run_file, capsys):
+    (tmp_path / "it's").mkdir()
+    convert_file(run_file, tmp_path / "it's" / "out.pth", "backbone")
+    line = capsys.readouterr().out.strip().splitlines()[-1].removeprefix("load it with: ")
+    assert_same(evaluate(line, checkpoints=checkpoints), source, torch.randn(1, 3, 48, 48))
+
+
 def test_output_that_differs_is_reported(tmp_path, run_file, monkeypatch):
-    def negate(state, path):
+    def negate(state, path, metadata):
         torch.save({name: -tensor for name, tensor in state.items()}, path)
 
     monkeypatch.setattr(convert_checkpoint, "write_checkpoint", negate)

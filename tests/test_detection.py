@@ -24,11 +24,11 @@ from mmengine.logging import HistoryBuffer  # noqa: E402
 
 import openmmlab  # noqa: E402
 from checkpoint_files import CheckpointError, read_checkpoint  # noqa: E402
-from checkpoints import check_state_dict  # noqa: E402
+from checkpoints import check_state_dict, read_backbone  # noqa: E402
 from detection.backbone import ViTPyramid  # noqa: E402
 from errors import ConfigError  # noqa: E402
 from openmmlab_config import load_config  # noqa: E402
-from vision_transformer import vit_tiny  # noqa: E402
+from vision_transformer import vit_small, vit_tiny  # noqa: E402
 
 CONFIGS = ROOT / "detection" / "configs"
 RECIPE = CONFIGS / "mask-rcnn_vit-small-16_1x_coco.py"
@@ -203,6 +203,23 @@ def test_getattr_in_checkpoints_is_limited_to_histories(tmp_path):
     torch.save({"history": Getattr()}, tmp_path / "bad.pth")
     with pytest.raises(CheckpointError, match="bad.pth"):
         read_checkpoint(tmp_path / "bad.pth")
+
+
+def test_attention_heads_of_the_checkpoint_and_the_config(tmp_path):
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in vit_small().state_dict().items()}
+    torch.save({f"momentum_encoder.{name}": torch.zeros(()).expand(shape) for name, shape in shapes.items()},
+               tmp_path / "moco.pth")
+    info, cfg = read_backbone(tmp_path / "moco.pth")[1], Config.fromfile(RECIPE)
+    message = r"moco.pth has 12 attention heads \(as published\), but the config says 6: give .*backbone.num_heads=12"
+    with pytest.raises(CheckpointError, match=message):
+        openmmlab.adapt_backbone(cfg, info, keep_grid=True)
+    with pytest.raises(CheckpointError, match=message):
+        openmmlab.load_pretrained(ViTPyramid(embed_dim=384, num_heads=6, norm_cfg={"type": "BN"}),
+                                  {"type": "Pretrained", "checkpoint": tmp_path / "moco.pth"})
+    cfg.model.backbone.num_heads = 12
+    openmmlab.adapt_backbone(cfg, info, keep_grid=True)
+    assert cfg.model.backbone.class_token is False
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """torch.hub finds the entry points of the checkout and loads checkpoints through them, beside other projects."""
 import copy
+import os
 import pickle
 import sys
 from pathlib import Path
@@ -43,12 +44,20 @@ def test_random_weights_without_a_file(entry, width, capsys):
 
 def test_file_of_another_network_is_an_error(tmp_path):
     torch.save(vit_tiny().state_dict(), tmp_path / "tiny.pth")
-    with pytest.raises(ValueError, match="vit_base contradicts .*tiny.pth.* vit_tiny"):
+    with pytest.raises(ValueError, match="^arch vit_base contradicts .*tiny.pth.* vit_tiny, or for none$"):
         hub("vit_base", pretrained=str(tmp_path / "tiny.pth"))
-    with pytest.raises(ValueError, match="8 contradicts .*tiny.pth.* 16"):
+    with pytest.raises(ValueError, match="^patch size 8 contradicts .*tiny.pth.* 16, or for none$"):
         hub("vit_tiny", pretrained=str(tmp_path / "tiny.pth"), patch_size=8)
+    with pytest.raises(ValueError, match="^patch size 0 is not"):
+        hub("vit_tiny", patch_size=0)
     with pytest.raises(ValueError, match="cannot be read"):
         hub("vit_tiny", pretrained=str(tmp_path / "none.pth"))
+
+
+def test_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    torch.save(vit_tiny().state_dict(), tmp_path / "tiny.pth")
+    assert hub("vit_tiny", pretrained="~/tiny.pth").embed_dim == 192
 
 
 @pytest.fixture
@@ -124,4 +133,7 @@ def test_imports_inside_functions_find_ours(bare_process, monkeypatch, tmp_path)
         (tmp_path / name).write_text(text)
     monkeypatch.setitem(sys.modules, "errors", object())
     assert torch.hub.load(str(tmp_path), "vit_tiny", source="local") == ("ours", "ours", "ours", "/")
+    (tmp_path / "errors.py").write_text("who = 'newer'\n")  # as force_reload leaves them
+    os.utime(tmp_path / "errors.py", (2 ** 31, 2 ** 31))
+    assert torch.hub.load(str(tmp_path), "vit_tiny", source="local") == ("newer", "newer", "newer", "/")
     assert hub("vit_tiny", patch_size=32).embed_dim == 192  # another checkout is another package

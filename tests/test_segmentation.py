@@ -30,7 +30,7 @@ from mmseg.utils import register_all_modules  # noqa: E402
 
 import openmmlab  # noqa: E402
 from checkpoint_files import CheckpointError, read_checkpoint  # noqa: E402
-from checkpoints import to_mmseg_names  # noqa: E402
+from checkpoint_layouts import to_mmseg_names  # noqa: E402
 from errors import run_main  # noqa: E402
 from openmmlab_config import load_config  # noqa: E402
 from segmentation.backbone import SelfPatchViT  # noqa: E402

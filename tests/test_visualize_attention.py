@@ -179,8 +179,8 @@ def test_attention_job(tmp_path, run_file, dino_file, photo, capsys):
 
 @pytest.mark.parametrize("change, expected", [
     ({"--pretrained_weights": ""}, "random network: give a checkpoint, or --random_weights"),
-    ({"--arch": "vit_base"}, "--arch vit_base contradicts"),
-    ({"--patch_size": "8"}, "--patch_size 8 contradicts"),
+    ({"--arch": "vit_base"}, "error: arch vit_base contradicts"),
+    ({"--patch_size": "8"}, "error: patch size 8 contradicts"),
     ({"--checkpoint_key": "student"}, "no network 'student': it has teacher"),
     ({"--image_path": "none.jpg"}, "cannot read the image none.jpg (No such file"),
     ({"--image_path": __file__}, "not an image"),
