@@ -14,7 +14,7 @@ def run(script, *words):
                           text=True)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_published_order_of_work_computes_the_same_step(tmp_path):
     """The first step's loss, stochastic depth included; and the figures of both ways."""
     result = run("train_step.py", "--arch", "vit_tiny", "--batch_size", 2, "--local_crops_number", 2, "--device", "cpu",

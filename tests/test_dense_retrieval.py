@@ -136,6 +136,7 @@ def worker(rank, port, folder):
         if (i < 7) == (rank == 0):  # 7 maps and 1
             memory.add(features[i].flatten(0, 1), labels[i].flatten(0, 1))
     torch.save(memory.vote(features[8 + 2 * rank:10 + 2 * rank].flatten(0, 2)), f"{folder}/{rank}.pth")
+    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow

@@ -84,7 +84,7 @@ def share_of_three(rank, port, queries, truth, bank, labels, path):
     dist.destroy_process_group()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_three_processes_share_a_bank_in_half_precision(tmp_path):
     """A share has 33 or 34 rows, fewer than k."""
     bank, labels, queries, truth = golden_data(0)

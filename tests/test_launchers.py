@@ -127,7 +127,8 @@ def check_run(output, processes, text):
 
 @pytest.mark.parametrize("launcher", [
     ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"],  # what torchrun runs
-    ["-m", "torch.distributed.launch", "--nproc_per_node=2", "--master_port={port}"],
+    pytest.param(["-m", "torch.distributed.launch", "--nproc_per_node=2", "--master_port={port}"],
+                 marks=pytest.mark.long),
     []], ids=["torchrun", "launch", "python"])
 def test_launchers(image_folder, tmp_path, launcher):
     launcher = [word.format(port=free_port()) for word in launcher]

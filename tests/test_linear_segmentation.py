@@ -117,7 +117,7 @@ def test_refusals(folders, tmp_path, capsys, more, says):
     assert says in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_train_the_same_head(folders, tmp_path):
     names = ["one.json", "two.json"]
     for name, launcher in zip(names, ([], ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]),
