@@ -85,7 +85,8 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(two_epochs, tmp_path,
     broken = (tmp_path / "checkpoint.pth").read_bytes()
     train_dino(options(*words))
     out = capsys.readouterr().out
-    assert "checkpoint.pth is truncated or damaged" in out and f"continuing from the one before, {tmp_path / 'previous.pth'}" in out
+    assert "checkpoint.pth is truncated or damaged" in out
+    assert f"continuing from the one before, {tmp_path / 'previous.pth'}" in out
     ours, other = load(tmp_path / "checkpoint.pth"), load(two_epochs / "checkpoint.pth")
     assert_same(ours["student"], other["student"])
     assert (tmp_path / "damaged.pth").read_bytes() == broken
