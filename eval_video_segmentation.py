@@ -32,6 +32,7 @@ from label_propagation import label_propagation, norm_mask, restrict_neighborhoo
 from model_options import DTYPES, add_model_options, pick_dtype
 from patch_features import PatchFeatures, frame_features, normalise
 from propagation_bounds import propagate
+from unfinished import Unfinished
 
 # ---------------------------------------------------------------- frames and annotations
 
@@ -127,10 +128,12 @@ def score(sequence: Sequence, masks: np.ndarray) -> tuple[np.ndarray, np.ndarray
 
 
 def evaluate(sequences: list[Sequence], extract: PatchFeatures, output_dir: str | Path, with_scores: bool = True,
-             quiet: bool = False, **protocol: int) -> tuple[dict, dict[str, str], dict[str, str]]:
+             quiet: bool = False, unfinished: Unfinished | None = None,
+             **protocol: int) -> tuple[dict, dict[str, str], dict[str, str]]:
     """Segment videos and score them.
 
     Args:
+        unfinished: knows the videos that need not be segmented again.
         protocol: n_last_frames, size_mask_neighborhood and topk of segment.
 
     Returns:
@@ -142,7 +145,12 @@ def evaluate(sequences: list[Sequence], extract: PatchFeatures, output_dir: str 
         for sequence in sequences:
             progress.set_description(sequence.name)
             try:
-                masks = segment(sequence, extract, output_dir, executor, **protocol, progress=progress)
+                masks = unfinished.masks(sequence) if unfinished else None
+                if masks is None:
+                    masks = segment(sequence, extract, output_dir, executor, **protocol, progress=progress)
+                else:
+                    tqdm.write(f"{sequence.name}: kept from the call before, which was interrupted", file=sys.stderr)
+                    progress.update(len(masks))
                 if with_scores and sequence.annotations() is None:
                     unscored[sequence.name] = "not scored: some frames have no annotation"
                 elif with_scores:
@@ -250,6 +258,14 @@ def announce(sequences: list[Sequence], failed: dict[str, str], output_dir: str)
         print(f"replacing the masks of {', '.join(replaced)} in {output_dir}")
 
 
+def settings(args: argparse.Namespace) -> dict:
+    """What decides the masks: the options, and which weights the file holds."""
+    irrelevant = ("no_score", "present_objects", "output_dir", "bs")
+    weights = Path(args.pretrained_weights)
+    file = [weights.stat().st_size, weights.stat().st_mtime_ns] if args.pretrained_weights and weights.exists() else []
+    return {name: value for name, value in vars(args).items() if name not in irrelevant} | {"file": file}
+
+
 def make_extractor(args: argparse.Namespace, launch: Launch) -> PatchFeatures:
     """The backbone of the options on this process's device; rank 0 prints what was loaded."""
     # an Apple GPU only if asked for, as it is untested; more processes than GPUs share them
@@ -283,12 +299,14 @@ def main(args: argparse.Namespace) -> int:
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(f"--output_dir {args.output_dir}: {error.strerror}") from None
+    unfinished = Unfinished(args.output_dir, settings(args))
     if rank == 0:
-        announce(sequences, failed, args.output_dir)
+        announce([] if unfinished.continues() else sequences, failed, args.output_dir)
+        unfinished.begin()
     # the processes exchange their scores alone, once, at the end
     join(launch, "gloo", timeout=timedelta(days=1), option="")
     outcome = evaluate(share(sequences, rank, world_size), extract, args.output_dir, not args.no_score,
-                       quiet=rank > 0, n_last_frames=args.n_last_frames,
+                       quiet=rank > 0, unfinished=unfinished, n_last_frames=args.n_last_frames,
                        size_mask_neighborhood=args.size_mask_neighborhood, topk=args.topk)
     outcomes = [outcome]
     if world_size > 1:
@@ -299,6 +317,7 @@ def main(args: argparse.Namespace) -> int:
                                   for parts in zip(*outcomes, strict=True))
     if rank:
         return 0
+    unfinished.end()
     return report_scores(sequences, names, scores, unscored, failed | failures, args.present_objects)
 
 

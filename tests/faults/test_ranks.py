@@ -70,3 +70,17 @@ def make(folder):
 def rank_of(pid):
     with open(f"/proc/{pid}/environ") as file:
         return dict(entry.partition("=")[::2] for entry in file.read().split("\0")).get("RANK")
+
+
+@pytest.mark.long
+def test_a_rank_that_stays_stopped_is_an_error_after_the_timeout(words, tmp_path):
+    """Without a launcher that would end the others."""
+    ranks = [Job(make(tmp_path / f"rank{rank}"), *words, "--epochs", 400, "--num_workers", 0, "--dist_timeout", 0.2,
+                 RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_PORT="29733") for rank in (0, 1)]
+    ranks[0].wait_for("step 3/6")
+    ranks[1].process.send_signal(signal.SIGSTOP)
+    try:
+        assert ranks[0].wait(90) == 1
+        assert len(ranks[0].errors()) == 1 and "lost contact with another process" in ranks[0].errors()[0]
+    finally:
+        ranks[1].process.kill()
