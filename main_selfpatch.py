@@ -169,7 +169,7 @@ def train(run: TrainingRun, loader: CropLoader, folder: RunFolder, log: RunLog |
 
     timeout = timedelta(minutes=args.dist_timeout)
     with Interruption(args.save_every_minutes, timeout) as interruption, \
-            RankWatch(processes.rank, processes.world_size, timeout):
+            RankWatch(processes.rank, processes.world_size, timeout, args.dist_url):
         for epoch in range(run.epoch, args.epochs):
             logger = MetricLogger(window=args.log_every)
             begin_epoch(run, loader, logger, within, args.seed, processes)

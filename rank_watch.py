@@ -30,7 +30,7 @@ class RankWatch(threading.Thread):
         super().__init__(daemon=True)
         self.rank, self.timeout, self.notice_after = rank, timeout, notice_after
         self.watched = {0: range(1, world_size), 1: range(1)}.get(rank, range(0)) if world_size > 1 else ()
-        self.enabled = world_size > 1
+        self.enabled = world_size > 1 and dist_url == "env://"
         self.ended, self.signs, self.silent = threading.Event(), {}, set()
 
     def __enter__(self) -> "RankWatch":

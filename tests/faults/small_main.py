@@ -18,7 +18,7 @@ from rank_watch import RankWatch  # noqa: E402
 torch.set_num_threads(1)
 shrink_job(pytest.MonkeyPatch())
 if seconds := os.environ.get("NOTICE_AFTER"):
-    RankWatch.__init__.__defaults__ = (float(seconds),)
+    RankWatch.__init__.__defaults__ = ("env://", float(seconds))
 if seconds := os.environ.get("SLOW_SAVE"):
     def save(*_):
         print("small_main.py: saving", file=sys.stderr, flush=True)
