@@ -22,11 +22,13 @@ class RankWatch(threading.Thread):
     Rank 0 watches all others, and rank 1 watches rank 0. In a single process it does nothing.
 
     Args:
-        notice_after: seconds without a sign.
         timeout: after which the exchange itself fails, for the message.
+        dist_url: how the ranks found each other; only env:// has a store to tell it through.
+        notice_after: seconds without a sign.
     """
 
-    def __init__(self, rank: int, world_size: int, timeout: timedelta, notice_after: float = 60):
+    def __init__(self, rank: int, world_size: int, timeout: timedelta, dist_url: str = "env://",
+                 notice_after: float = 60):
         super().__init__(daemon=True)
         self.rank, self.timeout, self.notice_after = rank, timeout, notice_after
         self.watched = {0: range(1, world_size), 1: range(1)}.get(rank, range(0)) if world_size > 1 else ()
