@@ -48,6 +48,9 @@ class Images(Dataset):
         return self.numbers[index], tf.pil_to_tensor(load_rgb(image.path)), image.read_boxes()
 
 
+MAX_PATCHES = 16_384  # 128 × 128: their correlations take 2 GiB in float64
+
+
 def prepare(pixels: torch.Tensor, patch_size: int, statistics: tuple) -> torch.Tensor:
     """uint8 [3, H, W] -> normalised [1, 3, H', W'], with zeros to the right and below up to whole patches."""
     image = tf.normalize(tf.to_dtype(pixels, torch.float32, scale=True), *statistics)[None]
@@ -57,6 +60,11 @@ def prepare(pixels: torch.Tensor, patch_size: int, statistics: tuple) -> torch.T
 def discover(model: Backbone, pixels: torch.Tensor, args: argparse.Namespace, machine: Machine) -> dict[str, Box]:
     """The box of an image, uint8 [3, H, W], by every method asked for."""
     image = prepare(pixels.to(machine.device), model.patch_size, image_statistics(model))
+    rows, columns = model.grid_size(image)
+    if rows * columns > MAX_PATCHES:
+        raise ConfigError(f"an image of {pixels.shape[2]}×{pixels.shape[1]} has {rows * columns} patches of "
+                          f"{model.patch_size}, more than {MAX_PATCHES}, between which every correlation is needed: "
+                          "scale it down")
     with machine.frozen():
         found = model.features(image, args.layer, keys=args.feature == "keys")
     tokens, grid = getattr(found, args.feature)[0].float(), model.grid_size(image)
@@ -162,5 +170,12 @@ def main(args: argparse.Namespace) -> None:
     finish(args, "object discovery", candidates, table, boxes=boxes)
 
 
+def run(args: argparse.Namespace) -> None:
+    try:
+        main(args)
+    except OSError as error:  # the disk: what is wrong with inputs is a ConfigError
+        raise ConfigError(str(error)) from None
+
+
 if __name__ == "__main__":
-    run_main(main, get_args_parser().parse_args())
+    run_main(run, get_args_parser().parse_args())

@@ -33,6 +33,7 @@ from model_options import (
     Candidate,
     add_model_options,
     add_run_options,
+    check_image_size,
     check_run_options,
     load_candidates,
     pick_dtype,
@@ -141,6 +142,7 @@ def main(args: argparse.Namespace) -> None:
     if device.type == "cpu":
         keep_freed_memory()
     candidates = load_candidates(args, quiet=rank > 0)
+    check_image_size(args.image_size, candidates)
     folders = dump_folders(args, candidates)
     features = [build_feature(c.model, c.info, args.feature, args.layer, dtype=pick_dtype(args.precision, device))
                 for c in candidates]

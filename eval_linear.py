@@ -9,6 +9,7 @@ blocks that they see, and in whether they also see the mean of the patches. Imag
 gives 77.0 % (docs/EVALUATIONS.md).
 """
 import argparse
+import math
 import sys
 from datetime import timedelta
 from typing import NamedTuple
@@ -32,6 +33,7 @@ from model_options import (
     Candidate,
     add_model_options,
     add_run_options,
+    check_image_size,
     check_run_options,
     load_candidates,
     pick_dtype,
@@ -86,8 +88,9 @@ def check_options(args: argparse.Namespace) -> None:
                                 ("image_size", [args.image_size], 16)):
         if min(values) < least:
             raise ConfigError(f"--{name} {min(values)}: give {least} or more")
-    if not min(args.lr) > 0:
-        raise ConfigError(f"--lr {min(args.lr):g}: give more than 0")
+    for lr in args.lr:
+        if not 0 < lr < math.inf:
+            raise ConfigError(f"--lr {lr:g}: give more than 0")
     check_output(args.output, args.overwrite)
 
 
@@ -137,6 +140,7 @@ def main(args: argparse.Namespace) -> None:
     if device.type == "cpu":
         keep_freed_memory()
     candidates = load_candidates(args, quiet=rank > 0)
+    check_image_size(args.image_size, candidates)
     dtype = pick_dtype(args.precision, device)
     features = [TokenFeature(build_feature(candidate.model, candidate.info, args.feature, args.layer, dtype),
                              max(args.n_last_blocks)) for candidate in candidates]

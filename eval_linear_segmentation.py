@@ -34,7 +34,7 @@ from schedules import cosine_schedule
 from segmentation_data import HELP, SegmentationData, find_segmentation_data
 from segmentation_metrics import IGNORE, confusion_matrix, mean_iou
 
-SIDE, STRIDE = 512, 341  # of windows, in pixels; rounded down to whole patches
+SIDE, STRIDE = 512, 341  # of windows, in pixels; the side is rounded down to whole patches
 PUBLISHED_STEPS, PUBLISHED_WARMUP, WARMUP_START = 40_000, 1500, 1e-6
 SCALES = (0.5, 2.0)
 
@@ -150,7 +150,7 @@ def train(model: Backbone, data: SegmentationData, args: argparse.Namespace, mac
 def test(model: Backbone, head: LinearHead, data: SegmentationData, args: argparse.Namespace,
          machine: Machine) -> np.ndarray:
     """The confusion matrix over all test images at full size, int64 [C, C]."""
-    window, stride = (side // model.patch_size * model.patch_size for side in (SIDE, STRIDE))
+    window = SIDE // model.patch_size * model.patch_size
 
     def logits_of(images: torch.Tensor) -> torch.Tensor:
         images = F.pad(images, (0, -images.shape[3] % model.patch_size, 0, -images.shape[2] % model.patch_size))
@@ -162,7 +162,7 @@ def test(model: Backbone, head: LinearHead, data: SegmentationData, args: argpar
     loader = DataLoader(TestImages(data, machine), None, num_workers=args.num_workers)
     for pixels, ids in tqdm(loader, "test", unit="image", disable=machine.rank > 0):
         image = normalise(pixels, model, machine.device)
-        logits = sliding_logits(image, logits_of, data.num_classes, window, stride)
+        logits = sliding_logits(image, logits_of, data.num_classes, window, STRIDE)
         confusion += confusion_matrix(ids.to(machine.device), full_size_prediction(logits, ids.shape), data.num_classes)
     return sum_of_all(confusion).cpu().numpy()
 

@@ -223,11 +223,18 @@ def extract(feature: Callable[[torch.Tensor], torch.Tensor], loader: DataLoader,
             if len(images):
                 stop = start + len(images)
                 found = feature(images.to(device, non_blocking=True))
+                check_finite(found)
                 features[start:stop] = F.normalize(found, dim=1)
                 labels[start:stop] = classes.to(device, non_blocking=True)
                 start = stop
             bar.update(len(readable))
     return Extracted(features[:start], labels[:start], unreadable)
+
+
+def check_finite(features: torch.Tensor) -> None:
+    """Raise ConfigError if a feature is NaN or infinite: comparisons with NaN would count as hits."""
+    if not features.isfinite().all():
+        raise ConfigError("some features are NaN or infinite: use --precision fp32, or another checkpoint")
 
 
 def sum_over_processes(count: int, device: torch.device | str = "cpu") -> int:

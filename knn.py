@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader
 
 from distributed import get_world_size
+from errors import ConfigError
 from image_features import Extracted, ImageFeature, extract, gather_rows, sum_over_processes
 from nearest_neighbours import search
 
@@ -75,10 +76,11 @@ def class_ranks(cosines: torch.Tensor, classes: torch.Tensor, truth: torch.Tenso
         truth: [Q], the queries' classes.
     """
     votes = cosines.new_zeros(len(cosines), num_classes)
-    votes.scatter_add_(1, classes, (cosines / temperature).exp())
+    # relative to the largest, which changes no order: exp(1 / 0.01) would overflow
+    votes.scatter_add_(1, classes, ((cosines - cosines.amax(1, keepdim=True)) / temperature).exp())
     own = votes.gather(1, truth[:, None])
     before = torch.arange(num_classes, device=votes.device) < truth[:, None]
-    return ((votes > own) | (votes == own) & before).sum(1)
+    return (~(votes <= own) | (votes == own) & before).sum(1)
 
 
 @torch.inference_mode()
@@ -94,6 +96,8 @@ def classify(queries: torch.Tensor, truth: torch.Tensor, bank: torch.Tensor, lab
         chunks: query_rows and bank_rows of search.
     """
     total = sum_over_processes(len(labels), labels.device)
+    if not total or not len(queries):
+        raise ConfigError(f"none of the {'test' if total else 'training'} images can be read")
     ks = sorted({min(k, total) for k in ks})
     hits = {k: [0, 0] for k in ks}
     for q, true in zip(queries.split(block), truth.split(block), strict=True):

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from backbones import Backbone, image_statistics
 from distributed import get_rank, get_world_size
 from errors import ConfigError
-from image_features import ImageFeature, LabelledImages, normalise
+from image_features import ImageFeature, LabelledImages, check_finite, normalise
 
 LEARNING_RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)  # for 256 images
 MOMENTUM = 0.9
@@ -208,7 +208,9 @@ def tokens_of(batches: Iterable, feature: TokenFeature, device: torch.device,
         readable = labels >= 0
         images, labels = images[readable], labels[readable]
         if len(images):
-            yield feature(images.to(device, non_blocking=True)), labels.to(device)
+            tokens = feature(images.to(device, non_blocking=True))
+            check_finite(tokens)
+            yield tokens, labels.to(device)
         else:  # a step is taken by all processes together
             yield torch.zeros(0, feature.blocks + 1, feature.dim, device=device), labels.to(device)
 
@@ -274,11 +276,13 @@ def test_heads(heads: list[Heads], loader: DataLoader, feature: TokenFeature, de
         for i, one in enumerate(heads):
             logits = one.logits(tokens)
             own = logits.gather(2, labels[:, None, None].expand(-1, logits.shape[1], 1))
-            better = (logits > own).sum(2)  # classes before the true one
+            better = (~(logits <= own)).sum(2)  # classes before the true one; all of them for a head that is NaN
             hits[i] += torch.stack([(better < 1).sum(0), (better < 5).sum(0)], dim=1)
     if get_world_size() > 1:
         dist.all_reduce(hits)
         dist.all_reduce(count)
+    if not count:
+        raise ConfigError("none of the test images can be read")
     return list(100 * hits / count), sorted(unreadable)
 
 

@@ -177,7 +177,7 @@ def train(run: TrainingRun, loader: CropLoader, folder: RunFolder, log: RunLog |
             stats = train_one_epoch(run, loader, args.log_every, logger, after_step)
             last, agreed = epoch + 1 == args.epochs, interruption.agree()
             row = make_row(stats, epoch)
-            if probe and (last or (epoch + 1) % args.knn_every == 0):
+            if probe and agreed != STOP and (last or (epoch + 1) % args.knn_every == 0):
                 row |= probe(run.teacher)
                 if log:
                     print(f"epoch {epoch}: k-NN top-1 {row['knn_top1']:.2f} %, top-5 {row['knn_top5']:.2f} % "

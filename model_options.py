@@ -66,7 +66,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
 
 def check_run_options(args: argparse.Namespace) -> None:
     """Raise ConfigError for numbers that no run can have."""
-    for name, least in (("batch_size_per_gpu", 1), ("num_workers", 0)):
+    for name, least in (("batch_size_per_gpu", 1), ("num_workers", 0), ("seed", 0)):
         if getattr(args, name) < least:
             raise ConfigError(f"--{name} {getattr(args, name)}: give {least} or more")
     if not 0 < args.dist_timeout < 1e6:
@@ -118,11 +118,20 @@ def load_candidates(args: argparse.Namespace, quiet: bool = False) -> list[Candi
     return found
 
 
+def check_image_size(image_size: int, candidates: list[Candidate]) -> None:
+    """Raise ConfigError if the images are smaller than a patch of one of the networks."""
+    for candidate in candidates:
+        if image_size < candidate.model.patch_size:
+            raise ConfigError(f"--image_size {image_size} is smaller than a patch of {candidate.name}: give "
+                              f"{candidate.model.patch_size} or more")
+
+
 def row_names(paths: list[str]) -> list[str]:
     """Short names that tell the files apart: the last parts of their paths, as many as it takes."""
     parts = [os.path.normpath(path).split(os.sep) for path in paths]
     for count in range(1, max(map(len, parts), default=0) + 1):
         names = [os.sep.join(part[-count:]) for part in parts]
-        if len(set(names)) == len(names):
+        if len({*names, "random"}) == len(names) + 1:  # "random" is the untrained network's
             return names
-    return list(paths)
+    names = list(paths)
+    return [name if name not in names[:i] + ["random"] else f"{name} ({i + 1})" for i, name in enumerate(names)]

@@ -49,6 +49,8 @@ def cut_vector(keys: torch.Tensor, tau: float = TAU, epsilon: float = EPSILON) -
     A joins patches whose cosine is above tau with weight 1, all others with epsilon. With v = D^−½ u, u is the second
     largest eigenvector of the symmetric matrix D^−½ A D^−½, whose largest is D^½ 1.
     """
+    if len(keys) == 1:
+        return torch.ones(1, dtype=torch.float64)
     keys = F.normalize((keys.cpu() if keys.device.type == "mps" else keys).float(), dim=-1)
     edges = torch.where(keys @ keys.T > tau, 1.0, epsilon).double()
     scale = edges.sum(1).rsqrt()

@@ -18,10 +18,10 @@ pytestmark = [pytest.mark.filterwarnings("ignore:The image decoding:DeprecationW
 
 def test_a_run_with_it_trains_as_one_without(image_folder, two_epochs, tmp_path, capsys):
     train_dino(options("--epochs", 2, "--data_path", image_folder, "--output_dir", tmp_path, "--knn_data", image_folder,
-                       "--knn_every", 2, "--tensorboard"))
+                       "--knn_every", 1, "--tensorboard"))
     assert_same(load(tmp_path / "checkpoint.pth")["student"], load(two_epochs / "checkpoint.pth")["student"])
     rows = [json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()]
-    assert "knn_top1" not in rows[0] and 0 <= rows[1]["knn_top1"] <= rows[1]["knn_top5"] <= 100
+    assert "knn_top1" in rows[0] and 0 <= rows[1]["knn_top1"] <= rows[1]["knn_top5"] <= 100
     assert f"epoch 1: k-NN top-1 {rows[1]['knn_top1']:.2f} %" in capsys.readouterr().out
 
 
@@ -37,8 +37,8 @@ def test_figures_are_those_of_the_evaluation(image_folder):
 def test_a_folder_with_train_and_val(image_folder, tmp_path):
     for part in ("train", "val"):
         (tmp_path / part).symlink_to(image_folder)
-    # every image has itself among its neighbours, and k = 20 is all 12 of them
-    assert KnnProbe(tmp_path, 32)(small_wrapper())["knn_top5"] == 100
+    # every image has itself as its nearest neighbour, though k = 20 is all 12 of them
+    assert KnnProbe(tmp_path, 32)(small_wrapper())["knn_top1"] >= 50
 
 
 @pytest.mark.parametrize("words, says", [(["--knn_data", "nowhere"], "there is no folder nowhere"),

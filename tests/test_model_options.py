@@ -69,7 +69,7 @@ def test_unknown_arch_is_refused_by_the_parser(capsys):
 def test_row_names_tell_files_apart():
     assert row_names(["runs/a/checkpoint.pth", "runs/b/checkpoint.pth"]) == ["a/checkpoint.pth", "b/checkpoint.pth"]
     assert row_names(["x/a.pth", "x/b.pth/"]) == ["a.pth", "b.pth"]
-    assert row_names(["a.pth", "a.pth"]) == ["a.pth", "a.pth"] and row_names([]) == []
+    assert row_names(["a.pth", "a.pth"]) == ["a.pth", "a.pth (2)"] and row_names([]) == []
 
 
 def test_results_are_written_whole_and_never_replaced_silently(tmp_path, capsys):

@@ -1,0 +1,70 @@
+"""What must not become a figure: features that are not finite, files that cannot be read, names that clash."""
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+import eval_dense_retrieval
+import eval_knn
+import eval_linear
+from errors import ConfigError, run_main
+from image_features import check_finite
+from knn import class_ranks, classify
+from linear_segmentation import window_starts
+from model_options import row_names
+from object_discovery import cut_vector, tokencut
+
+NAN = float("nan")
+
+
+def test_features_that_are_not_finite_are_an_error_and_no_hits():
+    with pytest.raises(ConfigError, match="NaN or infinite: use --precision fp32"):
+        check_finite(torch.tensor([1.0, NAN]))
+    ranks = class_ranks(torch.full((3, 2), NAN), torch.zeros(3, 2, dtype=torch.long), torch.tensor([0, 1, 2]), 4)
+    assert (ranks > 0).all()
+
+
+def test_votes_at_a_low_temperature():
+    rows, labels = torch.nn.functional.normalize(torch.randn(50, 8), dim=1), torch.arange(50) % 7
+    assert classify(rows, labels, rows, labels, 7, ks=[5], temperature=0.001)[5].top1 == 100
+
+
+def test_nothing_to_classify():
+    rows, none = torch.ones(3, 2), torch.ones(0, 2)
+    with pytest.raises(ConfigError, match="none of the test images"):
+        classify(none, torch.zeros(0, dtype=torch.long), rows, torch.zeros(3, dtype=torch.long), 2)
+    with pytest.raises(ConfigError, match="none of the training images"):
+        classify(rows, torch.zeros(3, dtype=torch.long), none, torch.zeros(0, dtype=torch.long), 2)
+
+
+def test_names_are_unique():
+    assert row_names(["a/w.pth", "b/w.pth"]) == ["a/w.pth", "b/w.pth"]
+    for paths in (["w.pth", "w.pth"], ["random"], ["random", "random", "x"]):
+        names = row_names(paths)
+        assert len({*names, "random"}) == len(paths) + 1
+
+
+def test_an_image_of_one_patch():
+    assert cut_vector(torch.randn(1, 4), 0.2, 1e-5).tolist() == [1.0]
+    assert np.array_equal(tokencut(torch.randn(1, 4), (1, 1)), [[True]])
+
+
+def test_the_stride_of_windows_is_the_published_one(monkeypatch):
+    import eval_linear_segmentation as job
+    assert job.STRIDE == 341 and window_starts(853, 512, job.STRIDE) == [0, 341]
+
+
+@pytest.mark.parametrize("job, words, says", [
+    (eval_linear, ["--lr", "0.1", "nan"], "--lr nan"), (eval_knn, ["--seed", "-1"], "--seed -1"),
+    (eval_knn, ["--image_size", "16", "--patch_size", "32"], "--image_size 16 is smaller than a patch"),
+    (eval_dense_retrieval, ["--seed", "-1"], "--seed -1")])
+def test_options(image_folder, tmp_path, monkeypatch, capsys, job, words, says):
+    for part in ("train", "val"):
+        shutil.copytree(image_folder, tmp_path / part)
+    data = ["--data", f"folders:{tmp_path},{tmp_path}"] if job is eval_dense_retrieval else ["--data_path", tmp_path]
+    monkeypatch.setattr("sys.argv", ["job.py", *map(str, data), "--random_weights", "--arch", "vit_tiny", *words])
+    with pytest.raises(SystemExit) as stop:
+        run_main(job.main, job.get_args_parser().parse_args())
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.count("\n") == 1 and says in err
