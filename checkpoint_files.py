@@ -34,7 +34,10 @@ class WriteError(CheckpointError):
     def __init__(self, path: str | Path, error: OSError):
         kept = "; the file that was there before is kept" if os.path.isfile(path) else ""
         super().__init__(f"{path} cannot be written: {error.strerror or error}{kept}")
-        self.errno = error.errno
+        self.errno, self.parts = error.errno, (path, error)
+
+    def __reduce__(self) -> tuple:
+        return type(self), self.parts  # other ranks get it by pickle
 
 
 def write_checkpoint(state: dict, path: str | Path, previous: Path | None = None,
@@ -78,11 +81,13 @@ def keep_as(path: Path, name: Path) -> None:
     """Give a file a second name, in place of what has that name; where there are no hard links, rename it."""
     temporary = name.with_name(f".{name.name}.{os.getpid()}.tmp")
     try:
+        temporary.unlink(missing_ok=True)
         os.link(path, temporary)
     except OSError:
         shutil.move(path, name)  # which copies, should the two be on different disks
     else:
         os.replace(temporary, name)
+        temporary.unlink(missing_ok=True)  # replace does nothing if both are one file already
 
 
 def _os_error(error: BaseException | None) -> OSError | None:

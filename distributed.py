@@ -139,9 +139,9 @@ def join(launch: Launch, backend: str, port: int = 29500, dist_url: str = "env:/
         return
     if launch.variables[0].startswith("SLURM"):
         os.environ.setdefault("MASTER_ADDR", first_slurm_host())
-    # keep what a launcher has set: `torchrun --standalone` picks a port of its own
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", str(port))
+    if dist_url == "env://":  # keep what a launcher has set: `torchrun --standalone` picks a port of its own
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", str(port))
     more = f"{launch.world_size - 1} other process{'es' * (launch.world_size > 2)}"
     place = f"{os.environ['MASTER_ADDR']}:{read_number('MASTER_PORT', 0)}" if dist_url == "env://" else dist_url
     who = f"rank {launch.rank} ({assignments(launch.variables)})"

@@ -15,6 +15,8 @@ from logger import MetricLogger
 from losses import Losses
 from training_run import TrainingRun
 
+SMALLEST_SCALE = 2.0**-10  # of float16's scaler: after 26 steps in a row that were not finite
+
 
 class NotFiniteError(TrainingError):
     """A loss or a gradient was NaN or infinite; the student is that before the step."""
@@ -52,6 +54,9 @@ def check_step(run: TrainingRun, losses: Losses, norms: torch.Tensor) -> torch.T
 def check_log(run: TrainingRun, logger: MetricLogger) -> None:
     """Raise NotFiniteError if a loss or gradient since the last call was not finite. It waits for the device."""
     steps = len(logger["total"].recent)  # the window is as long as the steps between two calls
+    if run.scaler.is_enabled() and run.scaler.get_scale() < SMALLEST_SCALE:
+        raise NotFiniteError(f"float16's gradients overflow at every scale down to {SMALLEST_SCALE:g}, so that no step "
+                             "is taken: use --precision bf16 or fp32")
     skipped = int(run.skipped_steps)
     bad = [i for i, loss in enumerate(logger["total"].recent) if not math.isfinite(loss)]
     if skipped or bad:

@@ -20,6 +20,8 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_co
 from device_augmentations import DeviceAugmentation, RandomCrops
 from errors import TrainingError
 
+# those that ask a run to end; SIGUSR1 and SIGUSR2 are what Slurm and submitit send before the time is up
+SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
 MAX_RESTARTS = 3  # of workers, in an epoch
 
 
@@ -56,7 +58,7 @@ def init_worker(worker_id: int, first_batch: int, states: list[bytes | None]) ->
         states: random states by worker; None for one that has not given a batch in this epoch.
     """
     # Ctrl-C and Slurm signal every process of a job: the main one decides when the workers end
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (getattr(signal, name) for name in SIGNALS if hasattr(signal, name)):
         signal.signal(number, signal.SIG_IGN)
     if (state := states[worker_id]) is not None:
         torch.set_rng_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))
@@ -187,8 +189,8 @@ class CropLoader:
 
     def state_dict(self) -> dict:
         """Where the epoch is, between two batches, and every random state that the next ones depend on."""
-        state = {"batch": self.position, "rng": torch.get_rng_state(), "worker_rng": dict(self.worker_states),
-                 "num_workers": self.batches.num_workers}
+        state = {"batch": self.position, "batch_size": self.batch_size, "rng": torch.get_rng_state(),
+                 "worker_rng": dict(self.worker_states), "num_workers": self.batches.num_workers}
         return state | ({"cuda_rng": torch.cuda.get_rng_state(self.device)} if self.device.type == "cuda" else {})
 
     def load_state_dict(self, state: dict) -> None:

@@ -8,6 +8,7 @@ The same command again continues from output_dir/checkpoint.pth.
 """
 import argparse
 import errno
+import os
 from datetime import timedelta
 from pathlib import Path
 
@@ -125,7 +126,11 @@ def pretrain(args: argparse.Namespace, loss_class: type[DINOLoss] | None = None)
     folder = RunFolder(args.output_dir)
     on_main_process(folder.lock)
     try:
-        rows, within = together(lambda: resume(run, loader, folder, args, processes))
+        path = on_main_process(folder.find)
+        rows, within = together(lambda: resume(run, loader, folder, path, args, processes))
+        done, freq = run.epoch - 1, args.saveckp_freq
+        if path == folder.last and freq and done >= 0 and done % freq == 0 and run.step % run.steps_per_epoch == 0:
+            on_main_process(lambda: folder.copy_if_missing(done))  # killed before it was written
         if is_main_process():
             print(start_line(args, processes, loader, run, compiled), flush=True)
         log = together(lambda: RunLog(folder.path, run.step > 0, run.epoch, args.tensorboard, rows)
@@ -214,10 +219,11 @@ def write_bad_images(loader: CropLoader, path: Path) -> None:
     try:
         # a resumed run adds to the list of the run before
         earlier = path.read_text(**encoding).splitlines() if path.is_file() else ()
-        path.write_text("".join(f"{line}\n" for line in sorted(loader.bad_images.union(earlier))), **encoding)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        temporary.write_text("".join(f"{line}\n" for line in sorted(loader.bad_images.union(earlier))), **encoding)
+        os.replace(temporary, path)
     except OSError as error:
-        raise TrainingError(f"cannot write {path} ({error.strerror}): make room and run the same command "
-                            "again") from None
+        print(f"warning: cannot write {path} ({error.strerror}); the next epoch will try again", flush=True)
     print(f"warning: {len(loader.bad_images)} of {len(loader.dataset)} images cannot be read and are replaced, see "
           f"{path}", flush=True)
 
@@ -232,8 +238,9 @@ def is_out_of_shared_memory(error: RuntimeError | OSError) -> bool:
 
 def is_lost_contact(error: RuntimeError | OSError) -> bool:
     """Whether an exchange with other processes failed because one of them has ended or does not answer."""
-    return isinstance(error, dist.DistError) or any(words in str(error) for words in (
-        "Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Broken pipe", "gloo", "NCCL"))
+    return isinstance(error, dist.DistNetworkError) or any(words in str(error) for words in (
+        "Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Broken pipe [", "remote process",
+        "Application timeout caused pair closure"))
 
 
 def train_dino(args: argparse.Namespace, loss_class: type[DINOLoss] | None = None) -> None:

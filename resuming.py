@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from checkpoint_files import read_checkpoint
 from data import ClassFolders
-from distributed import Processes, is_distributed, on_main_process
+from distributed import Processes, is_distributed
 from errors import ConfigError
 from loader import CropLoader
 from logger import MetricLogger
@@ -26,6 +26,10 @@ IRRELEVANT = {"data_path", "output_dir", "saveckp_freq", "save_every_minutes", "
               "tensorboard", "num_workers", "max_bad_images", "loader_timeout", "allow_changed", "knn_data",
               "knn_every", "device", "dist_url", "dist_timeout", "port", "local_rank", "world_size",
               "batch_size_per_gpu", "accum_steps", "fused_loss", "compile", "checkpoint_activations"}
+
+
+# paths of one folder on different machines, and what each process or machine has of its own; "data" is compared
+MAY_DIFFER_BETWEEN_RANKS = {"data_path", "knn_data", "num_workers", "device", "dist_url", "port", "local_rank"}
 
 
 def plain_args(args: argparse.Namespace, world_size: int, dataset: ClassFolders | None = None) -> dict:
@@ -88,9 +92,8 @@ def compare_ranks(ours: dict) -> None:
         return
     everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, ours)
-    own = IRRELEVANT - {"output_dir", "batch_size_per_gpu", "accum_steps", "save_every_steps"}  # of each machine
     for rank, theirs in enumerate(everyone):
-        for name in sorted((ours.keys() | theirs.keys()) - own):
+        for name in sorted((ours.keys() | theirs.keys()) - MAY_DIFFER_BETWEEN_RANKS):
             first, other = everyone[0].get(name), theirs.get(name)
             if first != other:
                 raise ConfigError(f"rank {rank} has {option(name)} {other}, rank 0 {first}: start all processes with "
@@ -111,9 +114,12 @@ def epoch_state(loader: CropLoader, logger: MetricLogger) -> dict:
     return {"ranks": ranks}
 
 
-def resume(run: TrainingRun, loader: CropLoader, folder: RunFolder, args: argparse.Namespace,
+def resume(run: TrainingRun, loader: CropLoader, folder: RunFolder, path: Path | None, args: argparse.Namespace,
            processes: Processes) -> tuple[list[dict], dict]:
     """Continue from the folder's checkpoint where there is one, on all ranks alike.
+
+    Args:
+        path: what folder.find returned on rank 0.
 
     Returns:
         the rows of the log so far (None if the checkpoint is of a version that did not keep them), and the state
@@ -122,10 +128,10 @@ def resume(run: TrainingRun, loader: CropLoader, folder: RunFolder, args: argpar
     Raises:
         ConfigError: the checkpoint is damaged, does not fit, or is of another run.
     """
-    path = on_main_process(folder.find)
     if path is None:
         return [], {}
     state = folder.take_state() or read_checkpoint(path)
+    check_types(state, path)
     saved = state.get("args") or {}
     saved = dict(saved) if isinstance(saved, dict) else vars(saved)
     ours = plain_args(args, processes.world_size, loader.dataset)
@@ -143,10 +149,25 @@ def resume(run: TrainingRun, loader: CropLoader, folder: RunFolder, args: argpar
     if run.epoch > args.epochs or (run.epoch == args.epochs and run.step % run.steps_per_epoch):
         raise ConfigError(f"--epochs {args.epochs}, but {path} is in epoch {run.epoch} already: give more --epochs, or "
                           "another --output_dir")
-    done, freq = run.epoch - 1, args.saveckp_freq
-    if freq and done >= 0 and done % freq == 0 and run.step % run.steps_per_epoch == 0 and path == folder.last:
-        on_main_process(lambda: folder.copy(done, replace=False))  # killed before it was written
     return state.get("log"), {"ranks": state["ranks"]} if "ranks" in state else {}
+
+
+def check_types(state: dict, path: Path) -> None:
+    """Raise ConfigError if what a checkpoint holds besides the training state is of other types than it should be."""
+    def rows_ok(rows) -> bool:
+        return rows is None or isinstance(rows, list) and all(
+            isinstance(row, dict) and isinstance(row.get("epoch"), int) for row in rows)
+
+    def ranks_ok(ranks) -> bool:
+        return ranks is None or isinstance(ranks, list) and all(
+            isinstance(rank, dict) and isinstance(rank.get("loader"), dict) and isinstance(rank.get("meters"), dict)
+            for rank in ranks)
+
+    sound = {"args": isinstance(state.get("args"), dict | argparse.Namespace | None), "log": rows_ok(state.get("log")),
+             "ranks": ranks_ok(state.get("ranks")),
+             "step_of_epoch": isinstance(state.get("step_of_epoch", 0), int) and state.get("step_of_epoch", 0) >= 0}
+    if wrong := [name for name, is_sound in sound.items() if not is_sound]:
+        raise ConfigError(f"{path}: its {wrong[0]} is not what a training run writes: give another --output_dir")
 
 
 def convert_steps(steps: int, old_batch: int | None, new_batch: int, path: Path) -> int:
@@ -171,8 +192,9 @@ def begin_epoch(run: TrainingRun, loader: CropLoader, logger: MetricLogger, with
     """
     ranks, step = within.get("ranks", []), run.step % run.steps_per_epoch
     loader.sampler.set_epoch(run.epoch)
-    same = len(ranks) == processes.world_size and (
-        ranks[processes.rank]["loader"]["num_workers"] == loader.batches.num_workers)
+    same = len(ranks) == processes.world_size and all(
+        ranks[processes.rank]["loader"].get(name) == number for name, number in (
+            ("num_workers", loader.batches.num_workers), ("batch_size", loader.batch_size)))
     # seeds depend on the epoch alone: a resumed run draws what the uninterrupted one would have drawn
     fix_random_seeds(seed, processes.rank, run.epoch, *([] if same or not step else [step]))
     if same:

@@ -12,6 +12,7 @@ import contextlib
 import datetime
 import errno
 import os
+import re
 import shutil
 import socket
 from pathlib import Path
@@ -24,6 +25,9 @@ try:
     import fcntl
 except ImportError:  # Windows: without a lock
     fcntl = None
+
+
+LEFTOVER = re.compile(r"\.(checkpoint\d*\.pth|previous\.pth|nan\.pth|log\.txt|bad_images\.txt)\.\d+\.tmp")
 
 
 class RunFolder:
@@ -44,7 +48,11 @@ class RunFolder:
             ConfigError: a live process is training here.
         """
         while fcntl is not None and self.descriptor is None:
-            descriptor = os.open(self.lock_path, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                descriptor = os.open(self.lock_path, os.O_RDWR | os.O_CREAT, 0o644)
+            except OSError as error:
+                raise ConfigError(f"cannot lock {self.lock_path} ({error.strerror}): if no process of another user is "
+                                  "training there, remove it; or choose another --output_dir") from None
             try:
                 # held by the process, unlike flock's: data workers do not inherit it
                 fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -61,12 +69,15 @@ class RunFolder:
                 break
             if self.descriptor is None:
                 os.close(descriptor)  # its holder removed the file in between: lock the new one
-        if self.descriptor is not None:
+        if self.descriptor is None:
+            return
+        with contextlib.suppress(OSError):  # a full disk: the lock holds without the name of its holder
             os.truncate(self.descriptor, 0)
             os.write(self.descriptor, f"process {os.getpid()} on {socket.gethostname()} since "
                                       f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S}\n".encode())
         for leftover in self.path.glob(".*.tmp"):
-            leftover.unlink(missing_ok=True)
+            if LEFTOVER.fullmatch(leftover.name) and leftover.is_file():
+                leftover.unlink(missing_ok=True)
 
     def unlock(self) -> None:
         if self.descriptor is not None:
@@ -99,7 +110,8 @@ class RunFolder:
                 print(f"warning: {damage or f'there is no {self.last}'}; continuing from the one before, "
                       f"{self.previous}", flush=True)
                 if damage:
-                    os.replace(self.last, self.path / "damaged.pth")
+                    with contextlib.suppress(OSError):
+                        os.replace(self.last, self.path / "damaged.pth")
                 return self.previous
         copies = sorted(path.name for path in self.path.glob("checkpoint[0-9]*.pth"))
         if damage or copies:
@@ -126,13 +138,23 @@ class RunFolder:
         if epoch is not None:
             self.copy(epoch)
 
-    def copy(self, epoch: int, replace: bool = True) -> None:
+    def copy_if_missing(self, epoch: int) -> None:
+        """Make a copy that was due when the run before was killed; a full disk is a warning."""
+        try:
+            if not self.numbered(epoch).is_file():
+                self.copy(epoch)
+        except WriteError as error:
+            print(f"warning: {error}", flush=True)
+
+    def copy(self, epoch: int) -> None:
         """Copy checkpoint.pth to its numbered name, whole or not at all."""
-        if not replace and self.numbered(epoch).is_file():
-            return
         temporary = self.path / f".{self.numbered(epoch).name}.{os.getpid()}.tmp"
         try:
-            shutil.copyfile(self.last, temporary)
+            temporary.unlink(missing_ok=True)
+            try:
+                os.link(self.last, temporary)  # no file is ever written in place, so that two names can share one
+            except OSError:
+                shutil.copyfile(self.last, temporary)
             os.replace(temporary, self.numbered(epoch))
         except OSError as error:
             raise WriteError(self.numbered(epoch), error) from None

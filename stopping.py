@@ -1,7 +1,7 @@
 """Ending a run between two steps: signals, a launcher that is gone, and how all ranks agree.
 
-A signal only sets a flag. After each step the ranks exchange what they want, by a sum of one number that is collected a
-step later, so that nobody waits for it; all of them then save and end after the same step.
+A signal only sets a flag. After each step the ranks exchange what they want, by the maximum of one number that is
+collected a step later, so that nobody waits for it; all of them then save and end after the same step.
 """
 import multiprocessing
 import os
@@ -17,15 +17,14 @@ import torch.distributed as dist
 
 from distributed import is_distributed, is_main_process
 from errors import program_name
+from loader import SIGNALS
 
 CONTINUE, SAVE, STOP = range(3)
-# SIGUSR1 and SIGUSR2 are what Slurm and submitit send before the time is up
-SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
 LAUNCHER = os.getppid()
 
 
 class Interruption:
-    """While entered, signals are wishes to stop; so are a launcher's end, and the time for a save is one to save.
+    """While entered, a signal or the launcher's end asks the run to stop, and the clock asks it to save.
 
     A signal that the process ignored before, such as SIGHUP under nohup, stays ignored. A second Ctrl-C ends the
     process at once.

@@ -104,7 +104,8 @@ def test_nan_is_found_however_seldom_the_log_is_read():
         logger.update(total=torch.tensor(float("nan") if step == 3 else 1.0))
     logger.read()
     with pytest.raises(TrainingError, match=r"step 103 of epoch 2 \(iteration 503\)"):
-        check_log(SimpleNamespace(step=550, steps_per_epoch=200, skipped_steps=torch.zeros(())), logger)
+        check_log(SimpleNamespace(step=550, steps_per_epoch=200, skipped_steps=torch.zeros(()),
+                                  scaler=torch.amp.GradScaler("cpu", enabled=False)), logger)
 
 
 def test_loss_that_is_not_finite_stops_and_names_the_step(image_folder, tmp_path, monkeypatch):

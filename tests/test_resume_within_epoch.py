@@ -9,6 +9,7 @@ from small_job import load, options
 
 import engine
 from errors import CONTINUE_STATUS, ConfigError, RunStopped
+from loader import RankSampler
 from main_selfpatch import train_dino
 
 pytestmark = [pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning"),
@@ -79,6 +80,27 @@ def test_other_numbers_of_workers_continue_with_the_same_images(image_folder, tm
     out = capsys.readouterr().out
     assert "resuming in epoch 0 after step 1" in out and "step 2/3" in out
     assert load(tmp_path / "checkpoint.pth")["optimizer"]["state"][0]["step"] == 3
+
+
+@pytest.mark.parametrize("then", [["--batch_size_per_gpu", 2, "--accum_steps", 2], ["--num_workers", 1]])
+def test_every_image_is_seen_once_whatever_divides_the_batch(image_folder, tmp_path, monkeypatch, then):
+    """Four images a step, stopped after one step, and continued in halves or by a worker."""
+    read, words = [], ["--epochs", 1, "--data_path", image_folder, "--output_dir", tmp_path, "--num_workers", 0]
+    order = RankSampler.__iter__
+
+    def recorded(sampler):
+        for i in order(sampler):
+            read.append(i)
+            yield i
+
+    monkeypatch.setattr(RankSampler, "__iter__", recorded)
+    with monkeypatch.context() as patch, pytest.raises(RunStopped):
+        signal_at(patch, 0)
+        train_dino(options(*words))
+    first = read[:4]
+    read.clear()
+    train_dino(options(*words, *then))
+    assert sorted(first + read) == list(range(12))
 
 
 def test_another_batch_within_an_epoch_is_refused_where_it_does_not_fit(image_folder, tmp_path, monkeypatch):

@@ -88,6 +88,16 @@ def test_steps_that_float16_skips_move_neither_teacher_nor_centres():
     assert not torch.equal(state(run)["teacher"]["backbone.pos_embed"], before["teacher"]["backbone.pos_embed"])
 
 
+def test_float16_that_never_takes_a_step_ends_the_run():
+    run, logger = make_run(dtype=torch.float16), MetricLogger(window=1)
+    poison(run)
+    with pytest.raises(NotFiniteError, match="overflow at every scale.*--precision bf16 or fp32"):
+        for _ in range(40):
+            logger.update(**train_step(run, CROPS)._asdict())
+            logger.read()
+            check_log(run, logger)
+
+
 def test_the_run_ends_and_keeps_the_state_before_the_step(image_folder, tmp_path, monkeypatch, small_network):
     step = engine.train_step
 

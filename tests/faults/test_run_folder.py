@@ -1,6 +1,7 @@
 """A run's folder: its lock, the checkpoint before, leftovers, copies, and disks that fail."""
 import errno
 import os
+import pickle
 import random
 import shutil
 import subprocess
@@ -13,7 +14,7 @@ from processes import SCRIPT
 from small_job import load, options
 
 import checkpoint_files
-from checkpoint_files import CheckpointError, read_checkpoint, write_checkpoint
+from checkpoint_files import CheckpointError, WriteError, read_checkpoint, write_checkpoint
 from errors import ConfigError, TrainingError
 from main_selfpatch import train_dino
 from run_folder import RunFolder
@@ -59,14 +60,48 @@ def test_a_lock_file_that_is_removed_meanwhile_is_locked_anew(tmp_path, monkeypa
     folder.unlock()
 
 
-def test_leftovers_of_a_killed_process_are_removed(tmp_path):
-    for name in (".checkpoint.pth.123.tmp", ".checkpoint0010.pth.7.tmp", ".log.txt.9.tmp"):
+def test_leftovers_of_a_killed_process_are_removed_and_nothing_else(tmp_path):
+    for name in (".checkpoint.pth.123.tmp", ".checkpoint0010.pth.7.tmp", ".log.txt.9.tmp", ".previous.pth.1.tmp"):
         (tmp_path / name).write_text("half")
-    (tmp_path / ".gitignore").write_text("*")
+    (tmp_path / ".vimrc.tmp").write_text("mine")
+    (tmp_path / ".other.tmp").mkdir()
     folder = RunFolder(tmp_path)
     folder.lock()
     folder.unlock()
-    assert [path.name for path in tmp_path.iterdir()] == [".gitignore"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".other.tmp", ".vimrc.tmp"]
+
+
+def test_a_lock_that_cannot_be_made_is_one_line(tmp_path, words):
+    (tmp_path / "run.lock").mkdir()
+    with pytest.raises(ConfigError, match="cannot lock .*run.lock .Is a directory.*remove it"):
+        train_dino(options(*words))
+
+
+def test_a_kill_between_the_two_renames_leaves_nothing_behind(tmp_path):
+    folder = RunFolder(tmp_path)
+    for number in (1, 2):
+        folder.save({"number": number})
+    os.link(folder.last, tmp_path / f".previous.pth.{os.getpid()}.tmp")
+    folder.previous.unlink()
+    os.link(folder.last, folder.previous)  # both names are of one file now
+    for number in (3, 4):
+        folder.save({"number": number})
+    assert (load(folder.last)["number"], load(folder.previous)["number"]) == (4, 3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint.pth", "previous.pth"]
+
+
+def test_errors_reach_other_ranks_whole(tmp_path):
+    error = pickle.loads(pickle.dumps(WriteError(tmp_path / "x", OSError(errno.ENOSPC, "No space left on device"))))
+    assert error.errno == errno.ENOSPC and "x cannot be written: No space left on device" in str(error)
+
+
+@pytest.mark.parametrize("change", [{"args": "x"}, {"log": [{}]}, {"log": 5}, {"step_of_epoch": "x"},
+                                    {"step_of_epoch": -1}, {"ranks": [{}]}, {"ranks": 5}, {"epoch": None},
+                                    {"student": 3}, {"optimizer": {}}, {"dino_loss": {"center": torch.zeros(2)}}])
+def test_checkpoints_of_other_shapes_are_one_line(two_epochs, tmp_path, words, change):
+    torch.save(load(two_epochs / "checkpoint0000.pth") | change, tmp_path / "checkpoint.pth")
+    with pytest.raises(ConfigError, match="^[^\n]*$"):
+        train_dino(options(*words))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
