@@ -14,7 +14,13 @@ from finite import check_log, check_step, gradient_norms
 from loader import CropLoader
 from logger import MetricLogger
 from losses import DINOLoss, Losses
-from optim import all_finite, cancel_gradients_last_layer, clip_gradients, update_teacher
+from optim import (
+    all_finite,
+    cancel_gradients_backbone,
+    cancel_gradients_last_layer,
+    clip_gradients,
+    update_teacher,
+)
 from training_run import TrainingRun
 
 
@@ -54,6 +60,7 @@ def train_step(run: TrainingRun, batches: Iterable[list[torch.Tensor]]) -> Losse
     if run.clip_grad:
         clip_gradients(run.student, run.clip_grad, norms)
     cancel_gradients_last_layer(run.epoch, run.student, run.freeze_last_layer)
+    cancel_gradients_backbone(run.epoch, run.student_module, run.freeze_backbone_epochs)
     run.scaler.step(run.optimizer)
     run.scaler.update()
     skipped = {"finite": finite} if run.scaler.is_enabled() else {}

@@ -33,6 +33,7 @@ from errors import ArgumentParser, ConfigError, RunStopped, TrainingError, run_m
 from finite import NotFiniteError, check_log
 from fused_loss import FusedDINOLoss
 from image_files import UnreadableImage
+from initial_weights import read_initial_weights, set_initial_weights
 from knn_probe import KnnProbe
 from loader import CropLoader
 from logger import MetricLogger, RunLog, make_row
@@ -89,7 +90,7 @@ def build_run(args: argparse.Namespace, processes: Processes, steps_per_epoch: i
     dino_loss = loss_class(args.out_dim, args.out_dim_selfpatch, 2 + args.local_crops_number,
                            args.warmup_teacher_temp, args.teacher_temp, args.warmup_teacher_temp_epochs, args.epochs,
                            patch_loss_weight=args.patch_loss_weight).to(device)
-    optimizer = build_optimizer(student, args.optimizer)
+    optimizer = build_optimizer(student, args.optimizer, args.layer_decay)
     if compiled:
         if args.checkpoint_activations:
             torch._dynamo.config.optimize_ddp = False  # older torch cannot split a graph that has checkpoints in it
@@ -104,7 +105,7 @@ def build_run(args: argparse.Namespace, processes: Processes, steps_per_epoch: i
                                 args.warmup_epochs, args.weight_decay, args.weight_decay_end, args.momentum_teacher)
     return TrainingRun(student, teacher, dino_loss, optimizer, schedules,
                        choose_precision(args.precision, args.use_fp16, device), args.clip_grad,
-                       args.freeze_last_layer, args.accum_steps)
+                       args.freeze_last_layer, args.accum_steps, args.freeze_backbone_epochs)
 
 
 def pretrain(args: argparse.Namespace, loss_class: type[DINOLoss] | None = None) -> None:
@@ -114,6 +115,11 @@ def pretrain(args: argparse.Namespace, loss_class: type[DINOLoss] | None = None)
     processes = init_distributed_mode(args.device, args.local_rank, args.port, args.dist_url,
                                       timedelta(minutes=args.dist_timeout))
     compiled = choose_compile(args.compile, processes.device)
+    folder = RunFolder(args.output_dir)
+    continues = on_main_process(folder.has_run)
+    # before the images are listed, which can take minutes
+    weights = together(lambda: read_initial_weights(args.init_weights, args.arch, args.patch_size)
+                       if args.init_weights and not continues else None)
     loader = together(lambda: build_loader(args, processes, compiled))
     probe = together(lambda: build_probe(args, processes))
     saved_args = plain_args(args, processes.world_size, loader.dataset)
@@ -123,11 +129,15 @@ def pretrain(args: argparse.Namespace, loss_class: type[DINOLoss] | None = None)
     if processes.device.type == "cpu":
         keep_freed_memory()
     run = build_run(args, processes, len(loader) // args.accum_steps, compiled, loss_class)
-    folder = RunFolder(args.output_dir)
     on_main_process(folder.lock)
     try:
         path = on_main_process(folder.find)
         rows, within = together(lambda: resume(run, loader, folder, path, args, processes))
+        if weights and path is None:
+            line = together(lambda: set_initial_weights(run.student_module, run.teacher, *weights))
+            if is_main_process():
+                print(line)
+        weights = None
         done, freq = run.epoch - 1, args.saveckp_freq
         if path == folder.last and freq and done >= 0 and done % freq == 0 and run.step % run.steps_per_epoch == 0:
             on_main_process(lambda: folder.copy_if_missing(done))  # killed before it was written
@@ -286,7 +296,8 @@ def start_line(args: argparse.Namespace, processes: Processes, loader: CropLoade
             f"{', compiled (the first steps take minutes)' if compiled else ''}; "
             + (f"resuming in epoch {run.epoch} after step {run.step % run.steps_per_epoch}"
                if run.step % run.steps_per_epoch else
-               f"resuming after epoch {run.epoch - 1}" if run.epoch else "starting from scratch")
+               f"resuming after epoch {run.epoch - 1}" if run.epoch else
+               f"starting from {args.init_weights or 'scratch'}")
             + (f"\n{loader.dataset.unread_summary()}" if loader.dataset.unread_summary() else ""))
 
 

@@ -3,22 +3,57 @@ import torch
 from torch import nn
 
 
-def get_params_groups(model: nn.Module) -> list[dict]:
-    """Trainable parameters in two groups: with weight decay, and (biases and one-dimensional ones) without."""
+def get_params_groups(model: nn.Module, layer_decay: float = 1.0) -> list[dict]:
+    """Trainable parameters in two groups: with weight decay, and (biases and one-dimensional ones) without.
+
+    Args:
+        layer_decay: below 1, two groups for each layer of model.backbone; see get_layer_groups.
+    """
+    if layer_decay != 1:
+        return get_layer_groups(model, layer_decay)
     decayed, not_decayed = [], []
     for name, p in model.named_parameters():
         if p.requires_grad:
-            (not_decayed if name.endswith(".bias") or p.ndim == 1 else decayed).append(p)
+            (decayed if is_decayed(name, p) else not_decayed).append(p)
     return [{"params": decayed}, {"params": not_decayed, "weight_decay": 0.0}]
 
 
-def build_optimizer(model: nn.Module, name: str = "adamw") -> torch.optim.Optimizer:
+def is_decayed(name: str, p: nn.Parameter) -> bool:
+    return not name.endswith(".bias") and p.ndim > 1
+
+
+def get_layer_groups(model: nn.Module, layer_decay: float) -> list[dict]:
+    """Two groups for each layer, with lr_scale, the factor on the learning rate, and whether weight decay applies.
+
+    The factor is layer_decay^(depth + 1 - i): i is 0 for the embeddings, 1 to depth for the blocks of model.backbone,
+    and depth + 1 for all else.
+    """
+    depth, groups = len(model.backbone.blocks), {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            layer = layer_number(name, depth)
+            groups.setdefault((layer, is_decayed(name, p)), []).append(p)
+    return [{"params": params, "lr_scale": float(layer_decay) ** (depth + 1 - layer), "decayed": decayed}
+            | ({} if decayed else {"weight_decay": 0.0})
+            for (layer, decayed), params in sorted(groups.items(), key=lambda item: item[0])]
+
+
+def layer_number(name: str, depth: int) -> int:
+    if not name.startswith("backbone."):
+        return depth + 1
+    if name.startswith("backbone.blocks."):
+        return int(name.split(".")[2]) + 1
+    return depth + 1 if name.startswith("backbone.norm.") else 0
+
+
+def build_optimizer(model: nn.Module, name: str = "adamw", layer_decay: float = 1.0) -> torch.optim.Optimizer:
     """AdamW, SGD with momentum 0.9, or LARS, over get_params_groups(model); schedules set rate and weight decay.
 
     Args:
         name: adamw, sgd or lars.
+        layer_decay: see get_params_groups.
     """
-    groups, device = get_params_groups(model), next(model.parameters()).device
+    groups, device = get_params_groups(model, layer_decay), next(model.parameters()).device
     if name == "adamw":
         return torch.optim.AdamW(groups, fused=device.type in ("cuda", "cpu"))
     if name == "sgd":
@@ -50,6 +85,13 @@ def cancel_gradients_last_layer(epoch: int, model: nn.Module, freeze_last_layer:
                 p.grad = None
 
 
+def cancel_gradients_backbone(epoch: int, model: nn.Module, freeze_backbone_epochs: int) -> None:
+    """Remove the gradients of model.backbone while epoch < freeze_backbone_epochs: no update, decay or moments."""
+    if epoch < freeze_backbone_epochs:
+        for p in model.backbone.parameters():
+            p.grad = None
+
+
 @torch.no_grad()
 def update_teacher(student: nn.Module, teacher: nn.Module, momentum: float,
                    finite: torch.Tensor | None = None) -> None:
@@ -74,16 +116,21 @@ def all_finite(model: nn.Module) -> bool:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Load state but keep the implementation (fused, foreach), which differs between devices and torch versions.
+    """Load state but keep each group's factor on the rate, and the implementation (fused, foreach), which differs
+    between devices and torch versions.
 
     Raises:
-        ValueError: the state is of another kind of optimizer.
+        ValueError: the state is of another kind of optimizer, or of other groups.
     """
     signature = {"betas", "momentum", "eta"}  # tells AdamW, SGD and LARS apart
     own, saved = (signature.intersection(groups[0]) for groups in (optimizer.param_groups, state["param_groups"]))
     if own != saved:
         raise ValueError(f"it is another kind of optimizer, one with {' and '.join(sorted(saved))}")
-    groups = [group | {name: current[name] for name in ("fused", "foreach", "capturable") if name in current}
+    if len(state["param_groups"]) != len(optimizer.param_groups):
+        raise ValueError(f"it has {len(state['param_groups'])} groups of parameters, not {len(optimizer.param_groups)} "
+                         "(--layer_decay makes them)")
+    own = ("fused", "foreach", "capturable", "lr_scale")
+    groups = [group | {name: current[name] for name in own if name in current}
               for group, current in zip(state["param_groups"], optimizer.param_groups, strict=True)]
     optimizer.load_state_dict(state | {"param_groups": groups})
 

@@ -5,6 +5,7 @@ import os
 import tempfile
 from pathlib import Path
 
+from checkpoints import resolve_path
 from errors import ArgumentParser, ConfigError
 from logger import check_log
 from resuming import FIXED
@@ -37,6 +38,10 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
                             "less stable; keep it true for vit_base")
     group.add_argument("--use_bn_in_head", default=False, type=bool_flag, help="BatchNorm in both projection heads")
     group.add_argument("--drop_path_rate", default=0.1, type=float, help="stochastic depth of the student's last block")
+    group.add_argument("--init_weights", default="", type=os.path.expanduser, metavar="FILE",
+                       help="start from a checkpoint of any kind, or a run's folder: both backbones, and the heads of "
+                            "a SelfPatch run where they fit. Lower --lr, --epochs and --warmup_epochs then; see "
+                            "docs/POST_TRAINING.md. A run that is resumed does not use it")
 
 
 def add_loss_options(parser: argparse.ArgumentParser) -> None:
@@ -76,6 +81,11 @@ def add_optimisation_options(parser: argparse.ArgumentParser) -> None:
                        help="largest norm of each tensor's gradient, 0 for none; 0.3 can help if training diverges")
     group.add_argument("--freeze_last_layer", default=1, type=int,
                        help="epochs in which the heads' last layers stay frozen; try more if the loss does not fall")
+    group.add_argument("--freeze_backbone_epochs", default=0, type=int,
+                       help="epochs in which the student's backbone stays frozen, so that fresh heads do not spoil it")
+    group.add_argument("--layer_decay", default=1.0, type=float,
+                       help="learning rate of a block relative to that of the block after it; 1: all blocks learn "
+                            "alike. 0.65 to 0.9 keep what early blocks have learnt, with --init_weights")
     group.add_argument("--use_fp16", default=True, type=bool_flag,
                        help="mixed precision on GPUs: bfloat16 where the GPU supports it, else float16. Turn it off if "
                             "the loss becomes NaN; other devices use float32 either way")
@@ -160,6 +170,9 @@ def check_args(args: argparse.Namespace) -> None:
     require(os.path.isdir(args.data_path),
             f"there is no folder {args.data_path}: give --data_path, a folder of class folders of images")
     check_output_dir(Path(args.output_dir), args.tensorboard)
+    # a run that goes on does not use the file, which may be gone by then
+    require(not args.init_weights or RunFolder(args.output_dir).has_run() or resolve_path(args.init_weights).exists(),
+            f"there is no file {args.init_weights}: give --init_weights a checkpoint, or a run's folder")
 
 
 def check_output_dir(output: Path, tensorboard: bool) -> None:
@@ -183,7 +196,8 @@ def require(condition: bool, message: str) -> None:
 LARGEST = {"epochs": 10**6, "batch_size_per_gpu": 10**6, "accum_steps": 10**6, "patch_size": 10**4,
            "out_dim": 10**8, "out_dim_selfpatch": 10**8, "local_crops_number": 1000, "global_crops_size": 10**4,
            "local_crops_size": 10**4, "num_workers": 1000, "seed": 2**63 - 1, "log_every": 10**9, "saveckp_freq": 10**9,
-           "save_every_steps": 10**12, "save_every_minutes": 10**6, "freeze_last_layer": 10**9, "port": 65535}
+           "save_every_steps": 10**12, "save_every_minutes": 10**6, "freeze_last_layer": 10**9,
+           "freeze_backbone_epochs": 10**9, "port": 65535}
 
 
 def check_ranges(args: argparse.Namespace) -> None:
@@ -194,7 +208,8 @@ def check_ranges(args: argparse.Namespace) -> None:
                  "accum_steps", "knn_every"):
         require(getattr(args, name) > 0, f"--{name} is {getattr(args, name)}: it must be at least 1")
     for name in ("local_crops_number", "num_workers", "warmup_epochs", "warmup_teacher_temp_epochs", "clip_grad",
-                 "patch_loss_weight", "saveckp_freq", "save_every_minutes", "save_every_steps"):
+                 "patch_loss_weight", "saveckp_freq", "save_every_minutes", "save_every_steps",
+                 "freeze_backbone_epochs"):
         require(getattr(args, name) >= 0, f"--{name} is {getattr(args, name)}: it must not be negative")
     for name in ("lr", "min_lr", "weight_decay", "weight_decay_end", "seed"):
         require(0 <= getattr(args, name) < math.inf, f"--{name} is {getattr(args, name)}: it must be 0 or more")
@@ -206,6 +221,7 @@ def check_ranges(args: argparse.Namespace) -> None:
     require(0 < args.dist_timeout <= 100_000,
             f"--dist_timeout is {args.dist_timeout}: it must be above 0 and at most 100000 minutes")
     require(0 <= args.drop_path_rate < 1, f"--drop_path_rate is {args.drop_path_rate}: it must be from 0 to below 1")
+    require(0 < args.layer_decay <= 1, f"--layer_decay is {args.layer_decay}: it must be above 0 and at most 1")
     require(0 <= args.momentum_teacher <= 1, f"--momentum_teacher is {args.momentum_teacher}: it must be from 0 to 1")
     require(1 <= args.k_num <= 8, f"--k_num is {args.k_num}, but a patch has 8 neighbours: choose 1 to 8")
     for name in ("warmup_epochs", "warmup_teacher_temp_epochs"):

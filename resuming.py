@@ -1,5 +1,6 @@
 """Continuing a run: what its checkpoint holds besides the training state, and whether it is still the same run."""
 import argparse
+import os
 import zlib
 from pathlib import Path
 
@@ -22,9 +23,9 @@ from vision_transformer import ARCHS
 FIXED = ("k_num", "norm_last_layer", "patch_loss_weight", "global_crops_scale", "global_crops_size",
          "local_crops_number", "local_crops_scale", "local_crops_size", "seed", "batch", "data")
 # where files are and how the work is done, not what is computed
-IRRELEVANT = {"data_path", "output_dir", "saveckp_freq", "save_every_minutes", "save_every_steps", "log_every",
-              "tensorboard", "num_workers", "max_bad_images", "loader_timeout", "allow_changed", "knn_data",
-              "knn_every", "device", "dist_url", "dist_timeout", "port", "local_rank", "world_size",
+IRRELEVANT = {"data_path", "output_dir", "init_weights", "saveckp_freq", "save_every_minutes", "save_every_steps",
+              "log_every", "tensorboard", "num_workers", "max_bad_images", "loader_timeout", "allow_changed",
+              "knn_data", "knn_every", "device", "dist_url", "dist_timeout", "port", "local_rank", "world_size",
               "batch_size_per_gpu", "accum_steps", "fused_loss", "compile", "checkpoint_activations"}
 
 
@@ -76,6 +77,20 @@ def compare_with_checkpoint(ours: dict, theirs: dict, allowed: list[str], path: 
         raise ConfigError(f"{path} is of another run: {what}; give its values, choose another --output_dir, or "
                           f"continue all the same with --allow_changed {' '.join(refused)}")
     return [f"changed since the checkpoint: {option(name)} {new} (was {old})" for name, (new, old) in changed.items()]
+
+
+def unused_weights(given: str, saved: str | None, path: Path) -> str:
+    """The line about --init_weights where a run continues; empty where the option is not given.
+
+    Args:
+        saved: with which the run began, "" for random weights; None if its checkpoint does not say.
+    """
+    if not given:
+        return ""
+    began = ""
+    if saved is not None and (not saved or os.path.abspath(saved) != os.path.abspath(given)):
+        began = f", of a run that began from {saved or 'random weights'}: for a new run choose another --output_dir"
+    return f"--init_weights {given} is not used: continuing from {path}{began}"
 
 
 def option(name: str) -> str:
@@ -138,6 +153,8 @@ def resume(run: TrainingRun, loader: CropLoader, folder: RunFolder, path: Path |
     for line in compare_with_checkpoint(ours, saved, args.allow_changed, path):
         if processes.rank == 0:
             print(line)
+    if processes.rank == 0 and (line := unused_weights(args.init_weights, saved.get("init_weights"), path)):
+        print(line)
     if steps := state.get("step_of_epoch"):
         state["step_of_epoch"] = convert_steps(steps, with_batch(saved).get("batch"), with_batch(ours)["batch"], path)
     try:

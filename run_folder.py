@@ -89,6 +89,10 @@ class RunFolder:
     def numbered(self, epoch: int) -> Path:
         return self.path / f"checkpoint{epoch:04}.pth"
 
+    def has_run(self) -> bool:
+        """Whether find would continue from a checkpoint, as long as one of them is sound."""
+        return self.last.is_file() or self.previous.is_file()
+
     def find(self) -> Path | None:
         """The checkpoint to continue from, None where there has been no run; take_state gives what it holds.
 

@@ -83,6 +83,7 @@ class TrainingRun:
         clip_grad: largest norm of each gradient tensor, 0 for no clipping.
         freeze_last_layer: epochs in which the heads' last layers do not change.
         accum_steps: small batches per step.
+        freeze_backbone_epochs: epochs in which the student's backbone does not change.
 
     Attributes:
         step: steps done, of the whole run.
@@ -91,11 +92,12 @@ class TrainingRun:
 
     def __init__(self, student: nn.Module, teacher: MultiCropWrapper, dino_loss: DINOLoss,
                  optimizer: torch.optim.Optimizer, schedules: Schedules, dtype: torch.dtype = torch.float32,
-                 clip_grad: float = 3.0, freeze_last_layer: int = 1, accum_steps: int = 1):
+                 clip_grad: float = 3.0, freeze_last_layer: int = 1, accum_steps: int = 1,
+                 freeze_backbone_epochs: int = 0):
         self.student, self.teacher, self.dino_loss, self.optimizer = student, teacher, dino_loss, optimizer
         self.schedules, self.step = schedules, 0
         self.dtype, self.clip_grad, self.freeze_last_layer = dtype, clip_grad, freeze_last_layer
-        self.accum_steps = accum_steps
+        self.accum_steps, self.freeze_backbone_epochs = accum_steps, freeze_backbone_epochs
         self.device = next(student.parameters()).device
         self.reads_are_free = self.device.type == "cpu"  # a GPU would have to be waited for
         self.skipped_steps, self.bad_norms = torch.zeros((), device=self.device), None  # see finite.py
@@ -116,10 +118,11 @@ class TrainingRun:
 
     def set_rates(self) -> None:
         """Give the optimiser this step's learning rate and weight decay."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.schedules.lr(self.step)
-        # the second group, biases and norms, is never decayed
-        self.optimizer.param_groups[0]["weight_decay"] = self.schedules.weight_decay(self.step)
+        for i, group in enumerate(self.optimizer.param_groups):
+            group["lr"] = self.schedules.lr(self.step) * group.get("lr_scale", 1.0)
+            # biases and norms, the second of two groups, are never decayed
+            if group.get("decayed", i == 0):
+                group["weight_decay"] = self.schedules.weight_decay(self.step)
 
     def state_dict(self) -> dict:
         """The published layout; the student's keys begin with module. under DistributedDataParallel.

@@ -32,7 +32,7 @@ def test_published_defaults():
         "patch_loss_weight": 0.1, "drop_path_rate": 0.1, "global_crops_size": 224, "local_crops_size": 96,
         "log_every": 10, "device": "auto", "precision": "auto", "tensorboard": False,
         "accum_steps": 1, "compile": "auto", "checkpoint_activations": False, "augment": "auto", "fused_loss": "auto",
-        "max_bad_images": 0.001}
+        "max_bad_images": 0.001, "init_weights": "", "freeze_backbone_epochs": 0, "layer_decay": 1.0}
 
 
 def test_published_command_and_launchers_options():
@@ -109,6 +109,12 @@ def test_precision_by_device(monkeypatch, device, has_bf16, words, dtype):
     (["--dist_timeout", "inf"], "--dist_timeout is inf"),
     (["--lr", "nan"], "--lr is nan"),
     (["--teacher_temp", "0"], "--teacher_temp is 0.0"),
+    (["--init_weights", "nowhere.pth"], "there is no file nowhere.pth: give --init_weights"),
+    (["--freeze_backbone_epochs", "-1"], "--freeze_backbone_epochs is -1"),
+    (["--layer_decay", "0"], "--layer_decay is 0.0"),
+    (["--layer_decay", "1.5"], "--layer_decay is 1.5"),
+    (["--layer_decay", "nan"], "--layer_decay is nan"),
+    (["--layer_decay", "0.5", "--output_dir", "{resumed}"], "2 groups of parameters, not 1"),
     (["--drop_path_rate", "1"], "--drop_path_rate is 1.0"),
     (["--optimizer", "sgd", "--output_dir", "{resumed}"], "another kind of optimizer, one with betas"),
     (["--out_dim", "63", "--output_dir", "{resumed}"], "does not fit this run's options")])
