@@ -178,6 +178,14 @@ def build_head(info: CheckpointInfo, k_num: int | None = None) -> SelfPatchHead:
     return head.eval()
 
 
+def print_line(model: VisionTransformer, info: CheckpointInfo) -> None:
+    """What was loaded, in one line, and a note where its number of attention heads is a guess."""
+    print(f"loaded {info}")
+    if info.kind.startswith("mmdet") and not info.num_heads:
+        print(f"note: {model.num_heads} attention heads, as in pretraining; the file does not record the number, "
+              "and the published detectors have 8: load_backbone(path, num_heads=8)")
+
+
 def load_with_info(path: str | Path, key: str = "teacher", arch: str | None = None, patch_size: int | None = None,
                    random_weights: bool = False, **kwargs) -> tuple[VisionTransformer, CheckpointInfo | None]:
     """Load a backbone for a job and print one line about it; see read_backbone and build_backbone.
@@ -195,10 +203,7 @@ def load_with_info(path: str | Path, key: str = "teacher", arch: str | None = No
         if "num_heads" in kwargs:
             info = info.with_heads(kwargs["num_heads"], "as asked for")
         model = build_backbone(state, info, arch, patch_size, **kwargs)
-        print(f"loaded {info}")
-        if info.kind.startswith("mmdet") and not info.num_heads:
-            print(f"note: {model.num_heads} attention heads, as in pretraining; the file does not record the number, "
-                  "and the published detectors have 8: load_backbone(path, num_heads=8)")
+        print_line(model, info)
         return model, info
     if not random_weights:
         raise CheckpointError("--pretrained_weights is empty, so the features would be those of a random network: "

@@ -6,20 +6,20 @@
 Any file that checkpoints.py reads will do. Of a training run the teacher is taken, for the student too, so that both
 start equal, as in a run from scratch.
 """
-import contextlib
-import sys
+from dataclasses import replace
 
 import torch
 from torch import nn
 
 import checkpoint_layouts as layouts
 from checkpoint_info import CheckpointInfo
-from checkpoints import check_state_dict, load_with_info
+from checkpoints import build_backbone, check_state_dict, print_line, read_backbone
 from distributed import is_main_process
 from errors import ConfigError, printable
 from selfpatch_head import MultiCropWrapper
 from vision_transformer import ARCHS, VisionTransformer
 
+OURS = "SelfPatch run"
 HEADS = {"ca_head": "", "c_head": "--out_dim", "p_head": "--out_dim_selfpatch"}  # and what says how large they are
 
 
@@ -33,8 +33,11 @@ def read_initial_weights(path: str, arch: str, patch_size: int) -> tuple[VisionT
     Raises:
         ConfigError: the file cannot be read, or holds another network than the options ask for.
     """
-    with contextlib.redirect_stdout(sys.stdout if is_main_process() else None):
-        source, info = load_with_info(path)
+    state, info = read_backbone(path)
+    source = build_backbone(state, info)
+    if is_main_process():
+        heads = HEADS if info.kind.startswith(OURS) else ()  # which set_initial_weights will report on
+        print_line(source, replace(info, ignored=tuple(name for name in info.ignored if name not in heads)))
     if ARCHS[arch] is not ARCHS[info.arch]:
         raise ConfigError(f"--arch {arch} contradicts --init_weights {info.path}, which holds {info.arch}: give --arch "
                           f"{info.arch}, or another file")
@@ -114,7 +117,7 @@ def set_initial_weights(student: MultiCropWrapper, teacher: MultiCropWrapper, so
     taken, fresh = ["backbone" + (f" ({'; '.join(changes)})" if changes else "")], []
     for name in HEADS:
         head = getattr(student, name)
-        state, reason = head_state(head, name, info) if info.kind.startswith("SelfPatch run") else (None, "")
+        state, reason = head_state(head, name, info) if info.kind.startswith(OURS) else (None, "")
         if state is None:
             fresh.append(name + (f" ({reason})" if reason else ""))
         else:

@@ -115,9 +115,10 @@ def test_timm_file(tmp_path, name, kwargs):
     assert torch.equal(student.backbone.blocks[1].attn.qkv.weight, network.blocks[1].attn.qkv.weight)
 
 
-def test_run_of_ours_gives_its_heads(earlier):
+def test_run_of_ours_gives_its_heads(earlier, capsys):
     student, teacher, line = started(earlier)
     assert line == f"{SAYS}backbone, ca_head, c_head, p_head from {earlier / 'checkpoint.pth'}; nothing is fresh"
+    assert "SelfPatch run, key teacher" in (out := capsys.readouterr().out) and "ignored" not in out
     saved = load(earlier / "checkpoint.pth")["teacher"]
     assert_same(dict(student.state_dict()), dict(saved))
     assert_same(dict(teacher.state_dict()), dict(saved))
