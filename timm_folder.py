@@ -74,18 +74,24 @@ def card_options(args: dict) -> dict[str, str]:
             if isinstance(name, str) and name not in NOT_FOR_A_CARD and is_plain(value)}
 
 
-def model_card(state: dict[str, torch.Tensor], info: CheckpointInfo, name: str) -> str:
-    """A model card in Markdown, with what the checkpoint knows and a list of what its author has to add."""
+def describe_network(state: dict[str, torch.Tensor], info: CheckpointInfo) -> str:
+    """What the network is and where it comes from, two lines for the card."""
     side, millions = info.grid * info.patch_size, sum(tensor.numel() for tensor in state.values()) / 1e6
-    tokens = info.grid ** 2 + info.class_token
-    parts = [f"{millions:.1f} million parameters", f"images of {side}×{side} pixels",
-             "with a class token" if info.class_token else "without a class token",
-             "with a final norm" if info.final_norm else "without a final norm"]
+    parts = [f"{info.arch}, patch size {info.patch_size}", f"{millions:.1f} million parameters",
+             f"images of {side}×{side} pixels", f"with{'' if info.class_token else 'out'} a class token",
+             f"with{'' if info.final_norm else 'out'} a final norm"]
     source = [info.kind, *([f"network {info.key}"] if info.key else []),
               *([f"epoch {info.epoch}"] if info.epoch is not None else [])]
-    options = card_options(info.args)
+    by = " pretrained without labels by SelfPatch" if info.kind.startswith("SelfPatch") else ""
+    return (f"A Vision Transformer{by}: {', '.join(parts)}.\n"
+            f"Converted from `{printable(info.path.name).replace('`', chr(39))}` ({', '.join(source)}).")
+
+
+def model_card(state: dict[str, torch.Tensor], info: CheckpointInfo, name: str) -> str:
+    """A model card in Markdown, with what the checkpoint knows and a list of what its author has to add."""
+    tokens = info.grid ** 2 + info.class_token
     # an indented block shows any text as it is
-    listed = "\n".join(f"    {option}: {value}" for option, value in options.items())
+    listed = "\n".join(f"    {option}: {value}" for option, value in card_options(info.args).items())
     first = ", the class token first" if info.class_token else ""
     return f"""\
 ---
@@ -93,12 +99,10 @@ library_name: timm
 pipeline_tag: image-feature-extraction
 tags:
 - timm
-- self-supervised
 ---
 # {printable(name)}
 
-A Vision Transformer pretrained without labels: {info.arch}, patch size {info.patch_size}, {', '.join(parts)}.
-Converted from `{printable(info.path.name).replace('`', "'")}` ({', '.join(source)}).
+{describe_network(state, info)}
 
 ## Use
 

@@ -102,7 +102,8 @@ def test_model_card(tmp_path, run_file):
     convert_file(run_file, tmp_path / "vit", "timm")
     card = (tmp_path / "vit" / CARD).read_text()
     assert card.startswith("---\nlibrary_name: timm\npipeline_tag: image-feature-extraction\n")
-    assert "# vit\n" in card and "vit_tiny, patch size 16, 5.5 million parameters" in card
+    assert "# vit\n\nA Vision Transformer pretrained without labels by SelfPatch: vit_tiny" in card
+    assert ", patch size 16, 5.5 million parameters, images of 224×224 pixels, without a class token" in card
     assert "Converted from `checkpoint.pth` (SelfPatch run, network teacher, epoch 100)." in card
     assert "[1, 196, 192], row by row\n" in card and "yun2022selfpatch" in card
     options = {line.strip() for line in card.splitlines() if line.startswith("    ")}
@@ -116,7 +117,7 @@ def test_model_card_of_a_backbone_without_options(tmp_path):
     convert_file(tmp_path / "dino.pth", tmp_path / "vit", "timm")
     card = (tmp_path / "vit" / CARD).read_text()
     assert "does not record them" in card and "[1, 197, 192], row by row, the class token first" in card
-    assert "yun2022selfpatch" not in card
+    assert "yun2022selfpatch" not in card and "without labels" not in card  # timm's files may be supervised
 
 
 def test_a_file_cannot_write_markdown_through_its_options_or_name():
