@@ -2,6 +2,8 @@
 
     python convert_checkpoint.py checkpoint.pth backbone.safetensors --to backbone
     python convert_checkpoint.py checkpoint.pth timm.pth --to timm      # prints the timm.create_model call for it
+    python convert_checkpoint.py checkpoint.pth vit --to timm           # a folder: local-dir:, Hugging Face Hub
+    python convert_checkpoint.py checkpoint.pth vit.onnx --to onnx      # pip install onnx onnxscript onnxruntime
     python convert_checkpoint.py checkpoint.pth vit.pth --to mmseg      # layers.{i}.ln1, layers.{i}.attn.attn.…
     python convert_checkpoint.py segmenter.pth backbone.pth --to backbone               # and back to our names
     python convert_checkpoint.py segmenter.pth ours.pth --to mmdet --keep_heads         # the whole model, our names
@@ -18,15 +20,20 @@ import torch
 
 from checkpoint_files import CheckpointError, write_checkpoint
 from checkpoint_layouts import to_mmseg_names
-from checkpoints import CheckpointInfo, read_backbone, resolve_path
+from checkpoints import CheckpointInfo, build_backbone, read_backbone, resolve_path
 from errors import ArgumentParser, run_main
+from onnx_file import INPUT, check_image_size, check_packages, write_onnx
+from timm_folder import WEIGHTS, check_timm_folder, timm_arch, timm_arguments, write_timm_folder
 
 FORMATS = {
     "backbone": "the backbone's tensors alone",
-    "timm": "the same, and the call that loads it",
+    "timm": "the same, and the call that loads it; without a suffix, a folder that timm and the Hugging Face Hub read",
+    "onnx": "the network for images of one size, in batches of any number",
     "mmdet": "our names in the state_dict wrapper of mmdet and mmseg",
     "mmseg": "the names of mmseg's own VisionTransformer in that wrapper",
 }
+SUFFIXES = {"onnx": (".onnx",), "mmdet": (".pth", ".pt"), "mmseg": (".pth", ".pt"),
+            "backbone": (".pth", ".pt", ".safetensors"), "timm": (".pth", ".pt", ".safetensors")}
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -34,7 +41,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("input", type=os.path.expanduser,
                         help="any checkpoint: a training run, a backbone, a detector, a segmenter")
     parser.add_argument("output", type=os.path.expanduser,
-                        help="file to write: .pth, or .safetensors for backbone and timm")
+                        help="file to write: .pth, .safetensors for backbone and timm, .onnx for onnx; for timm, a "
+                             "name without a suffix is a folder")
     parser.add_argument("--to", required=True, choices=list(FORMATS),
                         help="; ".join(f"{name}: {text}" for name, text in FORMATS.items()))
     parser.add_argument("--checkpoint_key", default="teacher", help="network of a training run: teacher or student")
@@ -42,7 +50,9 @@ def get_args_parser() -> argparse.ArgumentParser:
                         help="attention heads, where the line about the input says another number than is true")
     parser.add_argument("--keep_heads", action="store_true",
                         help="with mmdet or mmseg, from a detector or segmenter: keep its neck and heads unchanged")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing output file")
+    parser.add_argument("--image_size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"),
+                        help="with onnx: of the images; default: what the position embedding is made for")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     return parser
 
 
@@ -52,18 +62,28 @@ def check_paths(source: Path, output: Path, to: str, keep_heads: bool = False, o
     Raises:
         CheckpointError: see the messages.
     """
-    with_wrapper = to in ("mmdet", "mmseg")
-    suffixes = (".pth", ".pt") if with_wrapper else (".pth", ".pt", ".safetensors")
-    if output.suffix not in suffixes:
-        raise CheckpointError(f"{output}: --to {to} is written as {' or '.join(suffixes)}")
+    suffixes, with_wrapper = SUFFIXES[to], to in ("mmdet", "mmseg")
+    if keep_heads and not with_wrapper:
+        raise CheckpointError(f"--keep_heads requires --to mmdet or mmseg, not {to}")
+    if output.suffix not in suffixes and not is_folder(output, to):
+        folder = ", or without a suffix as a folder" if to == "timm" else ""
+        raise CheckpointError(f"{output}: --to {to} is written as {' or '.join(suffixes)}{folder}")
     if not output.parent.is_dir():
         raise CheckpointError(f"{output.parent} is not a directory: create it first")
+    if is_folder(output, to):
+        check_timm_folder(output, source, overwrite)
+        return
+    if output.is_dir():
+        raise CheckpointError(f"{output} is a folder, and --to {to} with a suffix writes a file: give another name")
     if output.exists() and source.exists() and output.samefile(source):
         raise CheckpointError(f"{output} is the input: give the output another name")
     if output.exists() and not overwrite:
         raise CheckpointError(f"{output} exists already: give another name, or --overwrite")
-    if keep_heads and not with_wrapper:
-        raise CheckpointError(f"--keep_heads requires --to mmdet or mmseg, not {to}")
+
+
+def is_folder(output: str | Path, to: str) -> bool:
+    """Whether the output is a folder for timm, by its name."""
+    return to == "timm" and not Path(output).suffix
 
 
 def convert(state: dict[str, torch.Tensor], info: CheckpointInfo, to: str, keep_heads: bool = False,
@@ -98,19 +118,13 @@ def convert(state: dict[str, torch.Tensor], info: CheckpointInfo, to: str, keep_
 def loading_code(info: CheckpointInfo, to: str, keep_heads: bool, output: Path) -> str:
     """The line of Python or of a config that loads the output."""
     path = str(output)
+    if is_folder(output, to):
+        return f"timm.create_model({f'local-dir:{path}'!r}, pretrained=True)"
     if to == "timm":
-        options = ["num_classes=0", "global_pool=''"]  # tokens [B, N, D] instead of a pooled vector
-        if not info.class_token:
-            options.append("class_token=False")
-        if not info.final_norm:
-            options.append("final_norm=False")
-        if info.patch_size != 16:
-            options.append(f"patch_size={info.patch_size}")
-        if info.grid * info.patch_size != 224:
-            options.append(f"img_size={info.grid * info.patch_size}")
-        if info.num_heads:
-            options.append(f"num_heads={info.num_heads}")
-        return f"timm.create_model('{info.arch}_patch16_224', {', '.join(options)}, checkpoint_path={path!r})"
+        options = [f"{name}={value!r}" for name, value in timm_arguments(info).items()]
+        return f"timm.create_model('{timm_arch(info)}', {', '.join(options)}, checkpoint_path={path!r})"
+    if to == "onnx":
+        return f"onnxruntime.InferenceSession({path!r}).run(None, {{{INPUT!r}: images}})"
     if to == "backbone":
         return f"checkpoints.load_backbone({path!r})"
     if keep_heads:
@@ -121,44 +135,78 @@ def loading_code(info: CheckpointInfo, to: str, keep_heads: bool, output: Path) 
 
 
 def convert_file(source: str | Path, output: str | Path, to: str, key: str = "teacher", keep_heads: bool = False,
-                 overwrite: bool = False, num_heads: int | None = None) -> None:
+                 overwrite: bool = False, num_heads: int | None = None,
+                 image_size: tuple[int, int] | None = None) -> None:
     """Convert a file, verify the result, and print how to load it.
 
     Args:
         source: any checkpoint, see checkpoints.read_backbone.
-        output: file to write.
+        output: file, or folder for timm, to write.
         to: one of FORMATS.
         key: network of a training run, teacher or student.
         keep_heads: see convert.
         overwrite: replace an existing output.
         num_heads: attention heads; None for what the input says.
+        image_size: height and width of an ONNX file's images; None for what the position embedding is made for.
 
     Raises:
+        ConfigError: a package that --to onnx needs is not installed, or image_size does not fit.
         CheckpointError: the input cannot be read, or the output cannot be written.
     """
     output = Path(output)
+    if image_size is not None and to != "onnx":
+        raise CheckpointError(f"--image_size requires --to onnx, not {to}")
     try:
         check_paths(resolve_path(source), output, to, keep_heads, overwrite)
     except OSError as error:  # a folder that may not be read
         raise CheckpointError(str(error)) from None
+    if to == "onnx":
+        check_packages()
     state, info = read_backbone(source, key)
     if num_heads is not None:
         info = info.with_heads(num_heads, "--num_heads")
     print(f"loaded {info}")
-    header = output.suffix == ".safetensors"
-    metadata = {"num_heads": str(info.num_heads)} if header and info.num_heads else None
-    write_checkpoint(convert(state, info, to, keep_heads, header), output, metadata=metadata)
-    written, written_info = read_backbone(output)
+    if to == "onnx":
+        convert_to_onnx(state, info, output, image_size or (info.grid * info.patch_size,) * 2)
+    elif is_folder(output, to):
+        write_timm_folder(state, info, output)
+        print(f"wrote {read_back(state, info, output / WEIGHTS)}")
+        print(f"complete {output / 'README.md'} before you upload the folder")
+    else:
+        header = output.suffix == ".safetensors"
+        metadata = {"num_heads": str(info.num_heads)} if header and info.num_heads else None
+        write_checkpoint(convert(state, info, to, keep_heads, header), output, metadata=metadata)
+        print(f"wrote {read_back(state, info, output)}")
+    print(f"load it with: {loading_code(info, to, keep_heads, output)}")
+
+
+def convert_to_onnx(state: dict[str, torch.Tensor], info: CheckpointInfo, output: Path,
+                    image_size: tuple[int, int]) -> None:
+    """Write an ONNX file and print how far its features are from the network's."""
+    check_image_size(image_size, info.patch_size)
+    metadata = {"arch": info.arch, "patch_size": str(info.patch_size), "source": info.path.name}
+    difference = write_onnx(build_backbone(state, info), output, image_size, metadata)
+    compared = (f"features differ by at most {difference:.1e} from the network's" if difference is not None else
+                "not compared with the network, since onnxruntime is not installed")
+    print(f"wrote {output}: images [batch, 3, {image_size[0]}, {image_size[1]}], {compared}")
+
+
+def read_back(state: dict[str, torch.Tensor], info: CheckpointInfo, path: Path) -> CheckpointInfo:
+    """The metadata of a file that was written.
+
+    Raises:
+        CheckpointError: it does not hold the tensors of state, or another number of attention heads.
+    """
+    written, written_info = read_backbone(path)
     if (written.keys() != state.keys() or written_info.num_heads != info.num_heads
             or not all(torch.equal(written[name], state[name]) for name in state)):
-        raise CheckpointError(f"{output} differs from what was written to it: the disk may be full or failing")
-    print(f"wrote {written_info}")
-    print(f"load it with: {loading_code(info, to, keep_heads, output)}")
+        raise CheckpointError(f"{path} differs from what was written to it: the disk may be full or failing")
+    return written_info
 
 
 def main(args: argparse.Namespace) -> None:
     convert_file(args.input, args.output, args.to, args.checkpoint_key, args.keep_heads, args.overwrite,
-                 args.num_heads)
+                 args.num_heads, args.image_size)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,6 @@ Frames and masks are read as stored: an EXIF orientation tag is ignored, since n
 import codecs
 import os
 import re
-import shutil
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -321,18 +319,3 @@ def write_text(path: str | Path, text: str) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     print(f"{path} {'replaced' if replaced else 'written'}")
-
-
-@contextmanager
-def whole_folder(folder: Path):
-    """A temporary folder to write to, which replaces folder at the end and is removed if anything fails."""
-    temporary, replaced = (folder.with_name(f".{folder.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        if folder.exists():
-            folder.rename(replaced)
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(replaced, ignore_errors=True)

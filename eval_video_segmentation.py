@@ -33,6 +33,7 @@ from model_options import DTYPES, add_model_options, pick_dtype
 from patch_features import PatchFeatures, frame_features, normalise
 from propagation_bounds import propagate
 from unfinished import Unfinished
+from whole_folder import whole_folder
 
 # ---------------------------------------------------------------- frames and annotations
 
@@ -99,7 +100,7 @@ def segment(sequence: Sequence, extract: PatchFeatures, output_dir: str | Path, 
     features = frame_features(sequence, extract, annotation.shape, executor)
     soft_labels = propagate(features, labels[0].to(extract.device), n_last_frames, size_mask_neighborhood, topk)
     masks, writes = [annotation], []
-    with davis_data.whole_folder(Path(output_dir) / sequence.name) as folder:
+    with whole_folder(Path(output_dir) / sequence.name) as folder:
         for path in sequence.frames:
             if writes:
                 masks.append(to_mask(next(soft_labels), patch_size, *annotation.shape).cpu().numpy())

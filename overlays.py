@@ -7,8 +7,9 @@ import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from davis_data import DAVIS_PALETTE, VOID, whole_folder
+from davis_data import DAVIS_PALETTE, VOID
 from drawing import COLOURS, labelled_panels
+from whole_folder import whole_folder
 
 BAR_HEIGHT, BAR_LENGTH, MARGIN = 18, 600, 20
 

@@ -11,7 +11,7 @@ import numpy as np
 from davis_data import DataError, Sequence, read_mask
 from errors import ConfigError
 
-LEFTOVER = re.compile(r"\.(.+)\.(\d+)\.(tmp|old)")  # of davis_data.whole_folder
+LEFTOVER = re.compile(r"\.(.+)\.(\d+)\.(tmp|old)")  # of whole_folder.py
 
 
 class Unfinished:

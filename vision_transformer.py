@@ -125,7 +125,7 @@ class VisionTransformer(nn.Module):
         tokens = self.patch_embed(x) + self.interpolate_pos_encoding(self.grid_size(x))
         if self.cls_token is not None:
             cls = self.cls_token + self.pos_embed[:, :1]
-            tokens = torch.cat([cls.expand(len(x), -1, -1), tokens], dim=1)
+            tokens = torch.cat([cls.expand(x.shape[0], -1, -1), tokens], dim=1)  # len(x) is a constant to torch.export
         return tokens
 
     def _patches(self, tokens: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,103 @@
+"""An ONNX file gives the network's features for batches of any number; what is missing is one line."""
+import importlib.util
+import os
+import sys
+
+import pytest
+import torch
+from golden_rules import set_weights
+
+import convert_checkpoint
+import onnx_file
+from checkpoint_files import CheckpointError
+from convert_checkpoint import convert_file, get_args_parser, main
+from errors import ConfigError
+from onnx_file import check_image_size, write_onnx
+from vision_transformer import VisionTransformer, vit_tiny
+
+needs_onnx = pytest.mark.skipif(not all(map(importlib.util.find_spec, ("onnx", "onnxscript", "onnxruntime"))),
+                                reason="onnx, onnxscript or onnxruntime is not installed")
+
+
+def features(path, images):
+    import onnxruntime
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+
+
+def small(**kwargs):
+    return set_weights(VisionTransformer(64, 16, embed_dim=48, depth=2, num_heads=3, **kwargs), 0).eval()
+
+
+@needs_onnx
+@torch.no_grad()
+def test_the_job_writes_the_features_of_the_network(tmp_path, capsys):
+    source = set_weights(vit_tiny(patch_size=32), 0).eval()
+    torch.save(source.state_dict(), tmp_path / "input.pth")
+    main(get_args_parser().parse_args([str(tmp_path / "input.pth"), str(tmp_path / "vit.onnx"), "--to", "onnx"]))
+    out = capsys.readouterr().out
+    assert "images [batch, 3, 224, 224], features differ by at most" in out
+    assert f"load it with: onnxruntime.InferenceSession('{tmp_path}/vit.onnx')" in out
+    assert sorted(os.listdir(tmp_path)) == ["input.pth", "vit.onnx"]
+    for batch in (1, 3):
+        x = torch.randn(batch, 3, 224, 224)
+        torch.testing.assert_close(features(tmp_path / "vit.onnx", x), source(x), rtol=1e-4, atol=1e-4)
+    with pytest.raises(CheckpointError, match="exists already"):
+        convert_file(tmp_path / "input.pth", tmp_path / "vit.onnx", "onnx")
+
+
+@needs_onnx
+@torch.no_grad()
+@pytest.mark.parametrize("kwargs", [{}, {"class_token": True, "final_norm": True}], ids=["SelfPatch", "DINO"])
+def test_other_sizes_resize_the_position_embedding_as_the_network_does(tmp_path, kwargs):
+    source = small(**kwargs)
+    assert write_onnx(source, tmp_path / "vit.onnx", (48, 80), {"arch": "small"}) < 1e-4
+    x = torch.randn(2, 3, 48, 80)
+    torch.testing.assert_close(features(tmp_path / "vit.onnx", x), source(x), rtol=1e-4, atol=1e-4)
+    import onnx
+    assert {entry.key: entry.value for entry in onnx.load(tmp_path / "vit.onnx").metadata_props}["arch"] == "small"
+
+
+@needs_onnx
+def test_a_file_with_other_features_is_not_kept(tmp_path, monkeypatch):
+    (tmp_path / "vit.onnx").write_text("before")
+    monkeypatch.setattr(onnx_file, "TOLERANCE", -1.0)
+    with pytest.raises(CheckpointError, match="differ by up to"):
+        write_onnx(small(), tmp_path / "vit.onnx", (64, 64))
+    assert os.listdir(tmp_path) == ["vit.onnx"] and (tmp_path / "vit.onnx").read_text() == "before"
+
+
+@needs_onnx
+def test_a_file_that_cannot_be_run_is_one_line(tmp_path):
+    (tmp_path / "vit.onnx").write_text("no model")
+    with pytest.raises(CheckpointError, match="^onnxruntime cannot run the ONNX file"):
+        onnx_file.compare(small(), tmp_path / "vit.onnx", (64, 64))
+
+
+def test_without_onnxruntime_the_job_says_that_it_did_not_compare(tmp_path, monkeypatch, capsys):
+    torch.save(vit_tiny(patch_size=56).state_dict(), tmp_path / "input.pth")
+    monkeypatch.setattr(convert_checkpoint, "write_onnx", lambda *_: None)
+    monkeypatch.setattr(convert_checkpoint, "check_packages", lambda: None)
+    convert_file(tmp_path / "input.pth", tmp_path / "vit.onnx", "onnx")
+    assert "not compared with the network, since onnxruntime is not installed" in capsys.readouterr().out
+    monkeypatch.setattr(onnx_file, "is_installed", lambda name: False)
+    assert onnx_file.compare(small(), tmp_path / "vit.onnx", (64, 64)) is None
+
+
+@pytest.mark.parametrize("missing", [("onnx", "onnxscript"), ("onnxscript",)])
+def test_missing_packages_are_one_line_before_the_input_is_read(tmp_path, monkeypatch, missing):
+    monkeypatch.setattr(onnx_file, "is_installed", lambda name: name not in missing)
+    with pytest.raises(ConfigError, match=f"^--to onnx needs {' and '.join(missing)}, which .* not installed: pip"):
+        convert_file(tmp_path / "none.pth", tmp_path / "vit.onnx", "onnx")
+
+
+def test_a_package_that_is_blocked_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    assert not onnx_file.is_installed("onnx") and onnx_file.is_installed("torch")
+
+
+@pytest.mark.parametrize("size", [(224, 225), (0, 224), (-16, 224), (8, 224), (224, 2**20)])
+def test_image_sizes_that_do_not_fit(size):
+    with pytest.raises(ConfigError, match=f"--image_size {size[0]} {size[1]}: give height and width as multiples"):
+        check_image_size(size, 16)
+    check_image_size((480, 832), 16)

@@ -1,0 +1,87 @@
+"""Files about the project say the same as the code: dependencies, citation, public CI, the page for DINO's users."""
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+import main_selfpatch
+from options import get_args_parser
+
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs" / "FROM_DINO.md").read_text()
+
+
+def requirements(name):
+    """The packages that a requirement file names itself, without those of other files."""
+    lines = (line.split("#")[0].strip() for line in (ROOT / name).read_text().splitlines())
+    return [line for line in lines if line and not line.startswith("-r")]
+
+
+def test_both_lists_of_dependencies_agree():
+    tomllib = pytest.importorskip("tomllib", reason="the standard library reads TOML from Python 3.11 on")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert sorted(project["dependencies"]) == sorted(requirements("requirements.txt"))
+    assert sorted(project["optional-dependencies"]["dev"]) == sorted(requirements("requirements-dev.txt"))
+    assert "-r requirements.txt" in (ROOT / "requirements-dev.txt").read_text()
+
+
+def test_the_citation_is_the_readmes():
+    yaml = pytest.importorskip("yaml", reason="PyYAML is not installed")
+    citation, readme = yaml.safe_load((ROOT / "CITATION.cff").read_text()), (ROOT / "README.md").read_text()
+    assert {"cff-version", "message", "title", "authors"} <= citation.keys()
+    paper = citation["preferred-citation"]
+    authors = " and ".join(f"{author['family-names']}, {author['given-names']}" for author in paper["authors"])
+    assert authors in readme and paper["title"] in readme and f"{{{paper['year']}}}" in readme
+    assert paper["identifiers"][0]["value"].removeprefix("arXiv:") in readme
+    assert f'version = "{citation["version"]}"' in (ROOT / "pyproject.toml").read_text()
+
+
+def test_the_public_ci_runs_the_projects_own():
+    yaml = pytest.importorskip("yaml", reason="PyYAML is not installed")
+    job = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())["jobs"]["tests"]
+    assert job["steps"][-1]["run"] == ".ci/run" and os.access(ROOT / ".ci" / "run", os.X_OK)
+    assert f'requires-python = ">={min(job["strategy"]["matrix"]["python-version"])}"' in (
+        ROOT / "pyproject.toml").read_text()
+
+
+def here(table):
+    """The cells of a table's other columns than the first."""
+    return [cell for row in table.splitlines() if row.startswith("|") for cell in row.split("|")[2:]]
+
+
+def test_the_page_for_dinos_users_names_what_there_is():
+    _, where, command, differs, oddities = re.split(r"\n## .*\n", PAGE)
+    cells = here(where) + here(differs) + here(oddities)
+    files = {name for cell in cells for name in re.findall(r"[\w/-]+\.py\b", cell)}
+    assert len(files) > 25
+    gone = {"eval_image_retrieval.py", "eval_copy_detection.py", "video_generation.py"}
+    assert not {name for name in files - gone if not (ROOT / name).is_file()}
+    options = set(re.findall(r"--\w+", "".join([*cells, *here(command)])))
+    known = set(get_args_parser()._option_string_actions)
+    for option in options - known - {"--standalone"}:  # the last one is torchrun's
+        assert f'"{option}"' in (ROOT / "eval_video_segmentation.py").read_text()
+
+
+def test_the_oddities_are_where_the_page_says():
+    for row in PAGE.split("## Oddities that are kept")[1].splitlines():
+        for place in (row.split("|")[2].split(";") if row.startswith("|") else ()):
+            if match := re.match(r"\s*(\w+)\.py: (.+)", place):
+                for name in re.findall(r"`(\w+)`", match[2]):
+                    assert name in (ROOT / f"{match[1]}.py").read_text(), (match[1], name)
+
+
+def test_the_defaults_on_the_page_are_the_programs():
+    args = vars(main_selfpatch.get_args_parser().parse_args([]))
+    rows = re.findall(r"^\| `--(\w+)` \| [^|]+ \| ([^|,]+)", PAGE, re.MULTILINE)
+    assert len(rows) == 5
+    for name, value in rows:
+        default = args[name]
+        expected = " ".join(map(str, default)) if isinstance(default, (list, tuple)) else str(default)
+        assert value.strip() == expected, name
+
+
+def test_the_changelog_names_options_that_there_are():
+    changelog = (ROOT / "CHANGELOG.md").read_text()
+    sources = "".join(path.read_text() for path in ROOT.glob("*.py"))
+    assert not {option for option in re.findall(r"--\w+", changelog) if f'"{option}"' not in sources}
