@@ -41,7 +41,10 @@ def rows_until(data: bytes, epoch: float) -> list[bytes]:
 
 
 def step_row(run: TrainingRun, logger: MetricLogger, images_per_second: float) -> dict[str, float | None]:
-    """Means over the steps since the last row, and this step's rates; a gradient norm that was infinite is None."""
+    """Means as in the line of progress, and this step's rates.
+
+    gradient_norm is the largest of all tensors and steps, before clipping; None if one was infinite.
+    """
     norm, step = max(logger["gradient_norm"].recent, default=math.nan), run.step - 1
     row = {"step": run.step, "epoch": run.step / run.steps_per_epoch, "loss": logger["total"].avg}
     for name, K in prototypes(run.dino_loss).items():
