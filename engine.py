@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from distributed import get_world_size, is_main_process, peak_memory_gb
 from errors import TrainingError
-from finite import check_log, check_step, gradient_norms
+from finite import check_log, check_step, clipping, gradient_norms
 from loader import CropLoader
 from logger import MetricLogger
 from losses import DINOLoss, Losses
@@ -54,7 +54,7 @@ def train_step(run: TrainingRun, batches: Iterable[list[torch.Tensor]]) -> Losse
     losses = Losses(*torch.stack(losses).mean(0))
 
     run.scaler.unscale_(run.optimizer)
-    norms = gradient_norms(run.student)
+    norms = run.gradient_norms = gradient_norms(run.student)
     finite = check_step(run, losses, norms)
     update_centers(run, center_means, finite)
     if run.clip_grad:
@@ -90,13 +90,15 @@ def small_batch_losses(run: TrainingRun, crops: list[torch.Tensor]) -> tuple[Los
 
 
 def train_one_epoch(run: TrainingRun, loader: CropLoader, log_every: int = 10, logger: MetricLogger | None = None,
-                    after_step: Callable[[], None] = lambda: None) -> dict[str, float]:
+                    after_step: Callable[[], None] = lambda: None,
+                    on_log: Callable[[MetricLogger], None] = lambda _: None) -> dict[str, float]:
     """Train through the loader once, or through what is left of the epoch; the epoch's means over all ranks.
 
     Args:
         log_every: steps between two lines of progress, which rank 0 prints.
         logger: with the sums of the epoch's steps that are done already.
         after_step: called after every step but the epoch's last; what it raises ends the epoch.
+        on_log: called on rank 0 with the logger after every line of progress.
 
     Raises:
         TrainingError: a loss was NaN or infinite.
@@ -106,12 +108,13 @@ def train_one_epoch(run: TrainingRun, loader: CropLoader, log_every: int = 10, l
     images_per_step = loader.batch_size * run.accum_steps * get_world_size()
     for step in range(run.step % steps + 1, steps + 1):
         losses = train_step(run, islice(batches, run.accum_steps))
-        logger.update(**losses._asdict())
+        logger.update(**losses._asdict(), **clipping(run.gradient_norms, run.clip_grad))
         if step % log_every == 0 or step == steps:
             logger.read()  # the only wait for the device within an epoch
             check_log(run, logger)
             if is_main_process():
                 print(progress_line(logger, run, images_per_step), flush=True)
+                on_log(logger)
         if step < steps:
             after_step()
     logger.synchronize_between_processes(run.device)

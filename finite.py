@@ -27,6 +27,16 @@ def gradient_norms(model: nn.Module) -> torch.Tensor:
     return torch.stack(torch._foreach_norm([p.grad for p in model.parameters() if p.grad is not None]))
 
 
+def clipping(norms: torch.Tensor, clip: float) -> dict[str, torch.Tensor]:
+    """The largest of the norms, and the share of the tensors that clip_gradients scales down, on the device.
+
+    Args:
+        clip: the largest norm that is left as it is; 0 for no clipping.
+    """
+    clipped = norms > clip if clip else torch.zeros_like(norms)
+    return {"gradient_norm": norms.max(), "clipped": clipped.float().mean()}
+
+
 def check_step(run: TrainingRun, losses: Losses, norms: torch.Tensor) -> torch.Tensor:
     """Whether the coming step may change the run, as a bool on the device.
 

@@ -7,6 +7,7 @@ import contextlib
 import multiprocessing.connection
 import signal
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from ctypes import c_int64
 from functools import partial
@@ -100,6 +101,55 @@ def prefetch(batches: Iterable[list[torch.Tensor]], device: torch.device,
         yield crops
 
 
+class DataWait:
+    """How long training waits for batches, from begin on.
+
+    On a GPU that is the time for which the device has nothing to do, between the end of one step's work and the arrival
+    of the next batch: the host runs ahead, and where it waits while the device is busy nothing is lost.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device, self.measured, self.events = device, False, []
+
+    def begin(self) -> None:
+        """Start to measure, or start anew."""
+        self.measured, self.start, self.seconds, self.events = True, time.perf_counter(), 0.0, []
+
+    def timed(self, batches: Iterable) -> Iterator:
+        """The batches, the time to the arrival of each being counted."""
+        batches = iter(batches)
+        if self.measured:  # what was done between two epochs is no part of either
+            self.begin()
+        while True:
+            before, asked = self.mark(), time.perf_counter()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            if before is not None:
+                self.events.append((before, self.mark()))
+            elif self.measured:
+                self.seconds += time.perf_counter() - asked
+            yield batch
+
+    def mark(self) -> torch.cuda.Event | None:
+        """An event at the end of the work that a GPU has been given so far."""
+        if not self.measured or self.device.type != "cuda":
+            return None
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
+        return event
+
+    def share(self) -> float:
+        """The share of the time since the last call. Call it when the device has been waited for."""
+        for before, after in self.events:
+            after.synchronize()
+            self.seconds += before.elapsed_time(after) / 1000
+        share = self.seconds / max(time.perf_counter() - self.start, 1e-9)
+        self.begin()
+        return share
+
+
 class WorkerDied(Exception):
     """A data worker ended before its work was done; the message says which one and by what."""
 
@@ -167,6 +217,7 @@ class CropLoader:
                  max_bad_images: float = 0.001, timeout: float = 600):
         self.dataset, self.batch_size, self.device = dataset, batch_size, torch.device(device)
         self.max_bad_images, self.bad_images, self.timeout = max_bad_images, set(), timeout
+        self.wait = DataWait(self.device)
         self.sampler = RankSampler(dataset, world_size, rank, shuffle=True, seed=seed)
         on_gpu = self.device.type == "cuda"
         self.tracked = Tracked(dataset, num_workers)
@@ -184,7 +235,7 @@ class CropLoader:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[list[torch.Tensor]]:
-        for crops in prefetch(self.readable(), self.device, self.copy_stream):
+        for crops in self.wait.timed(prefetch(self.readable(), self.device, self.copy_stream)):
             yield self.augment(crops) if self.augment else crops
 
     def state_dict(self) -> dict:

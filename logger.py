@@ -1,5 +1,4 @@
-"""What a run prints and writes while it trains: smoothed values, the step rate, log.txt and TensorBoard curves."""
-import importlib.util
+"""What a run prints and writes while it trains: smoothed values, the step rate, and log.txt."""
 import json
 import os
 import time
@@ -84,23 +83,18 @@ class MetricLogger:
                 meter.total, meter.count = total, count
 
 
-def check_log(output: Path, tensorboard: bool) -> None:
-    """Find out whether RunLog can append to what is in the folder.
+def check_log(output: Path) -> None:
+    """Find out whether a run can append to the logs in the folder.
 
     Raises:
-        ConfigError: log.txt is not a text file, or there is no place or no package for TensorBoard's curves.
+        ConfigError: log.txt is not a text file, or steps.jsonl not a file.
     """
-    path, curves = output / "log.txt", output / "tensorboard"
-    if os.path.lexists(path):
-        if not path.is_file():
+    for path in (output / "log.txt", output / "steps.jsonl"):
+        if os.path.lexists(path) and not path.is_file():
             raise ConfigError(f"{path} is {describe(path)}, not the log of a run: remove it, or choose another "
                               "--output_dir")
-        read_log(path)
-    if tensorboard and os.path.lexists(curves) and not curves.is_dir():
-        raise ConfigError(f"{curves} is not a folder, so --tensorboard cannot use it: remove it, or choose another "
-                          "--output_dir")
-    if tensorboard and importlib.util.find_spec("tensorboard") is None:
-        raise ConfigError("--tensorboard needs the package of that name: pip install tensorboard")
+    if (output / "log.txt").is_file():
+        read_log(output / "log.txt")
 
 
 def read_log(path: Path) -> str:
@@ -145,7 +139,7 @@ def make_row(stats: dict[str, float], epoch: int) -> dict[str, float]:
 
 
 class RunLog:
-    """log.txt, one JSON object per line and epoch, and TensorBoard curves if asked for.
+    """log.txt, one JSON object per line and epoch.
 
     Args:
         output: the run's folder.
@@ -155,15 +149,15 @@ class RunLog:
 
     Attributes:
         rows: one for each epoch, to which write's are added.
+        older: what log.txt held before a run that does not continue.
 
     Raises:
         ConfigError: they cannot be written.
     """
 
-    def __init__(self, output: Path, resumed: bool = False, start_epoch: int = 0, tensorboard: bool = False,
-                 rows: list[dict] | None = None):
-        check_log(output, tensorboard)
-        self.path, self.board = output / "log.txt", None
+    def __init__(self, output: Path, resumed: bool = False, start_epoch: int = 0, rows: list[dict] | None = None):
+        check_log(output)
+        self.path = output / "log.txt"
         text = read_log(self.path) if self.path.is_file() else ""
         if rows is None:
             found = {row["epoch"]: row for row in map(parse_row, text.splitlines()) if row}
@@ -172,9 +166,6 @@ class RunLog:
         self.older = "" if resumed else text + "\n" * bool(text and not text.endswith("\n"))
         try:
             self.rewrite(text)
-            if tensorboard:
-                from torch.utils.tensorboard import SummaryWriter
-                self.board = SummaryWriter(output / "tensorboard", purge_step=start_epoch)
         except OSError as error:
             raise ConfigError(f"cannot write to {error.filename or output} ({error.strerror})") from None
 
@@ -194,11 +185,6 @@ class RunLog:
         """
         try:
             self.rewrite(read_log(self.path) if self.path.is_file() else "")
-            if self.board:
-                for name, value in row.items():
-                    if name != "epoch":
-                        self.board.add_scalar(name.replace("_", "/", 1), value, row["epoch"])
-                self.board.flush()
         except OSError as error:
             message = f"cannot write to {self.path} ({error.strerror})"
             if error.errno not in PASSING_ERRORS:

@@ -38,6 +38,7 @@ from knn_probe import KnnProbe
 from loader import CropLoader
 from logger import MetricLogger, RunLog, make_row
 from losses import DINOLoss
+from model_flops import flops_per_image
 from optim import build_optimizer
 from options import check_args, get_args_parser
 from rank_watch import RankWatch
@@ -45,7 +46,9 @@ from resuming import begin_epoch, compare_ranks, epoch_state, plain_args, resume
 from run_folder import RunFolder
 from selfpatch_head import MultiCropWrapper  # noqa: F401
 from settings import choose_augment, choose_compile, choose_loss, choose_precision
+from step_log import StepLog
 from stopping import STOP, Interruption
+from trackers import Trackers, chosen_trackers
 from training_run import TrainingRun, build_networks, build_schedules
 from utils import fix_random_seeds
 
@@ -130,6 +133,7 @@ def pretrain(args: argparse.Namespace, loss_class: type[DINOLoss] | None = None)
         keep_freed_memory()
     run = build_run(args, processes, len(loader) // args.accum_steps, compiled, loss_class)
     on_main_process(folder.lock)
+    steps = None
     try:
         path = on_main_process(folder.find)
         rows, within = together(lambda: resume(run, loader, folder, path, args, processes))
@@ -143,22 +147,37 @@ def pretrain(args: argparse.Namespace, loss_class: type[DINOLoss] | None = None)
             on_main_process(lambda: folder.copy_if_missing(done))  # killed before it was written
         if is_main_process():
             print(start_line(args, processes, loader, run, compiled), flush=True)
-        log = together(lambda: RunLog(folder.path, run.step > 0, run.epoch, args.tensorboard, rows)
-                       if is_main_process() else None)
-        train(run, loader, folder, log, saved_args, args, processes, within, probe)
+        log = together(lambda: RunLog(folder.path, run.step > 0, run.epoch, rows) if is_main_process() else None)
+        steps = together(lambda: open_step_log(run, loader, log, saved_args, args, processes) if log else None)
+        train(run, loader, folder, log, steps, saved_args, args, processes, within, probe)
     except NotFiniteError as error:
         raise TrainingError(f"{error}{folder.keep_for_a_look(run.state_dict())}") from None
     finally:
+        if steps:
+            steps.trackers.close()
         loader.close()
         folder.unlock()
 
 
-def train(run: TrainingRun, loader: CropLoader, folder: RunFolder, log: RunLog | None, saved_args: dict,
-          args: argparse.Namespace, processes: Processes, within: dict, probe: KnnProbe | None = None) -> None:
+def open_step_log(run: TrainingRun, loader: CropLoader, log: RunLog, saved_args: dict, args: argparse.Namespace,
+                  processes: Processes) -> StepLog:
+    """steps.jsonl beside log.txt, and the trackers of --log_with."""
+    output = log.path.parent
+    flops = flops_per_image(run.student_module.backbone, args.local_crops_number, args.global_crops_size,
+                            args.local_crops_size, args.out_dim, args.out_dim_selfpatch, args.patch_loss_weight > 0)
+    peak = args.peak_tflops * 1e12 * processes.world_size
+    return StepLog(output, run, loader, images_per_step(args, processes.world_size),
+                   Trackers(chosen_trackers(args), output, saved_args, run.epoch, run.step),
+                   mfu_per_rate=flops / peak if peak else None, keep_older=bool(log.older))
+
+
+def train(run: TrainingRun, loader: CropLoader, folder: RunFolder, log: RunLog | None, steps: StepLog | None,
+          saved_args: dict, args: argparse.Namespace, processes: Processes, within: dict,
+          probe: KnnProbe | None = None) -> None:
     """The epochs that are left.
 
     Args:
-        log: None on other ranks than 0.
+        log, steps: None on other ranks than 0.
         probe: evaluates the teacher after every --knn_every-th epoch and the last.
         within: of resume, the state within the first of them.
     """
@@ -189,7 +208,7 @@ def train(run: TrainingRun, loader: CropLoader, folder: RunFolder, log: RunLog |
             logger = MetricLogger(window=args.log_every)
             begin_epoch(run, loader, logger, within, args.seed, processes)
             within = {}
-            stats = train_one_epoch(run, loader, args.log_every, logger, after_step)
+            stats = train_one_epoch(run, loader, args.log_every, logger, after_step, steps or (lambda _: None))
             last, agreed = epoch + 1 == args.epochs, interruption.agree()
             row = make_row(stats, epoch)
             if probe and agreed != STOP and (last or (epoch + 1) % args.knn_every == 0):
@@ -203,6 +222,7 @@ def train(run: TrainingRun, loader: CropLoader, folder: RunFolder, log: RunLog |
             record_bad_images(loader, folder.path / "bad_images.txt")
             if log:
                 log.write(row)
+                steps.trackers.log_epoch(row, run.step)
                 for warning in health_warnings(stats, run.dino_loss, epoch >= args.warmup_epochs,
                                                args.batch_size_per_gpu):
                     print(f"warning: {warning}", flush=True)

@@ -10,6 +10,7 @@ from errors import ArgumentParser, ConfigError
 from logger import check_log
 from resuming import FIXED
 from run_folder import RunFolder
+from trackers import TRACKERS, check_trackers, chosen_trackers
 from utils import bool_flag
 from vision_transformer import ARCHS
 
@@ -127,8 +128,15 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--save_every_steps", default=0, type=int, help="save after every N-th step of the run as well")
     group.add_argument("--allow_changed", default=[], nargs="+", metavar="NAME", choices=FIXED,
                        help="resume although these are not what they were: " + ", ".join(FIXED))
-    group.add_argument("--log_every", default=10, type=int, help="steps between two lines of progress")
-    group.add_argument("--tensorboard", action="store_true", help="write curves to output_dir/tensorboard as well")
+    group.add_argument("--log_every", default=10, type=int,
+                       help="steps between two lines of progress, each with a row in output_dir/steps.jsonl")
+    group.add_argument("--log_with", default=[], nargs="+", choices=TRACKERS,
+                       help="send the rows of log.txt and steps.jsonl there as well: tensorboard (to "
+                            "output_dir/tensorboard), wandb or trackio, which take their settings from the environment")
+    group.add_argument("--tensorboard", action="store_true", help="short for --log_with tensorboard")
+    group.add_argument("--peak_tflops", default=0, type=float,
+                       help="what one device can do in the run's precision, 10^12 operations a second, as its data "
+                            "sheet or benchmarks/train_step.py says: steps.jsonl then has the share that is used (MFU)")
     group.add_argument("--seed", default=0, type=int, help="of weights, order of images and crops")
     group.add_argument("--max_bad_images", default=0.001, type=float,
                        help="largest share of the images that may be unreadable; each is replaced by the next one, and "
@@ -169,13 +177,14 @@ def check_args(args: argparse.Namespace) -> None:
                     needs_neighbours=args.patch_loss_weight > 0)
     require(os.path.isdir(args.data_path),
             f"there is no folder {args.data_path}: give --data_path, a folder of class folders of images")
-    check_output_dir(Path(args.output_dir), args.tensorboard)
+    check_output_dir(Path(args.output_dir))
+    check_trackers(chosen_trackers(args), Path(args.output_dir))
     # a run that goes on does not use the file, which may be gone by then
     require(not args.init_weights or RunFolder(args.output_dir).has_run() or resolve_path(args.init_weights).exists(),
             f"there is no file {args.init_weights}: give --init_weights a checkpoint, or a run's folder")
 
 
-def check_output_dir(output: Path, tensorboard: bool) -> None:
+def check_output_dir(output: Path) -> None:
     """A folder that can be written to, and where the files of an earlier run are files."""
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -184,7 +193,7 @@ def check_output_dir(output: Path, tensorboard: bool) -> None:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"cannot write to --output_dir {output} ({reason}): choose another folder") from None
     RunFolder(output).check()
-    check_log(output, tensorboard)
+    check_log(output)
 
 
 def require(condition: bool, message: str) -> None:
@@ -211,7 +220,7 @@ def check_ranges(args: argparse.Namespace) -> None:
                  "patch_loss_weight", "saveckp_freq", "save_every_minutes", "save_every_steps",
                  "freeze_backbone_epochs"):
         require(getattr(args, name) >= 0, f"--{name} is {getattr(args, name)}: it must not be negative")
-    for name in ("lr", "min_lr", "weight_decay", "weight_decay_end", "seed"):
+    for name in ("lr", "min_lr", "weight_decay", "weight_decay_end", "seed", "peak_tflops"):
         require(0 <= getattr(args, name) < math.inf, f"--{name} is {getattr(args, name)}: it must be 0 or more")
     for name in ("warmup_teacher_temp", "teacher_temp"):
         require(0 < getattr(args, name) < math.inf, f"--{name} is {getattr(args, name)}: it must be above 0")

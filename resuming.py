@@ -24,9 +24,9 @@ FIXED = ("k_num", "norm_last_layer", "patch_loss_weight", "global_crops_scale", 
          "local_crops_number", "local_crops_scale", "local_crops_size", "seed", "batch", "data")
 # where files are and how the work is done, not what is computed
 IRRELEVANT = {"data_path", "output_dir", "init_weights", "saveckp_freq", "save_every_minutes", "save_every_steps",
-              "log_every", "tensorboard", "num_workers", "max_bad_images", "loader_timeout", "allow_changed",
-              "knn_data", "knn_every", "device", "dist_url", "dist_timeout", "port", "local_rank", "world_size",
-              "batch_size_per_gpu", "accum_steps", "fused_loss", "compile", "checkpoint_activations"}
+              "log_every", "log_with", "tensorboard", "peak_tflops", "num_workers", "max_bad_images", "loader_timeout",
+              "allow_changed", "knn_data", "knn_every", "device", "dist_url", "dist_timeout", "port", "local_rank",
+              "world_size", "batch_size_per_gpu", "accum_steps", "fused_loss", "compile", "checkpoint_activations"}
 
 
 # paths of one folder on different machines, and what each process or machine has of its own; "data" is compared

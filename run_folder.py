@@ -4,6 +4,8 @@
     previous.pth          the one before, used where checkpoint.pth is damaged
     checkpoint0010.pth    a copy for good, after every --saveckp_freq-th epoch
     log.txt               a line of JSON for each epoch, the same as in the checkpoint
+    steps.jsonl           the same for each line of progress; earlier_steps.jsonl: of a run that was here before
+    tracker_id.txt        by which wandb and trackio know the run
     bad_images.txt        what could not be read
     damaged.pth, nan.pth  for a look: a checkpoint that was damaged, the state before a step that was not finite
     run.lock              while a process trains: which one

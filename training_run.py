@@ -101,6 +101,7 @@ class TrainingRun:
         self.device = next(student.parameters()).device
         self.reads_are_free = self.device.type == "cpu"  # a GPU would have to be waited for
         self.skipped_steps, self.bad_norms = torch.zeros((), device=self.device), None  # see finite.py
+        self.gradient_norms = None  # of each tensor at the last step, before clipping, on the device
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
 
     @property

@@ -1,4 +1,4 @@
-"""Pictures of what a model has learnt, from any checkpoint, and of its results on videos.
+"""Pictures of what a model has learnt, from any checkpoint, of its results on videos, and of how training went.
 
     python visualize.py attention --pretrained_weights checkpoint.pth --image_path dog.jpg --output attention.png
     python visualize.py positives --pretrained_weights checkpoint.pth --image_path dog.jpg --output positives.png
@@ -7,6 +7,7 @@
     python visualize.py similarity --pretrained_weights checkpoint.pth --image_path dog1.jpg dog2.jpg --patch 10,20
     python visualize.py overlay --davis_path DAVIS --results masks/dino masks/selfpatch --labels DINO SelfPatch
     python visualize.py scores --davis_path DAVIS --results masks/dino masks/selfpatch --labels DINO SelfPatch
+    python visualize.py curves runs/one runs/two --output curves.png
 
 attention: the class token's attention, one map per head; SelfPatch's class token is in its head.
 positives: the neighbours that positive matching picks for some patches.
@@ -14,6 +15,7 @@ pca: three principal components of the patches' features as colours, fitted over
 similarity: the cosine of one patch to all patches of its image and of others.
 overlay: a DAVIS sequence beside the masks of one or several folders of results, as GIF, MP4 or PNGs.
 scores: J&F of such folders by sequence, as a bar chart.
+curves: losses beside ln K, rates and k-NN of one or several training runs.
 """
 import argparse
 import os
@@ -28,6 +30,7 @@ from augmentations import IMAGENET_MEAN, IMAGENET_STD
 from backbones import Backbone, TimmBackbone, check_layer, image_statistics, load_any_with_info
 from checkpoint_files import CheckpointError
 from checkpoints import CheckpointInfo, build_head
+from curve_pictures import add_curves
 from drawing import fit_patches
 from errors import ArgumentParser, ConfigError, run_main
 from image_files import load_rgb, open_image, orientation
@@ -229,13 +232,15 @@ def add_positives(subparsers) -> None:
 
 def get_args_parser() -> ArgumentParser:
     parser = ArgumentParser(description="Pictures of what a model has learnt")
-    subparsers = parser.add_subparsers(required=True, metavar="{attention,positives,pca,similarity,overlay,scores}")
+    subparsers = parser.add_subparsers(required=True,
+                                       metavar="{attention,positives,pca,similarity,overlay,scores,curves}")
     add_attention(subparsers)
     add_positives(subparsers)
     add_pca(subparsers)
     add_similarity(subparsers)
     add_overlay(subparsers)
     add_scores(subparsers)
+    add_curves(subparsers)
     return parser
 
 

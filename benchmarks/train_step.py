@@ -27,6 +27,7 @@ import main_selfpatch as job
 from distributed import init_distributed_mode, keep_freed_memory, peak_memory_gb, pick_device
 from errors import TrainingError, run_main
 from fused_loss import FusedDINOLoss
+from model_flops import flops_per_image
 from optim import get_params_groups
 from options import get_args_parser as pretraining_options
 from vision_transformer import ARCHS
@@ -161,19 +162,6 @@ class Way:
                 f"{', as published: ' + ', '.join(self.plain) if self.plain else ''}")
 
 
-def flops_per_image(backbone: torch.nn.Module, local_crops: int) -> float:
-    """Model FLOPs per image: the student's forward pass three times (backward is twice as much), the teacher's once."""
-    D, depth, patch = backbone.embed_dim, len(backbone.blocks), backbone.patch_size
-    tokens = [(size // patch) ** 2 for size in [GLOBAL] * 2 + [LOCAL] * local_crops]
-    rows = sum(tokens)
-    blocks = sum(depth * (24 * n * D * D + 4 * n * n * D) + 2 * n * 3 * patch * patch * D for n in tokens)
-    projection = 2 * (D * 2048 + 2048 * 2048 + 2048 * 256)
-    both = blocks + rows * (8 * D * D + projection + 2 * 256 * 4096) + len(tokens) * (projection + 48 * D * D)
-    student = both + len(tokens) * 2 * 256 * 65536
-    teacher = both + 2 * 2 * 256 * 65536 + rows * 48 * D * D  # targets: query, projection and MLP, twice a patch
-    return 3 * student + teacher
-
-
 # ---------------------------------------------------------------- processes that take turns
 
 def serve(pipe, args: argparse.Namespace, plain: list[str] | None) -> None:
@@ -216,7 +204,7 @@ def measure(args: argparse.Namespace) -> dict[str, dict]:
             time.sleep(0.3)  # the other way's threads spin for a while after their work
             seconds[name].append(ask("step"))
     backbone = ARCHS[args.arch](args.patch_size)
-    flops = flops_per_image(backbone, args.local_crops_number)
+    flops = flops_per_image(backbone, args.local_crops_number, GLOBAL, LOCAL)
     for name, ask in ways.items():
         memory, median = ask("peak_memory"), statistics.median(seconds[name])
         rate = ask("matrix_rate")

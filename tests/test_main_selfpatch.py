@@ -245,7 +245,7 @@ def test_full_disk_is_one_line_and_the_good_file_stays(image_folder, two_epochs,
     assert status in (1, 2) and err.count("\n") == 1
     assert str(good) in err and "No space left on device" in err
     assert good.read_bytes() == before and sorted(path.name for path in tmp_path.iterdir()) == [
-        "checkpoint.pth", "checkpoint0000.pth", "log.txt"]  # the copy was due when the run before was killed
+        "checkpoint.pth", "checkpoint0000.pth", "log.txt", "steps.jsonl"]  # the copy was due when the run was killed
 
 
 @pytest.mark.parametrize("text, expected", [

@@ -30,7 +30,8 @@ def test_published_defaults():
         "dist_timeout": 30, "save_every_minutes": 15, "save_every_steps": 0, "loader_timeout": 600,
         "allow_changed": [], "knn_data": "", "knn_every": 10,
         "patch_loss_weight": 0.1, "drop_path_rate": 0.1, "global_crops_size": 224, "local_crops_size": 96,
-        "log_every": 10, "device": "auto", "precision": "auto", "tensorboard": False,
+        "log_every": 10, "device": "auto", "precision": "auto", "log_with": [], "tensorboard": False,
+        "peak_tflops": 0,
         "accum_steps": 1, "compile": "auto", "checkpoint_activations": False, "augment": "auto", "fused_loss": "auto",
         "max_bad_images": 0.001, "init_weights": "", "freeze_backbone_epochs": 0, "layer_decay": 1.0}
 

@@ -29,7 +29,7 @@ def end_of(job, words, monkeypatch, capsys):
 NUMBERS = [10**20, -1, 2**31, 2**63, "1e400", "nan", "-inf", "", "0x10", "١٢"]
 OPTIONS = ["seed", "epochs", "local_crops_number", "batch_size_per_gpu", "out_dim", "global_crops_size", "patch_size",
            "num_workers", "log_every", "saveckp_freq", "save_every_steps", "k_num", "accum_steps", "lr", "clip_grad",
-           "teacher_temp", "dist_timeout", "loader_timeout", "save_every_minutes", "max_bad_images"]
+           "teacher_temp", "dist_timeout", "loader_timeout", "save_every_minutes", "max_bad_images", "peak_tflops"]
 
 
 def test_numbers_for_pretraining(image_folder, tmp_path, monkeypatch, capsys):

@@ -88,3 +88,6 @@ def test_killed_at_random_moments(long_options, tmp_path, workers):
     assert names[0] == names[1] and kills >= 8
     rows = [json.loads(line) for line in (tmp_path / "killed" / "log.txt").read_text().splitlines()]
     assert [row["epoch"] for row in rows] == list(range(40))
+    steps = [[json.loads(line)["step"] for line in (tmp_path / run / "steps.jsonl").read_text().splitlines()]
+             for run in ("killed", "whole")]
+    assert steps[0] == steps[1] == list(range(1, len(steps[1]) + 1))

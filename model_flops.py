@@ -1,0 +1,32 @@
+"""FLOPs that a training step needs by the model's arithmetic, for model-FLOPs utilisation (MFU)."""
+from torch import nn
+
+HIDDEN, BOTTLENECK = 2048, 256  # of DINOHead
+
+
+def flops_per_image(backbone: nn.Module, local_crops: int, global_size: int = 224, local_size: int = 96,
+                    out_dim: int = 65536, out_dim_selfpatch: int = 4096, use_patches: bool = True) -> float:
+    """Model FLOPs per image: the student's forward pass three times (backward is twice as much), the teacher's once.
+
+    Multiply and add count as two, and what is computed again or without need does not count.
+
+    Args:
+        backbone: a VisionTransformer.
+        out_dim, out_dim_selfpatch: prototypes of the image and of the patch head.
+        use_patches: False for DINO, whose teacher sees the two global crops alone.
+    """
+    D, depth, patch = backbone.embed_dim, len(backbone.blocks), backbone.patch_size
+    projection = 2 * (D * HIDDEN + HIDDEN * HIDDEN + HIDDEN * BOTTLENECK)
+
+    def forward(tokens: list[int]) -> float:
+        """Backbone, class token and projections of crops with so many patches each, without the image prototypes."""
+        blocks = sum(depth * (24 * n * D * D + 4 * n * n * D) + 2 * n * 3 * patch * patch * D for n in tokens)
+        class_tokens = sum(tokens) * 8 * D * D + len(tokens) * (projection + 48 * D * D)
+        patches = sum(tokens) * (projection + 2 * BOTTLENECK * out_dim_selfpatch)
+        return blocks + class_tokens + use_patches * patches
+
+    tokens = [(size // patch) ** 2 for size in [global_size] * 2 + [local_size] * local_crops]
+    student = forward(tokens) + len(tokens) * 2 * BOTTLENECK * out_dim
+    # the teacher's targets: query, projection and MLP, twice a patch
+    teacher = forward(tokens if use_patches else tokens[:2]) + use_patches * sum(tokens) * 48 * D * D
+    return 3 * student + teacher + 2 * 2 * BOTTLENECK * out_dim
