@@ -68,6 +68,7 @@ def write_checkpoint(state: dict, path: str | Path, previous: Path | None = None
         if previous is not None and path.is_file():
             keep_as(path, previous)
         os.replace(temporary, path)
+        sync_folder(path.parent)
     except (OSError, RuntimeError) as error:
         if (cause := _os_error(error)) is None:
             raise
@@ -88,6 +89,16 @@ def keep_as(path: Path, name: Path) -> None:
     else:
         os.replace(temporary, name)
         temporary.unlink(missing_ok=True)  # replace does nothing if both are one file already
+
+
+def sync_folder(folder: Path) -> None:
+    """Write a folder's names to the disk, so that a new one outlives a power cut; not every file system can."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _os_error(error: BaseException | None) -> OSError | None:

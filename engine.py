@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from distributed import get_world_size, is_main_process, peak_memory_gb
 from errors import TrainingError
-from finite import check_log, check_step, clipping, gradient_norms
+from finite import check_logged_steps, check_step, clipping, gradient_norms
 from loader import CropLoader
 from logger import MetricLogger
 from losses import DINOLoss, Losses
@@ -111,7 +111,7 @@ def train_one_epoch(run: TrainingRun, loader: CropLoader, log_every: int = 10, l
         logger.update(**losses._asdict(), **clipping(run.gradient_norms, run.clip_grad))
         if step % log_every == 0 or step == steps:
             logger.read()  # the only wait for the device within an epoch
-            check_log(run, logger)
+            check_logged_steps(run, logger)
             if is_main_process():
                 print(progress_line(logger, run, images_per_step), flush=True)
                 on_log(logger)

@@ -52,7 +52,7 @@ def check_step(run: TrainingRun, losses: Losses, norms: torch.Tensor) -> torch.T
         return finite
     if run.reads_are_free:
         if not (finite and losses.total.isfinite()):
-            raise NotFiniteError(describe(run, run.step, losses._asdict(), norms))
+            raise NotFiniteError(describe_step(run, run.step, losses._asdict(), norms))
         return finite
     run.bad_norms = norms if run.bad_norms is None else torch.where(run.skipped_steps > 0, run.bad_norms, norms)
     run.skipped_steps = run.skipped_steps + ((run.skipped_steps > 0) | ~finite)
@@ -61,7 +61,7 @@ def check_step(run: TrainingRun, losses: Losses, norms: torch.Tensor) -> torch.T
     return run.skipped_steps == 0
 
 
-def check_log(run: TrainingRun, logger: MetricLogger) -> None:
+def check_logged_steps(run: TrainingRun, logger: MetricLogger) -> None:
     """Raise NotFiniteError if a loss or gradient since the last call was not finite. It waits for the device."""
     steps = len(logger["total"].recent)  # the window is as long as the steps between two calls
     if run.scaler.is_enabled() and run.scaler.get_scale() < SMALLEST_SCALE:
@@ -72,10 +72,12 @@ def check_log(run: TrainingRun, logger: MetricLogger) -> None:
     if skipped or bad:
         i = max(steps - skipped, 0) if skipped else bad[0]
         losses = {name: logger[name].recent[i] for name in ("total", "image", "patch") if name in logger.meters}
-        raise NotFiniteError(describe(run, run.step - steps + i, losses, run.bad_norms if skipped else None))
+        message = describe_step(run, run.step - steps + i, losses, run.bad_norms if skipped else None)
+        run.step -= skipped  # the state is that after the last step that was taken
+        raise NotFiniteError(message)
 
 
-def describe(run: TrainingRun, step: int, losses: dict[str, float], norms: torch.Tensor | None) -> str:
+def describe_step(run: TrainingRun, step: int, losses: dict[str, float], norms: torch.Tensor | None) -> str:
     """What was not finite at a step, and what to do, in one line."""
     epoch, step_of_epoch = divmod(step, run.steps_per_epoch)
     terms = ", ".join(f"{name} {float(losses[name]):.4g}" for name in ("image", "patch") if name in losses)

@@ -40,8 +40,8 @@ class Tracked(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, index: int):
-        if info := get_worker_info():
-            self.loading[info.id] = index
+        info = get_worker_info()
+        self.loading[info.id if info else 0] = index
         return self.dataset[index]
 
 
@@ -154,8 +154,12 @@ class WorkerDied(Exception):
     """A data worker ended before its work was done; the message says which one and by what."""
 
 
-class TimeLimit(Exception):
-    """The time is over."""
+class TooManyBadImages(TrainingError):
+    """More images than --max_bad_images allows cannot be read."""
+
+
+class TimeLimit(BaseException):
+    """The time is over. Not an Exception, which a reader of images could take for an unreadable file."""
 
 
 @contextlib.contextmanager
@@ -206,10 +210,11 @@ class CropLoader:
         seed: of the order of images.
         compiled: fuse the augmentation on the device with torch.compile.
         max_bad_images: share of the images that may be unreadable.
-        timeout: seconds that workers may take for a batch.
+        timeout: seconds that a batch may take to load; 0 for no limit.
 
     Raises:
-        TrainingError: while iterating, if more images than that are unreadable, or workers hang or are killed.
+        TooManyBadImages: while iterating.
+        TrainingError: while iterating, if workers, or the reading of a file, hang, or workers are killed.
     """
 
     def __init__(self, dataset: Dataset, batch_size: int, num_workers: int = 0, device: torch.device | str = "cpu",
@@ -308,25 +313,27 @@ class CropLoader:
             TrainingError: they have given nothing for too long.
         """
         try:
-            with time_limit(self.timeout if self.workers else 0):
+            with time_limit(self.timeout):
                 return next(batches)
         except TimeLimit:
-            worker = (self.position - self.first) % len(self.workers)
+            worker = (self.position - self.first) % max(len(self.workers), 1)
             path = self.dataset.samples[self.tracked.loading[worker]][0]
+            who = f"data worker {worker}" if self.workers else "loading"
             self.close()  # or torch would wait for each worker again
-            raise TrainingError(f"data worker {worker} has given nothing for {self.timeout:g} s (--loader_timeout); "
-                                f"the last image that it began to read is {path}") from None
+            raise TrainingError(f"{who} has given nothing for {self.timeout:g} s (--loader_timeout); the last image "
+                                f"that it began to read is {path}") from None
         except (RuntimeError, OSError, EOFError) as error:
-            # torch's own error, or that of the connection over which a worker hands on its memory
-            if "DataLoader worker" in str(error) or isinstance(error, (ConnectionError, FileNotFoundError, EOFError)):
+            # torch's own error, its pinning thread's, or that of the connection over which a worker hands on its memory
+            by_words = any(words in str(error) for words in ("DataLoader worker", "Pin memory thread"))
+            if by_words or isinstance(error, (ConnectionError, FileNotFoundError, EOFError)):
                 raise_for_exit(self.workers)
             raise
 
     def check_bad_images(self) -> None:
-        """Raise TrainingError if more than the share max_bad_images of the data set is in bad_images."""
+        """Raise TooManyBadImages if more than the share max_bad_images of the data set is in bad_images."""
         if len(self.bad_images) > self.max_bad_images * len(self.dataset):
             listed = sorted(self.bad_images)
-            raise TrainingError("; ".join(listed[:5]) + (f"; and {len(listed) - 5} more" if listed[5:] else "")
+            raise TooManyBadImages("; ".join(listed[:5]) + (f"; and {len(listed) - 5} more" if listed[5:] else "")
                                 + f" ({len(listed)} of {len(self.dataset)} images, which is more than "
                                 f"--max_bad_images {self.max_bad_images:g})")
 

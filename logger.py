@@ -146,16 +146,18 @@ class RunLog:
         resumed: whether the run continues; one that begins where an older log lies adds to it.
         start_epoch: epochs that are done.
         rows: theirs, from the checkpoint; None: those in log.txt.
+        older_lines: lines of a continued run's log.txt that are of an older run, from the checkpoint.
 
     Attributes:
-        rows: one for each epoch, to which write's are added.
-        older: what log.txt held before a run that does not continue.
+        rows: one for each epoch; write brings log.txt up to them.
+        older: what log.txt held before the run began.
 
     Raises:
         ConfigError: they cannot be written.
     """
 
-    def __init__(self, output: Path, resumed: bool = False, start_epoch: int = 0, rows: list[dict] | None = None):
+    def __init__(self, output: Path, resumed: bool = False, start_epoch: int = 0, rows: list[dict] | None = None,
+                 older_lines: int = 0):
         check_log(output)
         self.path = output / "log.txt"
         text = read_log(self.path) if self.path.is_file() else ""
@@ -163,11 +165,19 @@ class RunLog:
             found = {row["epoch"]: row for row in map(parse_row, text.splitlines()) if row}
             rows = [found[epoch] for epoch in sorted(found) if epoch < start_epoch]
         self.rows = rows
-        self.older = "" if resumed else text + "\n" * bool(text and not text.endswith("\n"))
+        if resumed:
+            self.older = "".join(f"{line}\n" for line in text.split("\n")[:older_lines])
+        else:
+            self.older = text + "\n" * bool(text and not text.endswith("\n"))
         try:
             self.rewrite(text)
         except OSError as error:
             raise ConfigError(f"cannot write to {error.filename or output} ({error.strerror})") from None
+
+    def state_dict(self) -> dict:
+        """What a checkpoint keeps of the log."""
+        older_lines = self.older.count("\n")
+        return {"log": self.rows} | ({"older_log_lines": older_lines} if older_lines else {})
 
     def rewrite(self, text: str) -> None:
         """Make text, what log.txt holds, what it should hold."""
@@ -177,16 +187,17 @@ class RunLog:
             temporary.write_text(wanted, encoding="utf-8")
             os.replace(temporary, self.path)
 
-    def write(self, row: dict[str, float]) -> None:
-        """Append an epoch's row, which rows has already, and the rows that could not be written before.
+    def write(self) -> None:
+        """Append the rows that log.txt does not have yet.
 
         Raises:
             TrainingError: the folder has become unwritable. A full disk is a warning.
         """
         try:
-            self.rewrite(read_log(self.path) if self.path.is_file() else "")
-        except OSError as error:
-            message = f"cannot write to {self.path} ({error.strerror})"
-            if error.errno not in PASSING_ERRORS:
+            self.rewrite(self.path.read_text(encoding="utf-8") if self.path.is_file() else "")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is not text any more"
+            message = f"cannot write to {self.path} ({reason})"
+            if isinstance(error, OSError) and error.errno not in PASSING_ERRORS:
                 raise TrainingError(f"{message}: the same command continues from the last checkpoint") from None
             print(f"warning: {message}; training goes on, and the next epoch will try again", flush=True)

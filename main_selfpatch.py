@@ -8,9 +8,7 @@ The same command again continues from output_dir/checkpoint.pth.
 """
 import argparse
 import errno
-import os
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -28,27 +26,27 @@ from distributed import (
     on_main_process,
     together,
 )
-from engine import check_weights, health_warnings, train_one_epoch
-from errors import ArgumentParser, ConfigError, RunStopped, TrainingError, run_main
-from finite import NotFiniteError, check_log
+from engine import train_one_epoch  # noqa: F401 (likewise)
+from errors import ArgumentParser, ConfigError, TrainingError, run_main
+from finite import NotFiniteError
 from fused_loss import FusedDINOLoss
 from image_files import UnreadableImage
 from initial_weights import read_initial_weights, set_initial_weights
 from knn_probe import KnnProbe
 from loader import CropLoader
-from logger import MetricLogger, RunLog, make_row
+from logger import RunLog
 from losses import DINOLoss
 from model_flops import flops_per_image
 from optim import build_optimizer
 from options import check_args, get_args_parser
-from rank_watch import RankWatch
-from resuming import begin_epoch, compare_ranks, epoch_state, plain_args, resume
+from rank_watch import is_lost_contact
+from resuming import compare_ranks, plain_args, resume
 from run_folder import RunFolder
 from selfpatch_head import MultiCropWrapper  # noqa: F401
 from settings import choose_augment, choose_compile, choose_loss, choose_precision
 from step_log import StepLog
-from stopping import STOP, Interruption
 from trackers import Trackers, chosen_trackers
+from training_loop import train
 from training_run import TrainingRun, build_networks, build_schedules
 from utils import fix_random_seeds
 
@@ -135,19 +133,11 @@ def pretrain(args: argparse.Namespace, loss_class: type[DINOLoss] | None = None)
     on_main_process(folder.lock)
     steps = None
     try:
-        path = on_main_process(folder.find)
-        rows, within = together(lambda: resume(run, loader, folder, path, args, processes))
-        if weights and path is None:
-            line = together(lambda: set_initial_weights(run.student_module, run.teacher, *weights))
-            if is_main_process():
-                print(line)
-        weights = None
-        done, freq = run.epoch - 1, args.saveckp_freq
-        if path == folder.last and freq and done >= 0 and done % freq == 0 and run.step % run.steps_per_epoch == 0:
-            on_main_process(lambda: folder.copy_if_missing(done))  # killed before it was written
+        saved_log, within = begin(run, loader, folder, weights, args, processes)
+        weights = None  # which the optimiser's state needs the memory of
         if is_main_process():
             print(start_line(args, processes, loader, run, compiled), flush=True)
-        log = together(lambda: RunLog(folder.path, run.step > 0, run.epoch, rows) if is_main_process() else None)
+        log = together(lambda: RunLog(folder.path, **saved_log) if is_main_process() else None)
         steps = together(lambda: open_step_log(run, loader, log, saved_args, args, processes) if log else None)
         train(run, loader, folder, log, steps, saved_args, args, processes, within, probe)
     except NotFiniteError as error:
@@ -157,6 +147,21 @@ def pretrain(args: argparse.Namespace, loss_class: type[DINOLoss] | None = None)
             steps.trackers.close()
         loader.close()
         folder.unlock()
+
+
+def begin(run: TrainingRun, loader: CropLoader, folder: RunFolder, weights: tuple | None, args: argparse.Namespace,
+          processes: Processes) -> tuple[dict, dict]:
+    """Continue from the folder's checkpoint, or begin with the weights of --init_weights; what resume returns."""
+    path = on_main_process(folder.find)
+    saved_log, within = together(lambda: resume(run, loader, folder, path, args, processes))
+    if weights and path is None:
+        line = together(lambda: set_initial_weights(run.student_module, run.teacher, *weights))
+        if is_main_process():
+            print(line)
+    done, freq = run.epoch - 1, args.saveckp_freq
+    if path == folder.last and freq and done >= 0 and done % freq == 0 and not within:
+        on_main_process(lambda: folder.copy_if_missing(done))  # killed before it was written
+    return saved_log, within
 
 
 def open_step_log(run: TrainingRun, loader: CropLoader, log: RunLog, saved_args: dict, args: argparse.Namespace,
@@ -171,106 +176,12 @@ def open_step_log(run: TrainingRun, loader: CropLoader, log: RunLog, saved_args:
                    mfu_per_rate=flops / peak if peak else None, keep_older=bool(log.older))
 
 
-def train(run: TrainingRun, loader: CropLoader, folder: RunFolder, log: RunLog | None, steps: StepLog | None,
-          saved_args: dict, args: argparse.Namespace, processes: Processes, within: dict,
-          probe: KnnProbe | None = None) -> None:
-    """The epochs that are left.
-
-    Args:
-        log, steps: None on other ranks than 0.
-        probe: evaluates the teacher after every --knn_every-th epoch and the last.
-        within: of resume, the state within the first of them.
-    """
-    def save(last_chance: bool, within: dict | None = None, epoch: int | None = None) -> None:
-        together(lambda: check_weights(run))
-        state = run.state_dict() | {"args": saved_args, "log": log.rows if log else []} | (within or {})
-        on_main_process(lambda: folder.try_save(state, epoch, last_chance))
-        interruption.saved()
-
-    def after_step() -> None:
-        agreed = interruption.agree()
-        if agreed or (args.save_every_steps and run.step % args.save_every_steps == 0):
-            logger.read()
-            together(lambda: check_log(run, logger))
-            save(agreed == STOP, epoch_state(loader, logger))
-        if agreed == STOP:
-            raise stopped()
-
-    def stopped() -> RunStopped:
-        epoch, step = divmod(run.step, run.steps_per_epoch)
-        return RunStopped(f"{interruption.reason}: saved after step {step} of epoch {epoch} in {folder.last}; the same "
-                          "command continues from there", interruption.signal)
-
-    timeout = timedelta(minutes=args.dist_timeout)
-    with Interruption(args.save_every_minutes, timeout) as interruption, \
-            RankWatch(processes.rank, processes.world_size, timeout, args.dist_url):
-        for epoch in range(run.epoch, args.epochs):
-            logger = MetricLogger(window=args.log_every)
-            begin_epoch(run, loader, logger, within, args.seed, processes)
-            within = {}
-            stats = train_one_epoch(run, loader, args.log_every, logger, after_step, steps or (lambda _: None))
-            last, agreed = epoch + 1 == args.epochs, interruption.agree()
-            row = make_row(stats, epoch)
-            if probe and agreed != STOP and (last or (epoch + 1) % args.knn_every == 0):
-                row |= probe(run.teacher)
-                if log:
-                    print(f"epoch {epoch}: k-NN top-1 {row['knn_top1']:.2f} %, top-5 {row['knn_top5']:.2f} % "
-                          f"({row['knn_seconds']:.0f} s)", flush=True)
-            if log:
-                log.rows.append(row)
-            save(last or agreed == STOP, epoch=epoch if args.saveckp_freq and epoch % args.saveckp_freq == 0 else None)
-            record_bad_images(loader, folder.path / "bad_images.txt")
-            if log:
-                log.write(row)
-                steps.trackers.log_epoch(row, run.step)
-                for warning in health_warnings(stats, run.dino_loss, epoch >= args.warmup_epochs,
-                                               args.batch_size_per_gpu):
-                    print(f"warning: {warning}", flush=True)
-            if agreed == STOP and not last:
-                raise stopped()
-    if log:
-        print(f"done: {args.epochs} epochs, {folder.last}")
-
-
-def record_bad_images(loader: CropLoader, path: Path) -> None:
-    """Write what all ranks could not read to path, one line per image, if there is anything; rank 0 says so."""
-    errors = [loader.bad_images]
-    if is_distributed():
-        errors = [None] * dist.get_world_size()
-        dist.all_gather_object(errors, loader.bad_images)
-    loader.bad_images = set().union(*errors)  # from here on every rank counts what all of them have found
-    if loader.bad_images:
-        on_main_process(lambda: write_bad_images(loader, path))
-    loader.check_bad_images()
-
-
-def write_bad_images(loader: CropLoader, path: Path) -> None:
-    encoding = {"encoding": "utf-8", "errors": "surrogateescape"}  # as file names are read
-    try:
-        # a resumed run adds to the list of the run before
-        earlier = path.read_text(**encoding).splitlines() if path.is_file() else ()
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        temporary.write_text("".join(f"{line}\n" for line in sorted(loader.bad_images.union(earlier))), **encoding)
-        os.replace(temporary, path)
-    except OSError as error:
-        print(f"warning: cannot write {path} ({error.strerror}); the next epoch will try again", flush=True)
-    print(f"warning: {len(loader.bad_images)} of {len(loader.dataset)} images cannot be read and are replaced, see "
-          f"{path}", flush=True)
-
-
 def is_out_of_shared_memory(error: RuntimeError | OSError) -> bool:
     """Whether the data workers found no room in /dev/shm, where their batches and semaphores lie."""
     if isinstance(error, OSError):
         return error.errno == errno.ENOSPC and error.filename is None
     return any(words in str(error) for words in (
         "unable to allocate shared memory", "unable to write to file </torch_", "killed by signal: Bus error"))
-
-
-def is_lost_contact(error: RuntimeError | OSError) -> bool:
-    """Whether an exchange with other processes failed because one of them has ended or does not answer."""
-    return isinstance(error, dist.DistNetworkError) or any(words in str(error) for words in (
-        "Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Broken pipe [", "remote process",
-        "Application timeout caused pair closure"))
 
 
 def train_dino(args: argparse.Namespace, loss_class: type[DINOLoss] | None = None) -> None:

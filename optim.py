@@ -111,8 +111,9 @@ def update_teacher(student: nn.Module, teacher: nn.Module, momentum: float,
 
 @torch.no_grad()
 def all_finite(model: nn.Module) -> bool:
-    """Whether no weight is NaN or infinite."""
-    return bool(torch.stack(torch._foreach_norm(list(model.parameters()))).isfinite().all())
+    """Whether no weight, and no statistic such as BatchNorm's, is NaN or infinite."""
+    tensors = [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.is_floating_point()]
+    return bool(torch.stack(torch._foreach_norm(tensors)).isfinite().all())
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:

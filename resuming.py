@@ -130,21 +130,21 @@ def epoch_state(loader: CropLoader, logger: MetricLogger) -> dict:
 
 
 def resume(run: TrainingRun, loader: CropLoader, folder: RunFolder, path: Path | None, args: argparse.Namespace,
-           processes: Processes) -> tuple[list[dict], dict]:
+           processes: Processes) -> tuple[dict, dict]:
     """Continue from the folder's checkpoint where there is one, on all ranks alike.
 
     Args:
         path: what folder.find returned on rank 0.
 
     Returns:
-        the rows of the log so far (None if the checkpoint is of a version that did not keep them), and the state
-        within the epoch for begin_epoch, {} at the start of one.
+        the arguments of RunLog that the checkpoint has kept, and the state within the epoch for begin_epoch, {} at
+        the start of one.
 
     Raises:
         ConfigError: the checkpoint is damaged, does not fit, or is of another run.
     """
     if path is None:
-        return [], {}
+        return {"rows": []}, {}
     state = folder.take_state() or read_checkpoint(path)
     check_types(state, path)
     saved = state.get("args") or {}
@@ -166,7 +166,9 @@ def resume(run: TrainingRun, loader: CropLoader, folder: RunFolder, path: Path |
     if run.epoch > args.epochs or (run.epoch == args.epochs and run.step % run.steps_per_epoch):
         raise ConfigError(f"--epochs {args.epochs}, but {path} is in epoch {run.epoch} already: give more --epochs, or "
                           "another --output_dir")
-    return state.get("log"), {"ranks": state["ranks"]} if "ranks" in state else {}
+    log = {"resumed": run.step > 0, "start_epoch": run.epoch, "rows": state.get("log"),
+           "older_lines": state.get("older_log_lines", 0)}
+    return log, {"ranks": state["ranks"]} if "ranks" in state else {}
 
 
 def check_types(state: dict, path: Path) -> None:
@@ -182,7 +184,8 @@ def check_types(state: dict, path: Path) -> None:
 
     sound = {"args": isinstance(state.get("args"), dict | argparse.Namespace | None), "log": rows_ok(state.get("log")),
              "ranks": ranks_ok(state.get("ranks")),
-             "step_of_epoch": isinstance(state.get("step_of_epoch", 0), int) and state.get("step_of_epoch", 0) >= 0}
+             **{name: isinstance(state.get(name, 0), int) and state.get(name, 0) >= 0
+                for name in ("step_of_epoch", "older_log_lines")}}
     if wrong := [name for name, is_sound in sound.items() if not is_sound]:
         raise ConfigError(f"{path}: its {wrong[0]} is not what a training run writes: give another --output_dir")
 

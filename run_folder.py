@@ -19,7 +19,7 @@ import shutil
 import socket
 from pathlib import Path
 
-from checkpoint_files import CheckpointError, WriteError, read_checkpoint, write_checkpoint
+from checkpoint_files import CheckpointError, WriteError, read_checkpoint, sync_folder, write_checkpoint
 from distributed import is_main_process
 from errors import PASSING_ERRORS, ConfigError, TrainingError, describe
 
@@ -33,13 +33,14 @@ LEFTOVER = re.compile(r"\.(checkpoint\d*\.pth|previous\.pth|nan\.pth|log\.txt|ba
 
 
 class RunFolder:
-    """The folder of one run. All but check is for rank 0 alone."""
+    """The folder of one run. All but check and add_bad_images is for rank 0 alone."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.last, self.previous = self.path / "checkpoint.pth", self.path / "previous.pth"
         self.lock_path, self.descriptor = self.path / "run.lock", None
         self.state = None
+        self.due: int | None = None  # epoch of a copy that could not be made of checkpoint.pth as it is now
 
     def lock(self) -> None:
         """Keep other processes from training here, and remove what one that was killed was writing.
@@ -140,12 +141,16 @@ class RunFolder:
         Raises:
             WriteError: the files that were there before are kept.
         """
+        if self.due is not None:
+            self.copy_if_missing(self.due)  # the last moment at which checkpoint.pth is that epoch's
         write_checkpoint(state, self.last, self.previous)
+        self.due = epoch
         if epoch is not None:
             self.copy(epoch)
+            self.due = None
 
     def copy_if_missing(self, epoch: int) -> None:
-        """Make a copy that was due when the run before was killed; a full disk is a warning."""
+        """Make a copy that was due when the run before was killed or had no room; a full disk is a warning."""
         try:
             if not self.numbered(epoch).is_file():
                 self.copy(epoch)
@@ -161,7 +166,10 @@ class RunFolder:
                 os.link(self.last, temporary)  # no file is ever written in place, so that two names can share one
             except OSError:
                 shutil.copyfile(self.last, temporary)
+                with open(temporary, "rb") as file:
+                    os.fsync(file.fileno())
             os.replace(temporary, self.numbered(epoch))
+            sync_folder(self.path)
         except OSError as error:
             raise WriteError(self.numbered(epoch), error) from None
         finally:
@@ -182,14 +190,30 @@ class RunFolder:
             print(f"warning: {error}; training goes on, and the next save will try again", flush=True)
 
     def keep_for_a_look(self, state: dict) -> str:
-        """Write nan.pth from rank 0; say so, or why not."""
+        """Write nan.pth on rank 0; where it is or why it is not, to be added to a message there."""
         path = self.path / "nan.pth"
+        if not is_main_process():
+            return ""
         try:
-            if is_main_process():
-                write_checkpoint(state, path)
+            write_checkpoint(state, path)
         except WriteError as error:
             return f"; {error}"
         return f"; the state before that step is in {path}"
+
+    def add_bad_images(self, errors: set[str], num_images: int) -> None:
+        """Add what could not be read to bad_images.txt, one line per image, and say how many there are."""
+        path, encoding = self.path / "bad_images.txt", {"encoding": "utf-8", "errors": "surrogateescape"}
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            # a resumed run adds to the list of the run before
+            earlier = path.read_text(**encoding).splitlines() if path.is_file() else ()
+            temporary.write_text("".join(f"{line}\n" for line in sorted(errors.union(earlier))), **encoding)
+            os.replace(temporary, path)
+        except OSError as error:
+            print(f"warning: cannot write {path} ({error.strerror}); the next epoch will try again", flush=True)
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+        print(f"warning: {len(errors)} of {num_images} images cannot be read and are replaced, see {path}", flush=True)
 
     def check(self) -> None:
         """Find out whether checkpoint.pth can be one.

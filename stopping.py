@@ -16,11 +16,12 @@ import torch
 import torch.distributed as dist
 
 from distributed import is_distributed, is_main_process
-from errors import program_name
+from errors import TrainingError, program_name
 from loader import SIGNALS
 
 CONTINUE, SAVE, STOP = range(3)
 LAUNCHER = os.getppid()
+USER_SIGNALS = {getattr(signal, name) for name in ("SIGUSR1", "SIGUSR2") if hasattr(signal, name)}
 
 
 class Interruption:
@@ -37,13 +38,19 @@ class Interruption:
     def __init__(self, save_every_minutes: float = 0, timeout: timedelta = timedelta(minutes=30)):
         self.timeout, self.seconds = timeout, save_every_minutes * 60
         self.signal: int | None = None
+        self.pid = os.getpid()
         self.last_save, self.handlers = time.monotonic(), {}
         self.flag, self.exchange, self.group = None, None, None
 
     def __enter__(self) -> "Interruption":
         if is_distributed():
             # a group of its own: the exchange runs beside those of a step
-            self.group = dist.new_group(backend="gloo", timeout=self.timeout)
+            try:
+                self.group = dist.new_group(backend="gloo", timeout=self.timeout)
+            except RuntimeError as error:
+                first = (str(error).splitlines() or [""])[0]
+                raise TrainingError(f"the processes cannot reach each other by Gloo ({first}): set GLOO_SOCKET_IFNAME "
+                                    "to the network interface that joins the machines") from None
         if threading.current_thread() is threading.main_thread():
             for number in (getattr(signal, name) for name in SIGNALS if hasattr(signal, name)):
                 if signal.getsignal(number) != signal.SIG_IGN:
@@ -55,12 +62,16 @@ class Interruption:
             signal.signal(number, handler)
 
     def receive(self, number: int, _: FrameType | None) -> None:
+        if os.getpid() != self.pid:  # a data worker that has no handlers of its own yet
+            return
         if number == signal.SIGINT == self.signal:
             for child in multiprocessing.active_children():
                 child.kill()
             os.write(sys.stderr.fileno(), f"{program_name()}: interrupted twice: ended without a save\n".encode())
             os._exit(128 + signal.SIGINT)
-        self.signal = self.signal or number
+        # submitit submits a job again by the signal that Slurm was asked to send, which a SIGTERM may come before
+        if self.signal is None or (self.signal == signal.SIGTERM and number in USER_SIGNALS):
+            self.signal = number
 
     @property
     def reason(self) -> str:

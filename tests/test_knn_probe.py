@@ -6,7 +6,7 @@ import torch
 from networks import assert_same, small_wrapper
 from small_job import load, options
 
-from errors import ConfigError
+from errors import ConfigError, RunStopped
 from image_features import ImageFeature, eval_transform, open_pair, share_loader
 from knn import knn_accuracy
 from knn_probe import KnnProbe
@@ -23,6 +23,38 @@ def test_a_run_with_it_trains_as_one_without(image_folder, two_epochs, tmp_path,
     rows = [json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()]
     assert "knn_top1" in rows[0] and 0 <= rows[1]["knn_top1"] <= rows[1]["knn_top5"] <= 100
     assert f"epoch 1: k-NN top-1 {rows[1]['knn_top1']:.2f} %" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("fault", [RunStopped("stopped"), ConfigError("none of the images can be read")])
+def test_what_happens_in_it_costs_no_epoch(image_folder, tmp_path, monkeypatch, capsys, fault):
+    """The epoch is saved before; a run that was ended in between evaluates when it goes on; an error is a warning."""
+    words = ["--epochs", 3, "--data_path", image_folder, "--knn_data", image_folder, "--knn_every", 1]
+    train_dino(options(*words, "--output_dir", tmp_path / "whole"))
+    evaluate, calls = KnnProbe.__call__, []
+
+    def fail_once(probe, teacher):
+        calls.append(probe)
+        if len(calls) == 2:
+            raise fault
+        return evaluate(probe, teacher)
+
+    monkeypatch.setattr(KnnProbe, "__call__", fail_once)
+    words += ["--output_dir", tmp_path / "run"]
+    if isinstance(fault, RunStopped):
+        with pytest.raises(RunStopped):
+            train_dino(options(*words))
+        assert load(tmp_path / "run" / "checkpoint.pth")["epoch"] == 2
+    train_dino(options(*words))
+    ours, whole = ([json.loads(line) for line in (tmp_path / name / "log.txt").read_text().splitlines()]
+                   for name in ("run", "whole"))
+    for row in [*ours, *whole]:
+        row.pop("knn_seconds", None)
+    if isinstance(fault, ConfigError):
+        assert "warning: no k-NN accuracy after epoch 1: none of the images" in capsys.readouterr().out
+        del whole[1]["knn_top1"], whole[1]["knn_top5"]
+    assert ours == whole
+    assert_same(load(tmp_path / "run" / "checkpoint.pth")["student"],
+                load(tmp_path / "whole" / "checkpoint.pth")["student"])
 
 
 def test_figures_are_those_of_the_evaluation(image_folder):

@@ -10,6 +10,7 @@ from small_job import SMALL, load, options
 import engine
 import main_selfpatch
 import resuming
+import training_loop
 from augmentations import DataAugmentationDINO
 from distributed import Processes
 from engine import health_warnings
@@ -218,7 +219,7 @@ def test_other_errors_are_not_taken_for_shared_memory(image_folder, tmp_path, mo
     def fail(*_):
         raise error
 
-    monkeypatch.setattr(main_selfpatch, "train_one_epoch", fail)
+    monkeypatch.setattr(training_loop, "train_one_epoch", fail)
     with pytest.raises(type(error)) as caught:
         train_dino(options("--epochs", 1, "--data_path", image_folder, "--output_dir", tmp_path))
     assert caught.value is error
@@ -256,7 +257,7 @@ def test_a_log_holds_what_the_checkpoint_does(tmp_path, text, expected):
     (tmp_path / "log.txt").write_text(text)
     log = main_selfpatch.RunLog(tmp_path, resumed=True, start_epoch=1, rows=[{"epoch": 0}])
     log.rows.append({"train_loss": 2.0, "epoch": 1})
-    log.write(log.rows[-1])
+    log.write()
     assert (tmp_path / "log.txt").read_text().splitlines() == [*expected, '{"train_loss": 2.0, "epoch": 1}']
 
 
@@ -264,18 +265,37 @@ def test_a_new_run_adds_to_an_older_log(tmp_path):
     (tmp_path / "log.txt").write_text('{"epoch": 0}\n{"ep')
     log = main_selfpatch.RunLog(tmp_path)
     log.rows.append({"train_loss": 2.0, "epoch": 0})
-    log.write(log.rows[-1])
+    log.write()
     assert (tmp_path / "log.txt").read_text().splitlines() == [
         '{"epoch": 0}', '{"ep', '{"train_loss": 2.0, "epoch": 0}']
+
+
+def test_an_older_log_outlives_resuming(image_folder, two_epochs, tmp_path):
+    """A run that begins where an older log lies keeps it, also when it is continued within its first epochs."""
+    (tmp_path / "log.txt").write_text('{"epoch": 0}\nnote\n{"epoch": 1}\n')
+    words = ["--data_path", image_folder, "--output_dir", tmp_path]
+    train_dino(options("--epochs", 2, *words))
+    shutil.copy(tmp_path / "checkpoint0000.pth", tmp_path / "checkpoint.pth")
+    train_dino(options("--epochs", 2, *words))
+    older, rows = (path.read_text().splitlines() for path in (tmp_path / "log.txt", two_epochs / "log.txt"))
+    assert older == ['{"epoch": 0}', "note", '{"epoch": 1}', *rows]
+
+
+def test_a_log_that_is_no_text_any_more_does_not_end_the_run(tmp_path, capsys):
+    log = main_selfpatch.RunLog(tmp_path)
+    log.path.write_bytes(b"\xff\xfe")
+    log.rows.append({"epoch": 0})
+    log.write()
+    assert "it is not text any more" in capsys.readouterr().out and log.path.read_bytes() == b"\xff\xfe"
 
 
 def test_log_that_cannot_be_written_is_one_line(image_folder, tmp_path, monkeypatch, capsys):
     write = main_selfpatch.RunLog.write
 
-    def folder_in_the_way(log, row):
+    def folder_in_the_way(log):
         log.path.unlink()
         log.path.mkdir()
-        write(log, row)
+        write(log)
 
     monkeypatch.setattr(main_selfpatch.RunLog, "write", folder_in_the_way)
     status, err = end_of_job(monkeypatch, capsys, image_folder, tmp_path)

@@ -8,6 +8,7 @@ from small_job import SMALL, options
 import demo
 import main_selfpatch
 import run_with_submitit
+import training_loop
 from errors import ConfigError, run_main, user_path
 from fused_loss import FusedDINOLoss
 from losses import DINOLoss
@@ -127,7 +128,7 @@ def test_bad_input_is_one_line_and_status_2(image_folder, two_epochs, tmp_path, 
     words = [word.format(**places) for word in words]
     monkeypatch.setattr("sys.argv", ["main_selfpatch.py", *SMALL, "--epochs", "2", "--data_path", str(image_folder),
                                      "--output_dir", str(tmp_path / "out"), *words])
-    monkeypatch.setattr(main_selfpatch, "train_one_epoch", lambda *_: pytest.fail("training began"))
+    monkeypatch.setattr(training_loop, "train_one_epoch", lambda *_: pytest.fail("training began"))
     with pytest.raises(SystemExit) as stop:
         run_main(main_selfpatch.main)
     assert stop.value.code == 2

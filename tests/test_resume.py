@@ -13,10 +13,10 @@ from networks import assert_same, shrink_job, small_wrapper
 from small_job import load, options
 
 import engine
-import main_selfpatch
+import training_loop
 from engine import train_step
 from errors import ConfigError, TrainingError
-from finite import check_log
+from finite import check_logged_steps
 from fused_loss import FusedDINOLoss
 from logger import MetricLogger
 from main_selfpatch import train_dino
@@ -85,14 +85,14 @@ def test_half_precision_resumes_from_float32(image_folder, two_epochs, tmp_path)
 
 def test_weights_that_are_not_finite_are_not_saved(image_folder, two_epochs, tmp_path, monkeypatch):
     shutil.copy(two_epochs / "checkpoint0000.pth", tmp_path / "checkpoint.pth")
-    epoch = main_selfpatch.train_one_epoch
+    epoch = training_loop.train_one_epoch
 
     def spoiled(run, *args):
         stats = epoch(run, *args)
         run.student.backbone.pos_embed.data[0, 0, 0] = float("inf")
         return stats
 
-    monkeypatch.setattr(main_selfpatch, "train_one_epoch", spoiled)
+    monkeypatch.setattr(training_loop, "train_one_epoch", spoiled)
     with pytest.raises(TrainingError, match="weights NaN or infinite"):
         train_dino(options("--epochs", 2, "--data_path", image_folder, "--output_dir", tmp_path))
     assert load(tmp_path / "checkpoint.pth")["epoch"] == 1
@@ -104,7 +104,7 @@ def test_nan_is_found_however_seldom_the_log_is_read():
         logger.update(total=torch.tensor(float("nan") if step == 3 else 1.0))
     logger.read()
     with pytest.raises(TrainingError, match=r"step 103 of epoch 2 \(iteration 503\)"):
-        check_log(SimpleNamespace(step=550, steps_per_epoch=200, skipped_steps=torch.zeros(()),
+        check_logged_steps(SimpleNamespace(step=550, steps_per_epoch=200, skipped_steps=torch.zeros(()),
                                   scaler=torch.amp.GradScaler("cpu", enabled=False)), logger)
 
 

@@ -1,5 +1,6 @@
 """Stopped within an epoch by a signal, and continued: to the bit what the run that was never stopped gives."""
 import os
+import shutil
 import signal
 
 import pytest
@@ -8,9 +9,10 @@ from networks import assert_same
 from small_job import load, options
 
 import engine
-from errors import CONTINUE_STATUS, ConfigError, RunStopped
+from errors import CONTINUE_STATUS, ConfigError, RunStopped, TrainingError
 from loader import RankSampler
 from main_selfpatch import train_dino
+from stopping import STOP, Interruption
 
 pytestmark = [pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning"),
               pytest.mark.usefixtures("small_network")]
@@ -51,12 +53,10 @@ def whole_runs(image_folder, tmp_path_factory):
     return whole
 
 
-@pytest.mark.parametrize("step", [0, 1, 2, 4])
-@pytest.mark.parametrize("words", [("--num_workers", 0), ("--num_workers", 2), ("--num_workers", 2, "--augment", "pil"),
-                                   ("--batch_size_per_gpu", 2, "--accum_steps", 2)])
+@pytest.mark.parametrize("step, words", [
+    *((step, ("--num_workers", 0)) for step in (0, 1, 2, 4)), (1, ("--num_workers", 2)),
+    (1, ("--num_workers", 2, "--augment", "pil")), (1, ("--batch_size_per_gpu", 2, "--accum_steps", 2))])
 def test_stopped_run_equals_the_whole_one(whole_runs, image_folder, tmp_path, monkeypatch, step, words):
-    if step != 1 and words != ("--num_workers", 0):
-        pytest.skip("one step is enough")
     whole = whole_runs(*words)
     stop_and_continue(monkeypatch, step, "--epochs", 2, "--data_path", image_folder, "--output_dir", tmp_path, *words)
     ours, other = load(tmp_path / "checkpoint.pth"), load(whole / "checkpoint.pth")
@@ -111,6 +111,38 @@ def test_another_batch_within_an_epoch_is_refused_where_it_does_not_fit(image_fo
         train_dino(options(*words, "--batch_size_per_gpu", 6, "--allow_changed", "batch"))
     train_dino(options(*words, "--batch_size_per_gpu", 2, "--allow_changed", "batch"))
     assert load(tmp_path / "checkpoint.pth")["optimizer"]["state"][0]["step"] == 5  # one of 4 images, then four of 2
+
+
+def test_bad_images_are_listed_by_a_stop_within_an_epoch(image_folder, tmp_path, monkeypatch):
+    shutil.copytree(image_folder, tmp_path / "images")
+    for path in (tmp_path / "images" / "class0").iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(RunStopped):
+        signal_at(monkeypatch, 1)
+        train_dino(options("--epochs", 1, "--data_path", tmp_path / "images", "--output_dir", tmp_path / "run",
+                           "--max_bad_images", 1))
+    lines = (tmp_path / "run" / "bad_images.txt").read_text().splitlines()
+    assert lines and all("class0" in line for line in lines)
+
+
+def test_the_whole_list_is_written_where_bad_images_end_the_run(image_folder, tmp_path):
+    shutil.copytree(image_folder, tmp_path / "images")
+    for path in (tmp_path / "images" / "class0").iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(TrainingError, match=r"of 12 images, which is more than --max_bad_images 0.2\)"):
+        train_dino(options("--epochs", 1, "--data_path", tmp_path / "images", "--output_dir", tmp_path / "run",
+                           "--max_bad_images", 0.2))
+    assert len((tmp_path / "run" / "bad_images.txt").read_text().splitlines()) >= 3
+
+
+@pytest.mark.parametrize("signals, expected", [
+    ([signal.SIGTERM, signal.SIGUSR2], signal.SIGUSR2), ([signal.SIGUSR1, signal.SIGTERM], signal.SIGUSR1),
+    ([signal.SIGINT, signal.SIGTERM], signal.SIGINT)])
+def test_which_signal_a_run_is_stopped_by(signals, expected):
+    with Interruption() as interruption:
+        for number in signals:
+            os.kill(os.getpid(), number)
+        assert interruption.signal == expected and interruption.agree() == STOP
 
 
 def test_handlers_are_restored(image_folder, tmp_path, monkeypatch):

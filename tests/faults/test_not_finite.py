@@ -9,7 +9,7 @@ from small_job import load, options
 import engine
 from engine import train_step
 from errors import TrainingError
-from finite import NotFiniteError, check_log
+from finite import NotFiniteError, check_logged_steps
 from fused_loss import FusedDINOLoss
 from logger import MetricLogger
 from main_selfpatch import train_dino
@@ -62,7 +62,7 @@ def test_where_nobody_waits_for_the_device_the_steps_after_it_change_nothing_eit
     logger.read()
     with pytest.raises(NotFiniteError, match=r"1 of \d+ gradients were not finite, first that of "
                                              r"backbone.blocks.1.norm1.weight, at step 1 of epoch 0"):
-        check_log(run, logger)
+        check_logged_steps(run, logger)
     for part in ("student", "optimizer", "dino_loss"):
         assert_same(state(run)[part], before[part], part)
 
@@ -95,7 +95,7 @@ def test_float16_that_never_takes_a_step_ends_the_run():
         for _ in range(40):
             logger.update(**train_step(run, CROPS)._asdict())
             logger.read()
-            check_log(run, logger)
+            check_logged_steps(run, logger)
 
 
 def test_the_run_ends_and_keeps_the_state_before_the_step(image_folder, tmp_path, monkeypatch, small_network):

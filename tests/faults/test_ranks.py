@@ -2,10 +2,14 @@
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
-from processes import Job, run
+from processes import SCRIPT, Job, run
+
+from loader import RankSampler
 
 pytestmark = pytest.mark.slow
 
@@ -42,11 +46,66 @@ def test_a_stopped_rank_is_named_and_is_back(words, tmp_path):
     assert f"rank 1 (process {stopped} on " in line and "30 minutes at most (--dist_timeout)" in line
 
 
+def start_without_launcher(words, tmp_path, port, **env):
+    """Two ranks that no torchrun would end."""
+    return [Job(make(tmp_path / f"rank{rank}"), *words, "--epochs", 400, "--num_workers", 0, RANK=str(rank),
+                WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_PORT=port, **env) for rank in (0, 1)]
+
+
+@pytest.mark.long
+def test_rank_0_is_named_when_it_is_stopped_and_the_store_with_it(words, tmp_path):
+    ranks = start_without_launcher(words, tmp_path, "29734", NOTICE_AFTER="3")
+    ranks[0].wait_for("step 3/6")
+    ranks[0].process.send_signal(signal.SIGSTOP)
+    ranks[1].wait_for("rank 0 on 127.0.0.1 has not answered for 3 s; the other ranks wait for it, 30 minutes at most",
+                      stream="err")
+    ranks[0].process.send_signal(signal.SIGCONT)
+    ranks[1].wait_for("rank 0 on 127.0.0.1 is back", stream="err")
+    for job in ranks:
+        job.process.send_signal(signal.SIGTERM)
+    assert [job.wait(60) for job in ranks] == [75, 75] and not [line for line in ranks[0].errors() if "rank 1" in line]
+
+
+def test_the_error_of_one_rank_is_told_to_the_others(image_folder, words, tmp_path):
+    """More unreadable images than are allowed, all in rank 1's share."""
+    shutil.copytree(image_folder, tmp_path / "images")
+    paths = sorted((tmp_path / "images").rglob("*.jpg"))
+    for i in list(RankSampler(paths, 2, 1, shuffle=True, seed=0))[2:]:
+        paths[i].write_bytes(b"")
+    ranks = start_without_launcher([*words, "--data_path", tmp_path / "images"], tmp_path, "29735")
+    assert [job.wait(60) for job in ranks] == [1, 1]
+    assert len(ranks[0].errors()) == 1 and "more than --max_bad_images" in ranks[1].errors()[0]
+    assert f"error: rank 1 (process {ranks[1].process.pid} on " in ranks[0].errors()[0]
+    assert ranks[1].errors()[0].split("error: ")[1] in ranks[0].errors()[0]
+
+
+BLOCKED = """
+import sys, time
+from datetime import timedelta
+from distributed import init_distributed_mode
+from errors import TrainingError
+from rank_watch import RankWatch
+rank = init_distributed_mode("cpu").rank
+with RankWatch(rank, 2, timedelta(minutes=30), notice_after=1):
+    if rank:
+        raise TrainingError("no more images")
+    time.sleep(60)
+"""
+
+
+def test_a_blocked_rank_is_ended_when_another_has_told_its_error():
+    env = {**os.environ, "WORLD_SIZE": "2", "MASTER_PORT": "29736", "MASTER_ADDR": "127.0.0.1"}
+    ranks = [subprocess.Popen([sys.executable, "-c", BLOCKED], cwd=SCRIPT.parents[2], stderr=subprocess.PIPE, text=True,
+                              env=env | {"RANK": rank, "LOCAL_RANK": rank}) for rank in ("0", "1")]
+    errors = ranks[0].communicate(timeout=50)[1]
+    ranks[1].communicate()
+    assert ranks[0].returncode == 1 and "error: rank 1 (process" in errors and "no more images" in errors
+
+
 @pytest.mark.long
 def test_a_rank_that_is_killed_ends_the_others_in_one_line(words, tmp_path):
     """Without a launcher that would end them."""
-    ranks = [Job(make(tmp_path / f"rank{rank}"), *words, "--epochs", 400, "--num_workers", 0, RANK=str(rank),
-                 WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_PORT="29731") for rank in (0, 1)]
+    ranks = start_without_launcher(words, tmp_path, "29731")
     ranks[0].wait_for("step 3/6")
     ranks[1].process.kill()
     start = time.monotonic()
@@ -75,8 +134,7 @@ def rank_of(pid):
 @pytest.mark.long
 def test_a_rank_that_stays_stopped_is_an_error_after_the_timeout(words, tmp_path):
     """Without a launcher that would end the others."""
-    ranks = [Job(make(tmp_path / f"rank{rank}"), *words, "--epochs", 400, "--num_workers", 0, "--dist_timeout", 0.2,
-                 RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_PORT="29733") for rank in (0, 1)]
+    ranks = start_without_launcher([*words, "--dist_timeout", 0.2], tmp_path, "29733")
     ranks[0].wait_for("step 3/6")
     ranks[1].process.send_signal(signal.SIGSTOP)
     try:

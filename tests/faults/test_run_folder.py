@@ -279,6 +279,44 @@ def test_a_disk_that_is_really_full(tmp_path, image_folder):
     assert "checkpoint.pth" in result.stdout.split("status 1")[1] and ".tmp" not in result.stdout.split("status 1")[1]
 
 
+def test_a_copy_that_finds_no_room_is_tried_again(tmp_path, monkeypatch, capsys):
+    folder, link = RunFolder(tmp_path), os.link
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    folder.try_save({"number": 0})
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "link", lambda source, target: full() if "0001" in str(target) else link(source, target))
+        patch.setattr("shutil.copyfile", full)
+        folder.try_save({"number": 1}, epoch=1)
+        assert "checkpoint0001.pth cannot be written: No space left" in capsys.readouterr().out
+        folder.try_save({"number": 1.5})  # still full
+        assert not folder.numbered(1).exists() and load(folder.last)["number"] == 1.5
+        folder.try_save({"number": 2}, epoch=2)
+        folder.numbered(2).unlink()
+        folder.due = 2
+    folder.try_save({"number": 3}, epoch=3)
+    assert [load(folder.numbered(epoch))["number"] for epoch in (2, 3)] == [2, 3]
+    assert load(folder.previous)["number"] == 2
+
+
+def test_bad_images_on_a_full_disk_are_a_warning(tmp_path, monkeypatch, capsys):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    folder = RunFolder(tmp_path)
+    folder.add_bad_images({"a.jpg"}, 10)
+    with monkeypatch.context() as patch:
+        patch.setattr("pathlib.Path.write_text", full)
+        folder.add_bad_images({"b.jpg"}, 10)
+    out = capsys.readouterr().out
+    assert "bad_images.txt (No space left on device); the next epoch will try again" in out
+    folder.add_bad_images({"b.jpg", "\udcff.jpg"}, 10)
+    assert (tmp_path / "bad_images.txt").read_bytes().splitlines() == [b"a.jpg", b"b.jpg", b"\xff.jpg"]
+    assert [path.name for path in tmp_path.iterdir()] == ["bad_images.txt"]
+
+
 def test_temporary_names_are_of_one_process(tmp_path, monkeypatch):
     names = []
     monkeypatch.setattr(checkpoint_files.os, "replace", lambda source, target: names.append(source))
