@@ -303,6 +303,14 @@ def on_main_process(function: Callable[[], T]) -> T:
     return result
 
 
+def is_lost_contact(error: Exception) -> bool:
+    """Whether an exchange with other processes failed because one of them has ended or does not answer."""
+    return isinstance(error, dist.DistNetworkError) or isinstance(error, RuntimeError | OSError) and any(
+        words in str(error) for words in (
+            "Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Broken pipe [",
+            "remote process", "Application timeout caused pair closure"))
+
+
 def keep_freed_memory() -> None:
     """Let malloc keep the memory of freed tensors for this process (Linux, glibc; elsewhere nothing happens).
 

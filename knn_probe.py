@@ -4,16 +4,35 @@
     probe(run.teacher)                          # {"knn_top1": 51.2, "knn_top5": 76.4, "knn_seconds": 30.1}
 """
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from torch.utils.data import DataLoader
 
+from distributed import on_main_process
 from image_features import ImageFeature, eval_transform, open_pair, share_loader
 from knn import knn_accuracy
 from selfpatch_head import MultiCropWrapper
 
 K = 20
 HELD_OUT = 0.2  # of a folder without train/ and val/: classified by the rest
+
+
+class Interruptible:
+    """The batches of a rank's share of images, with a function called after each, equally often on all ranks."""
+
+    def __init__(self, loader: DataLoader, after_batch: Callable[[], None]):
+        self.loader, self.dataset, self.after_batch = loader, loader.dataset, after_batch
+
+    def __iter__(self) -> Iterator:
+        # rank 0's share is the largest, by one image at most
+        total = -(-on_main_process(lambda: len(self.dataset)) // self.loader.batch_size)
+        batches = iter(self.loader)
+        for _ in range(total):
+            if (batch := next(batches, None)) is not None:
+                yield batch
+            self.after_batch()
 
 
 class KnnProbe:
@@ -37,9 +56,14 @@ class KnnProbe:
         self.device, self.dtype = torch.device(device), dtype
         self.loaders = [share_loader(images, batch_size, num_workers, self.device.type == "cuda") for images in pair]
 
-    def __call__(self, teacher: MultiCropWrapper) -> dict[str, float]:
-        """Accuracies in per cent, and how long they took. Every rank calls it."""
+    def __call__(self, teacher: MultiCropWrapper, after_batch: Callable[[], None] = lambda: None) -> dict[str, float]:
+        """Accuracies in per cent, and how long they took. Every rank calls it.
+
+        Args:
+            after_batch: called after each batch, equally often on all ranks; what it raises ends the evaluation.
+        """
         start = time.monotonic()
+        loaders = [Interruptible(loader, after_batch) for loader in self.loaders]
         feature = ImageFeature(teacher.backbone, "head", head=teacher.ca_head, dtype=self.dtype)
-        accuracy = next(iter(knn_accuracy(feature, *self.loaders, ks=[K], device=self.device).values()))
+        accuracy = next(iter(knn_accuracy(feature, *loaders, ks=[K], device=self.device).values()))
         return {"knn_top1": accuracy.top1, "knn_top5": accuracy.top5, "knn_seconds": time.monotonic() - start}

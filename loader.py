@@ -333,9 +333,9 @@ class CropLoader:
         """Raise TooManyBadImages if more than the share max_bad_images of the data set is in bad_images."""
         if len(self.bad_images) > self.max_bad_images * len(self.dataset):
             listed = sorted(self.bad_images)
-            raise TooManyBadImages("; ".join(listed[:5]) + (f"; and {len(listed) - 5} more" if listed[5:] else "")
-                                + f" ({len(listed)} of {len(self.dataset)} images, which is more than "
-                                f"--max_bad_images {self.max_bad_images:g})")
+            shown = "; ".join(listed[:5]) + (f"; and {len(listed) - 5} more" if listed[5:] else "")
+            raise TooManyBadImages(f"{shown} ({len(listed)} of {len(self.dataset)} images, which is more than "
+                                   f"--max_bad_images {self.max_bad_images:g})")
 
     def close(self) -> None:
         """End the workers. They ignore SIGTERM, by which torch would end them at the interpreter's exit."""

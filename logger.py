@@ -2,6 +2,7 @@
 import json
 import os
 import time
+import zlib
 from collections import deque
 from pathlib import Path
 
@@ -138,6 +139,10 @@ def make_row(stats: dict[str, float], epoch: int) -> dict[str, float]:
     return {f"train_{name}": value for name, value in stats.items()} | {"epoch": epoch}
 
 
+def checksum(text: str) -> int:
+    return zlib.crc32(text.encode())
+
+
 class RunLog:
     """log.txt, one JSON object per line and epoch.
 
@@ -146,7 +151,7 @@ class RunLog:
         resumed: whether the run continues; one that begins where an older log lies adds to it.
         start_epoch: epochs that are done.
         rows: theirs, from the checkpoint; None: those in log.txt.
-        older_lines: lines of a continued run's log.txt that are of an older run, from the checkpoint.
+        older: length and CRC-32 of what a continued run's log.txt began with, from the checkpoint.
 
     Attributes:
         rows: one for each epoch; write brings log.txt up to them.
@@ -157,7 +162,7 @@ class RunLog:
     """
 
     def __init__(self, output: Path, resumed: bool = False, start_epoch: int = 0, rows: list[dict] | None = None,
-                 older_lines: int = 0):
+                 older: tuple[int, int] = (0, 0)):
         check_log(output)
         self.path = output / "log.txt"
         text = read_log(self.path) if self.path.is_file() else ""
@@ -166,7 +171,7 @@ class RunLog:
             rows = [found[epoch] for epoch in sorted(found) if epoch < start_epoch]
         self.rows = rows
         if resumed:
-            self.older = "".join(f"{line}\n" for line in text.split("\n")[:older_lines])
+            self.older = text[:older[0]] if checksum(text[:older[0]]) == older[1] else ""  # unless it was edited
         else:
             self.older = text + "\n" * bool(text and not text.endswith("\n"))
         try:
@@ -176,8 +181,7 @@ class RunLog:
 
     def state_dict(self) -> dict:
         """What a checkpoint keeps of the log."""
-        older_lines = self.older.count("\n")
-        return {"log": self.rows} | ({"older_log_lines": older_lines} if older_lines else {})
+        return {"log": self.rows} | ({"older_log": [len(self.older), checksum(self.older)]} if self.older else {})
 
     def rewrite(self, text: str) -> None:
         """Make text, what log.txt holds, what it should hold."""
@@ -188,7 +192,7 @@ class RunLog:
             os.replace(temporary, self.path)
 
     def write(self) -> None:
-        """Append the rows that log.txt does not have yet.
+        """Bring log.txt up to rows.
 
         Raises:
             TrainingError: the folder has become unwritable. A full disk is a warning.

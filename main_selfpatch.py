@@ -21,6 +21,7 @@ from distributed import (
     Processes,
     init_distributed_mode,
     is_distributed,
+    is_lost_contact,
     is_main_process,
     keep_freed_memory,
     on_main_process,
@@ -39,7 +40,6 @@ from losses import DINOLoss
 from model_flops import flops_per_image
 from optim import build_optimizer
 from options import check_args, get_args_parser
-from rank_watch import is_lost_contact
 from resuming import compare_ranks, plain_args, resume
 from run_folder import RunFolder
 from selfpatch_head import MultiCropWrapper  # noqa: F401

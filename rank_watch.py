@@ -12,11 +12,12 @@ import threading
 import time
 from collections.abc import Iterator
 from datetime import datetime, timedelta
+from functools import partial
 
 import torch.distributed as dist
 
-from distributed import connect_store, format_duration
-from errors import TrainingError, printable, program_name
+from distributed import connect_store, format_duration, is_lost_contact
+from errors import TrainingError, is_first_of_machine, printable, program_name
 
 
 class PeerError(TrainingError):
@@ -43,11 +44,11 @@ class RankWatch(threading.Thread):
     def __init__(self, rank: int, world_size: int, timeout: timedelta, dist_url: str = "env://",
                  notice_after: float = 60):
         super().__init__(daemon=True)
-        self.rank, self.timeout, self.notice_after = rank, timeout, notice_after
+        self.rank, self.world_size, self.timeout, self.notice_after = rank, world_size, timeout, notice_after
         self.watched = range(1, world_size) if rank == 0 else range(1) if rank == world_size - 1 else ()
         self.enabled = world_size > 1 and dist_url == "env://"
         self.ended, self.signs, self.silent = threading.Event(), {}, set()
-        self.last_look, self.failure_since = time.monotonic(), None
+        self.last_look, self.failure, self.failure_since = time.monotonic(), "", None
 
     def __enter__(self) -> "RankWatch":
         if self.enabled:
@@ -58,15 +59,30 @@ class RankWatch(threading.Thread):
         self.ended.set()
         if not self.enabled or not isinstance(error, Exception) or getattr(error, "on_all_ranks", False):
             return
-        told = b""
-        with contextlib.suppress(RuntimeError, OSError):  # the store has ended with rank 0's process or with torchrun
-            store = connect_store(timedelta(seconds=20))  # the thread's own may be waiting for an answer
-            if not is_lost_contact(error):
-                store.compare_set("failed", "", f"rank {self.rank} ({name_process()}) has ended: {printable(error)}")
-            elif store.check(["failed"]):
-                told = store.get("failed")
-        if told:
-            raise PeerError(told.decode()) from None
+        # in a thread, since the store of a process that is stopped never answers
+        work = self.ask_for_failure if is_lost_contact(error) else partial(self.tell_failure, error)
+        conversation = threading.Thread(target=work, daemon=True)
+        conversation.start()
+        conversation.join(self.notice_after / 3)
+        if is_lost_contact(error) and self.failure:
+            raise PeerError(self.failure) from None
+
+    def tell_failure(self, error: Exception) -> None:
+        """Tell the other ranks what ends this one; if it has the store, stay until they know."""
+        with contextlib.suppress(RuntimeError, OSError):  # the store has ended
+            store = connect_store(timedelta(seconds=self.notice_after))
+            store.compare_set("failed", "", f"rank {self.rank} ({name_process()}) has ended: {printable(error)}")
+            others = [f"knows/{rank}" for rank in range(self.world_size) if rank != self.rank]
+            while self.rank == 0 and not store_is_torchruns() and not store.check(others):
+                time.sleep(0.1)
+
+    def ask_for_failure(self, store: dist.Store | None = None) -> None:
+        """Find out whether another rank has told what ended it."""
+        with contextlib.suppress(RuntimeError, OSError):
+            store = store or connect_store(timedelta(seconds=self.notice_after))
+            if store.check(["failed"]):
+                self.failure = store.get("failed").decode()
+                store.set(f"knows/{self.rank}", "")
 
     def run(self) -> None:
         """Give signs and look for those of others, six times in notice_after seconds."""
@@ -80,17 +96,16 @@ class RankWatch(threading.Thread):
                 self.ended.wait(self.notice_after / 6)
         except (RuntimeError, OSError):  # the store has ended
             if not self.ended.is_set() and 0 in self.watched:
-                self.print("the process that the others found each other through has ended")
+                self.report(f"the store by which the ranks found each other has ended ({store_host()})")
 
     @contextlib.contextmanager
     def expect_answer(self) -> Iterator[None]:
         """Say if the store does not answer: a process that is stopped keeps its connections, and has no time limit."""
-        host = "torchrun" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "rank 0"
-        host, late = f"{host} on {os.environ.get('MASTER_ADDR')}", threading.Event()
+        host, late = store_host(), threading.Event()
 
         def notice() -> None:
             late.set()
-            self.print(f"{host} has not answered for {self.notice_after:g} s; the other ranks wait for it, "
+            self.report(f"{host} has not answered for {self.notice_after:g} s; the other ranks wait for it, "
                        f"{format_duration(self.timeout)} at most (--dist_timeout)")
 
         timer = threading.Timer(self.notice_after, notice)
@@ -102,7 +117,7 @@ class RankWatch(threading.Thread):
         finally:
             timer.cancel()
         if late.is_set():
-            self.print(f"{host} is back")
+            self.report(f"{host} is back")
 
     def look(self, store: dist.Store) -> None:
         """Compare the signs of the watched ranks with those that were there before."""
@@ -112,39 +127,42 @@ class RankWatch(threading.Thread):
         self.last_look = now
         for rank in self.watched:
             key = f"alive/{rank}"
-            sign = store.get(key).decode() if store.check([key]) else "no sign yet"
+            sign = store.get(key).decode() if store.check([key]) else "0 which has not begun"
             if self.signs.get(rank, ("", 0))[0] != sign:
                 self.signs[rank] = sign, now
                 if rank in self.silent:
                     self.silent.remove(rank)
-                    self.print(f"rank {rank} is back")
+                    self.report(f"rank {rank} is back")
             elif now - self.signs[rank][1] >= self.notice_after and rank not in self.silent:
                 self.silent.add(rank)
                 since = datetime.now() - timedelta(seconds=now - self.signs[rank][1])
-                self.print(f"rank {rank} ({sign.partition(' ')[2]}) has given no sign of life since {since:%H:%M:%S}; "
+                self.report(f"rank {rank} ({sign.partition(' ')[2]}) has given no sign of life since {since:%H:%M:%S}; "
                            f"the other ranks wait for it, {format_duration(self.timeout)} at most (--dist_timeout)")
 
     def look_for_failure(self, store: dist.Store) -> None:
         """End the process if another rank has told its error notice_after seconds ago, and this one is still here."""
         if self.failure_since is None:
-            self.failure_since = time.monotonic() if store.check(["failed"]) else None
+            self.ask_for_failure(store)
+            self.failure_since = time.monotonic() if self.failure else None
         elif time.monotonic() - self.failure_since >= self.notice_after and not self.ended.is_set():
-            self.print(f"error: {store.get('failed').decode()}")
+            if is_first_of_machine():
+                self.report(f"error: {self.failure}")
             for child in multiprocessing.active_children():
                 child.kill()
             os._exit(TrainingError.status)
 
-    def print(self, text: str) -> None:
+    def report(self, text: str) -> None:
         print(f"{program_name()}: {text}", file=sys.stderr, flush=True)
+
+
+def store_is_torchruns() -> bool:
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def store_host() -> str:
+    """The process that has the store, in words."""
+    return f"{'torchrun' if store_is_torchruns() else 'rank 0'} on {os.environ.get('MASTER_ADDR')}"
 
 
 def name_process() -> str:
     return f"process {os.getpid()} on {socket.gethostname()}"
-
-
-def is_lost_contact(error: Exception) -> bool:
-    """Whether an exchange with other processes failed because one of them has ended or does not answer."""
-    return isinstance(error, dist.DistNetworkError) or isinstance(error, RuntimeError | OSError) and any(
-        words in str(error) for words in (
-            "Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Broken pipe [",
-            "remote process", "Application timeout caused pair closure"))

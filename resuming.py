@@ -167,7 +167,7 @@ def resume(run: TrainingRun, loader: CropLoader, folder: RunFolder, path: Path |
         raise ConfigError(f"--epochs {args.epochs}, but {path} is in epoch {run.epoch} already: give more --epochs, or "
                           "another --output_dir")
     log = {"resumed": run.step > 0, "start_epoch": run.epoch, "rows": state.get("log"),
-           "older_lines": state.get("older_log_lines", 0)}
+           "older": state.get("older_log", (0, 0))}
     return log, {"ranks": state["ranks"]} if "ranks" in state else {}
 
 
@@ -184,8 +184,8 @@ def check_types(state: dict, path: Path) -> None:
 
     sound = {"args": isinstance(state.get("args"), dict | argparse.Namespace | None), "log": rows_ok(state.get("log")),
              "ranks": ranks_ok(state.get("ranks")),
-             **{name: isinstance(state.get(name, 0), int) and state.get(name, 0) >= 0
-                for name in ("step_of_epoch", "older_log_lines")}}
+             "step_of_epoch": isinstance(state.get("step_of_epoch", 0), int) and state.get("step_of_epoch", 0) >= 0,
+             "older_log": [type(number) for number in state.get("older_log", (0, 0))] == [int, int]}
     if wrong := [name for name, is_sound in sound.items() if not is_sound]:
         raise ConfigError(f"{path}: its {wrong[0]} is not what a training run writes: give another --output_dir")
 

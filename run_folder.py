@@ -29,7 +29,7 @@ except ImportError:  # Windows: without a lock
     fcntl = None
 
 
-LEFTOVER = re.compile(r"\.(checkpoint\d*\.pth|previous\.pth|nan\.pth|log\.txt|bad_images\.txt)\.\d+\.tmp")
+LEFTOVER = re.compile(r"\.(checkpoint\d*\.pth|previous\.pth|nan\.pth|log\.txt|steps\.jsonl)\.\d+\.tmp")
 
 
 class RunFolder:
@@ -40,7 +40,7 @@ class RunFolder:
         self.last, self.previous = self.path / "checkpoint.pth", self.path / "previous.pth"
         self.lock_path, self.descriptor = self.path / "run.lock", None
         self.state = None
-        self.due: int | None = None  # epoch of a copy that could not be made of checkpoint.pth as it is now
+        self.overdue_copy: int | None = None  # epoch of a copy that could not be made of checkpoint.pth as it is now
 
     def lock(self) -> None:
         """Keep other processes from training here, and remove what one that was killed was writing.
@@ -141,13 +141,13 @@ class RunFolder:
         Raises:
             WriteError: the files that were there before are kept.
         """
-        if self.due is not None:
-            self.copy_if_missing(self.due)  # the last moment at which checkpoint.pth is that epoch's
+        if self.overdue_copy is not None:
+            self.copy_if_missing(self.overdue_copy)  # the last moment at which checkpoint.pth is that epoch's
         write_checkpoint(state, self.last, self.previous)
-        self.due = epoch
+        self.overdue_copy = epoch
         if epoch is not None:
             self.copy(epoch)
-            self.due = None
+            self.overdue_copy = None
 
     def copy_if_missing(self, epoch: int) -> None:
         """Make a copy that was due when the run before was killed or had no room; a full disk is a warning."""
@@ -201,19 +201,17 @@ class RunFolder:
         return f"; the state before that step is in {path}"
 
     def add_bad_images(self, errors: set[str], num_images: int) -> None:
-        """Add what could not be read to bad_images.txt, one line per image, and say how many there are."""
+        """Append what bad_images.txt does not have yet, one line per image, and say how many there are."""
         path, encoding = self.path / "bad_images.txt", {"encoding": "utf-8", "errors": "surrogateescape"}
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
-            # a resumed run adds to the list of the run before
-            earlier = path.read_text(**encoding).splitlines() if path.is_file() else ()
-            temporary.write_text("".join(f"{line}\n" for line in sorted(errors.union(earlier))), **encoding)
-            os.replace(temporary, path)
+            text = path.read_text(**encoding) if path.is_file() else ""
+            new = sorted(errors.difference(text.splitlines()))
+            # added in one piece, since several ranks may do so at once
+            with open(path, "a", **encoding) as file:
+                file.write("\n" * bool(text and text[-1] != "\n") + "".join(f"{line}\n" for line in new))
         except OSError as error:
-            print(f"warning: cannot write {path} ({error.strerror}); the next epoch will try again", flush=True)
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
-        print(f"warning: {len(errors)} of {num_images} images cannot be read and are replaced, see {path}", flush=True)
+            print(f"warning: cannot write {path} ({error.strerror}); the next save will try again", flush=True)
+        print(f"warning: {len(errors)} of {num_images} images cannot be read, see {path}", flush=True)
 
     def check(self) -> None:
         """Find out whether checkpoint.pth can be one.

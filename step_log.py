@@ -40,6 +40,16 @@ def rows_until(data: bytes, epoch: float) -> list[bytes]:
     return lines
 
 
+def set_aside(path: Path, earlier: Path) -> None:
+    """Move a file to another name; where that is taken, add the lines to what is there."""
+    if not earlier.exists():
+        os.replace(path, earlier)
+        return
+    with open(earlier, "ab") as file:
+        file.write(path.read_bytes())
+    path.unlink()
+
+
 def step_row(run: TrainingRun, logger: MetricLogger, images_per_second: float) -> dict[str, float | None]:
     """Means as in the line of progress, and this step's rates.
 
@@ -66,7 +76,7 @@ class StepLog:
         images_per_step: over all ranks.
         trackers: get the same rows.
         mfu_per_rate: model-FLOPs utilisation at one image per second; None where the device's peak is not known.
-        keep_older: set aside, as earlier_steps.jsonl, what a run that is over has left in the folder.
+        keep_older: set aside, in earlier_steps.jsonl, what a run that is over has left in the folder.
 
     Raises:
         ConfigError: the file cannot be written.
@@ -79,7 +89,7 @@ class StepLog:
         self.first_step, self.announced, self.unwritten = run.step, False, []
         try:
             if keep_older and run.step == 0 and self.path.is_file():
-                os.replace(self.path, output / "earlier_steps.jsonl")
+                set_aside(self.path, output / "earlier_steps.jsonl")
             self.size = self.tidy()
         except OSError as error:
             raise ConfigError(f"cannot write to {error.filename or output} ({error.strerror})") from None

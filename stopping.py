@@ -15,7 +15,7 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
-from distributed import is_distributed, is_main_process
+from distributed import is_distributed, is_lost_contact, is_main_process
 from errors import TrainingError, program_name
 from loader import SIGNALS
 
@@ -38,7 +38,7 @@ class Interruption:
     def __init__(self, save_every_minutes: float = 0, timeout: timedelta = timedelta(minutes=30)):
         self.timeout, self.seconds = timeout, save_every_minutes * 60
         self.signal: int | None = None
-        self.pid = os.getpid()
+        self.pid, self.interrupts = os.getpid(), 0
         self.last_save, self.handlers = time.monotonic(), {}
         self.flag, self.exchange, self.group = None, None, None
 
@@ -48,6 +48,8 @@ class Interruption:
             try:
                 self.group = dist.new_group(backend="gloo", timeout=self.timeout)
             except RuntimeError as error:
+                if is_lost_contact(error):
+                    raise
                 first = (str(error).splitlines() or [""])[0]
                 raise TrainingError(f"the processes cannot reach each other by Gloo ({first}): set GLOO_SOCKET_IFNAME "
                                     "to the network interface that joins the machines") from None
@@ -64,7 +66,8 @@ class Interruption:
     def receive(self, number: int, _: FrameType | None) -> None:
         if os.getpid() != self.pid:  # a data worker that has no handlers of its own yet
             return
-        if number == signal.SIGINT == self.signal:
+        self.interrupts += number == signal.SIGINT
+        if self.interrupts > 1:
             for child in multiprocessing.active_children():
                 child.kill()
             os.write(sys.stderr.fileno(), f"{program_name()}: interrupted twice: ended without a save\n".encode())

@@ -27,24 +27,25 @@ class Saver:
 
     Args:
         log: whose rows go into the checkpoint; None on other ranks than 0.
-        saved_args: of resuming.plain_args.
+        saved_args: the options, from resuming.plain_args.
         every_steps: steps between two saves within an epoch; 0 for none.
     """
 
     def __init__(self, run: TrainingRun, loader: CropLoader, folder: RunFolder, log: RunLog | None, saved_args: dict,
                  interruption: Interruption, every_steps: int = 0):
         self.run, self.loader, self.folder, self.log, self.saved_args = run, loader, folder, log, saved_args
-        self.interruption, self.every_steps = interruption, every_steps
+        self.interruption, self.every_steps, self.recorded = interruption, every_steps, set()
 
     def save(self, last_chance: bool = False, epoch: int | None = None, within: dict | None = None) -> None:
         """Write checkpoint.pth.
 
         Args:
-            last_chance: an error is one even if it may pass.
+            last_chance: raise even if the error may be temporary.
             epoch: keep a copy with this number as well.
-            within: of epoch_state, where an epoch is under way.
+            within: what epoch_state returned, within an epoch.
         """
         together(lambda: check_weights(self.run))
+        self.record_bad_images()
         state = self.run.state_dict() | {"args": self.saved_args} | (within or {})
         state |= self.log.state_dict() if self.log else {}
         on_main_process(lambda: self.folder.try_save(state, epoch, last_chance))
@@ -62,8 +63,24 @@ class Saver:
             together(lambda: check_logged_steps(self.run, logger))
             self.save(agreed == STOP, within=epoch_state(self.loader, logger))
         if agreed == STOP:
-            record_bad_images(self.loader, self.folder)
             raise self.stopped()
+
+    def check_stop(self) -> None:
+        """Raise RunStopped if the run was asked to end; between saves and steps, when nothing is under way."""
+        if self.interruption.agree() == STOP:
+            raise self.stopped()
+
+    def record_bad_images(self) -> None:
+        """Write what all ranks could not read to bad_images.txt, if there is anything new."""
+        errors = [self.loader.bad_images]
+        if is_distributed():
+            errors = [None] * dist.get_world_size()
+            dist.all_gather_object(errors, self.loader.bad_images)
+        found = set().union(*errors)
+        self.loader.bad_images = found  # from here on every rank counts what all of them have found
+        if found != self.recorded:
+            on_main_process(lambda: self.folder.add_bad_images(found, len(self.loader.dataset)))
+        self.recorded = set(found)
 
     def stopped(self) -> RunStopped:
         epoch, step = divmod(self.run.step, self.run.steps_per_epoch)
@@ -84,12 +101,15 @@ def train(run: TrainingRun, loader: CropLoader, folder: RunFolder, log: RunLog |
     def probe_due(epoch: int) -> bool:
         return probe is not None and (epoch + 1 == args.epochs or (epoch + 1) % args.knn_every == 0)
 
+    def numbered(epoch: int) -> int | None:
+        return epoch if args.saveckp_freq and epoch % args.saveckp_freq == 0 else None
+
     timeout = timedelta(minutes=args.dist_timeout)
     with Interruption(args.save_every_minutes, timeout) as interruption, \
             RankWatch(processes.rank, processes.world_size, timeout, args.dist_url):
         saver = Saver(run, loader, folder, log, saved_args, interruption, args.save_every_steps)
         if run.epoch and not within and probe_due(run.epoch - 1):
-            evaluate_if_missed(probe, saver, log, steps)
+            evaluate_if_missed(probe, saver, steps, run.epoch == args.epochs, numbered(run.epoch - 1))
         for epoch in range(run.epoch, args.epochs):
             logger = MetricLogger(window=args.log_every)
             begin_epoch(run, loader, logger, within, args.seed, processes)
@@ -103,28 +123,39 @@ def train(run: TrainingRun, loader: CropLoader, folder: RunFolder, log: RunLog |
             last, stop, row = epoch + 1 == args.epochs, interruption.agree() == STOP, make_row(stats, epoch)
             if log:
                 log.rows.append(row)
-            copy = epoch if args.saveckp_freq and epoch % args.saveckp_freq == 0 else None
-            saver.save(last or stop, copy)
-            if probe_due(epoch) and not stop:  # which would take too long then; a resumed run does it
-                evaluate(probe, run, row)
-                saver.save(last, copy)
-            write_logs(row, log, steps, run)
-            record_bad_images(loader, folder)
+            due = probe_due(epoch)
+            saver.save(stop or last and not due, numbered(epoch))
+            on_main_process(lambda: log.write())
+            if stop and (due or not last):
+                raise saver.stopped()  # what is due is evaluated when the run goes on
+            if due:
+                evaluate(probe, saver, row, last, numbered(epoch))
+            if steps:
+                steps.trackers.log_epoch(row, run.step)
             loader.check_bad_images()
             if log:
                 for warning in health_warnings(stats, run.dino_loss, epoch >= args.warmup_epochs,
                                                args.batch_size_per_gpu):
                     print(f"warning: {warning}", flush=True)
-            if stop and not last:
-                raise saver.stopped()
     if log:
         print(f"done: {args.epochs} epochs, {folder.last}")
 
 
-def evaluate(probe: KnnProbe, run: TrainingRun, row: dict) -> None:
-    """Add the teacher's accuracy to an epoch's row; in a single process an error is a warning."""
+def evaluate(probe: KnnProbe, saver: Saver, row: dict, last_chance: bool, epoch: int | None) -> None:
+    """Add the teacher's accuracy to an epoch's row, which has been saved, and save again.
+
+    In a single process an error is a warning.
+
+    Args:
+        row: the same object as the last of log.rows on rank 0.
+        last_chance, epoch: of Saver.save.
+
+    Raises:
+        RunStopped: the run was asked to end meanwhile.
+    """
+    saver.check_stop()  # a signal of the epoch's last step would be answered after the evaluation
     try:
-        row |= probe(run.teacher)
+        row |= probe(saver.run.teacher, saver.check_stop)
     except ConfigError as error:
         if is_distributed():  # the others may wait in an exchange
             raise
@@ -133,33 +164,17 @@ def evaluate(probe: KnnProbe, run: TrainingRun, row: dict) -> None:
     if is_main_process():
         print(f"epoch {row['epoch']}: k-NN top-1 {row['knn_top1']:.2f} %, top-5 {row['knn_top5']:.2f} % "
               f"({row['knn_seconds']:.0f} s)", flush=True)
+    saver.save(last_chance, epoch)
+    on_main_process(lambda: saver.log.write())
 
 
-def evaluate_if_missed(probe: KnnProbe, saver: Saver, log: RunLog | None, steps: StepLog | None) -> None:
+def evaluate_if_missed(probe: KnnProbe, saver: Saver, steps: StepLog | None, last_chance: bool,
+                       epoch: int | None) -> None:
     """Evaluate after the last epoch that is done, if the run was stopped or killed before it could."""
-    row = on_main_process(lambda: log.rows[-1] if log.rows else {})
-    if "epoch" not in row or "knn_top1" in row:
-        return
-    evaluate(probe, saver.run, row)
-    if log:
-        log.rows[-1] = row
-    saver.save()
-    write_logs(row, log, steps, saver.run)
-
-
-def write_logs(row: dict, log: RunLog | None, steps: StepLog | None, run: TrainingRun) -> None:
-    """Write an epoch's row, which log.rows has already, to log.txt and to the trackers."""
-    on_main_process(lambda: log.write())
-    if steps:
-        steps.trackers.log_epoch(row, run.step)
-
-
-def record_bad_images(loader: CropLoader, folder: RunFolder) -> None:
-    """Write what all ranks could not read to bad_images.txt, if there is anything."""
-    errors = [loader.bad_images]
-    if is_distributed():
-        errors = [None] * dist.get_world_size()
-        dist.all_gather_object(errors, loader.bad_images)
-    loader.bad_images = set().union(*errors)  # from here on every rank counts what all of them have found
-    if loader.bad_images:
-        on_main_process(lambda: folder.add_bad_images(loader.bad_images, len(loader.dataset)))
+    row = saver.log.rows[-1] if saver.log and saver.log.rows else {}
+    missed = on_main_process(lambda: "epoch" in row and "knn_top1" not in row)
+    if missed:
+        row.setdefault("epoch", saver.run.epoch - 1)  # on other ranks
+        evaluate(probe, saver, row, last_chance, epoch)
+        if steps:
+            steps.trackers.log_epoch(row, saver.run.step)

@@ -73,7 +73,8 @@ class Way:
         options = pretraining_options().parse_args([
             "--arch", args.arch, "--patch_size", str(args.patch_size), "--batch_size_per_gpu", str(args.batch_size),
             "--local_crops_number", str(args.local_crops_number), "--precision", args.precision,
-            "--compile", args.compile, "--device", args.device, "--freeze_last_layer", "0"])
+            "--compile", args.compile, "--device", args.device, "--freeze_last_layer", "0",
+            "--accum_steps", str(getattr(args, "accum_steps", 1))])
         options.checkpoint_activations = args.checkpoint_activations and not self.plain
         if as_published:
             options.compile = "off"

@@ -1,11 +1,14 @@
 """k-NN of the teacher while it is trained."""
 import json
+import os
+import signal
 
 import pytest
 import torch
 from networks import assert_same, small_wrapper
 from small_job import load, options
 
+import engine
 from errors import ConfigError, RunStopped
 from image_features import ImageFeature, eval_transform, open_pair, share_loader
 from knn import knn_accuracy
@@ -32,11 +35,11 @@ def test_what_happens_in_it_costs_no_epoch(image_folder, tmp_path, monkeypatch, 
     train_dino(options(*words, "--output_dir", tmp_path / "whole"))
     evaluate, calls = KnnProbe.__call__, []
 
-    def fail_once(probe, teacher):
+    def fail_once(probe, teacher, after_batch):
         calls.append(probe)
         if len(calls) == 2:
             raise fault
-        return evaluate(probe, teacher)
+        return evaluate(probe, teacher, after_batch)
 
     monkeypatch.setattr(KnnProbe, "__call__", fail_once)
     words += ["--output_dir", tmp_path / "run"]
@@ -55,6 +58,30 @@ def test_what_happens_in_it_costs_no_epoch(image_folder, tmp_path, monkeypatch, 
     assert ours == whole
     assert_same(load(tmp_path / "run" / "checkpoint.pth")["student"],
                 load(tmp_path / "whole" / "checkpoint.pth")["student"])
+
+
+@pytest.mark.parametrize("epoch, moment", [(0, "step"), (1, "step"), (1, "batch")])
+def test_a_signal_before_or_within_it_ends_the_run_which_evaluates_later(image_folder, tmp_path, monkeypatch, epoch,
+                                                                         moment):
+    """Also after the last epoch, so that nothing that is due is left out."""
+    def signalled(*args, **kwargs):
+        result = step(*args, **kwargs)
+        if moment == "batch" or args[0].step == 3 * (epoch + 1):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return result
+
+    words = ["--epochs", 2, "--data_path", image_folder, "--output_dir", tmp_path, "--knn_data", image_folder,
+             "--knn_every", 1 + epoch]
+    place = (engine, "train_step") if moment == "step" else (ImageFeature, "__call__")
+    step = getattr(*place)
+    with monkeypatch.context() as patch, pytest.raises(RunStopped, match=f"step 0 of epoch {epoch + 1}"):
+        patch.setattr(*place, signalled)
+        train_dino(options(*words))
+    assert len((tmp_path / "log.txt").read_text().splitlines()) == epoch + 1
+    train_dino(options(*words))
+    rows = [json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == [0, 1] and "knn_top1" in rows[epoch] and "knn_top1" in rows[1]
+    assert load(tmp_path / "checkpoint0001.pth")["log"] == rows
 
 
 def test_figures_are_those_of_the_evaluation(image_folder):

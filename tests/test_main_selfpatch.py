@@ -182,7 +182,7 @@ def test_unreadable_images_end_the_run_or_are_replaced(image_folder, tmp_path, m
     train_dino(options("--epochs", 1, "--data_path", tmp_path / "data", "--output_dir", tmp_path / "out", "--augment",
                        augment, "--max_bad_images", 0.1))
     out = capsys.readouterr().out
-    assert "\nnot read: 1 .heic (only .jpg" in out and "1 of 12 images cannot be read and are replaced" in out
+    assert "\nnot read: 1 .heic (only .jpg" in out and "1 of 12 images cannot be read, see" in out
     assert (tmp_path / "out" / "bad_images.txt").read_text().startswith(f"cannot read the image {damaged}")
 
 
@@ -279,6 +279,9 @@ def test_an_older_log_outlives_resuming(image_folder, two_epochs, tmp_path):
     train_dino(options("--epochs", 2, *words))
     older, rows = (path.read_text().splitlines() for path in (tmp_path / "log.txt", two_epochs / "log.txt"))
     assert older == ['{"epoch": 0}', "note", '{"epoch": 1}', *rows]
+    (tmp_path / "log.txt").write_text("".join(f"{line}\n" for line in rows))  # cleaned up by hand
+    train_dino(options("--epochs", 2, *words))
+    assert (tmp_path / "log.txt").read_text().splitlines() == rows
 
 
 def test_a_log_that_is_no_text_any_more_does_not_end_the_run(tmp_path, capsys):

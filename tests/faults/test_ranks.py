@@ -7,6 +7,7 @@ import sys
 import time
 
 import pytest
+from davis_folder import free_port
 from processes import SCRIPT, Job, run
 
 from loader import RankSampler
@@ -46,15 +47,26 @@ def test_a_stopped_rank_is_named_and_is_back(words, tmp_path):
     assert f"rank 1 (process {stopped} on " in line and "30 minutes at most (--dist_timeout)" in line
 
 
-def start_without_launcher(words, tmp_path, port, **env):
-    """Two ranks that no torchrun would end."""
-    return [Job(make(tmp_path / f"rank{rank}"), *words, "--epochs", 400, "--num_workers", 0, RANK=str(rank),
-                WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_PORT=port, **env) for rank in (0, 1)]
+@pytest.fixture
+def start_without_launcher(words, tmp_path):
+    """Starts two ranks that no torchrun would end; they are killed after the test."""
+    jobs = []
+
+    def start(*more, **env):
+        port = free_port()
+        jobs.extend(Job(make(tmp_path / f"rank{rank}"), *words, "--epochs", 400, "--num_workers", 0, *more,
+                        RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_PORT=port, **env)
+                    for rank in (0, 1))
+        return jobs
+
+    yield start
+    for job in jobs:
+        job.process.kill()
 
 
 @pytest.mark.long
-def test_rank_0_is_named_when_it_is_stopped_and_the_store_with_it(words, tmp_path):
-    ranks = start_without_launcher(words, tmp_path, "29734", NOTICE_AFTER="3")
+def test_rank_0_is_named_when_it_is_stopped_and_the_store_with_it(start_without_launcher):
+    ranks = start_without_launcher(NOTICE_AFTER="3")
     ranks[0].wait_for("step 3/6")
     ranks[0].process.send_signal(signal.SIGSTOP)
     ranks[1].wait_for("rank 0 on 127.0.0.1 has not answered for 3 s; the other ranks wait for it, 30 minutes at most",
@@ -66,17 +78,19 @@ def test_rank_0_is_named_when_it_is_stopped_and_the_store_with_it(words, tmp_pat
     assert [job.wait(60) for job in ranks] == [75, 75] and not [line for line in ranks[0].errors() if "rank 1" in line]
 
 
-def test_the_error_of_one_rank_is_told_to_the_others(image_folder, words, tmp_path):
-    """More unreadable images than are allowed, all in rank 1's share."""
+@pytest.mark.parametrize("failing", [1, pytest.param(0, marks=pytest.mark.long)])
+def test_the_error_of_one_rank_is_told_to_the_other(image_folder, start_without_launcher, tmp_path, failing):
+    """More unreadable images than are allowed, all in one rank's share. Rank 0 has the store."""
     shutil.copytree(image_folder, tmp_path / "images")
     paths = sorted((tmp_path / "images").rglob("*.jpg"))
-    for i in list(RankSampler(paths, 2, 1, shuffle=True, seed=0))[2:]:
+    for i in list(RankSampler(paths, 2, failing, shuffle=True, seed=0))[2:]:
         paths[i].write_bytes(b"")
-    ranks = start_without_launcher([*words, "--data_path", tmp_path / "images"], tmp_path, "29735")
+    ranks = start_without_launcher("--data_path", tmp_path / "images", NOTICE_AFTER="12")
     assert [job.wait(60) for job in ranks] == [1, 1]
-    assert len(ranks[0].errors()) == 1 and "more than --max_bad_images" in ranks[1].errors()[0]
-    assert f"error: rank 1 (process {ranks[1].process.pid} on " in ranks[0].errors()[0]
-    assert ranks[1].errors()[0].split("error: ")[1] in ranks[0].errors()[0]
+    own, told = ranks[failing].errors(), ranks[1 - failing].errors()
+    assert len(own) == len(told) == 1 and "more than --max_bad_images" in own[0]
+    assert f"error: rank {failing} (process {ranks[failing].process.pid} on " in told[0]
+    assert own[0].split("error: ")[1] in told[0]
 
 
 BLOCKED = """
@@ -87,25 +101,31 @@ from errors import TrainingError
 from rank_watch import RankWatch
 rank = init_distributed_mode("cpu").rank
 with RankWatch(rank, 2, timedelta(minutes=30), notice_after=1):
-    if rank:
+    if rank == int(sys.argv[1]):
         raise TrainingError("no more images")
     time.sleep(60)
 """
 
 
-def test_a_blocked_rank_is_ended_when_another_has_told_its_error():
-    env = {**os.environ, "WORLD_SIZE": "2", "MASTER_PORT": "29736", "MASTER_ADDR": "127.0.0.1"}
-    ranks = [subprocess.Popen([sys.executable, "-c", BLOCKED], cwd=SCRIPT.parents[2], stderr=subprocess.PIPE, text=True,
-                              env=env | {"RANK": rank, "LOCAL_RANK": rank}) for rank in ("0", "1")]
-    errors = ranks[0].communicate(timeout=50)[1]
-    ranks[1].communicate()
-    assert ranks[0].returncode == 1 and "error: rank 1 (process" in errors and "no more images" in errors
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_blocked_rank_is_ended_when_another_has_told_its_error(failing):
+    env = {**os.environ, "WORLD_SIZE": "2", "MASTER_PORT": free_port(), "MASTER_ADDR": "127.0.0.1"}
+    ranks = [subprocess.Popen([sys.executable, "-c", BLOCKED, str(failing)], cwd=SCRIPT.parents[2], text=True,
+                              stderr=subprocess.PIPE, env=env | {"RANK": rank, "LOCAL_RANK": rank})
+             for rank in ("0", "1")]
+    try:
+        errors = ranks[1 - failing].communicate(timeout=50)[1]
+    finally:
+        for process in ranks:
+            process.kill()
+    if failing:  # of a machine, the first rank speaks
+        assert f"error: rank {failing} (process" in errors and "no more images" in errors
+    assert ranks[1 - failing].returncode == 1
 
 
 @pytest.mark.long
-def test_a_rank_that_is_killed_ends_the_others_in_one_line(words, tmp_path):
-    """Without a launcher that would end them."""
-    ranks = start_without_launcher(words, tmp_path, "29731")
+def test_a_rank_that_is_killed_ends_the_others_in_one_line(start_without_launcher):
+    ranks = start_without_launcher()
     ranks[0].wait_for("step 3/6")
     ranks[1].process.kill()
     start = time.monotonic()
@@ -116,7 +136,7 @@ def test_a_rank_that_is_killed_ends_the_others_in_one_line(words, tmp_path):
 @pytest.mark.long
 def test_a_rank_that_never_starts_is_named(words, tmp_path):
     status, errors = run(tmp_path, *words, "--dist_timeout", 0.25, RANK="0", WORLD_SIZE="3", LOCAL_RANK="0",
-                         MASTER_PORT="29732")
+                         MASTER_PORT=free_port())
     assert status == 2 and "missing: ranks 1, 2;" in errors[0]
     assert "not all of them joined within 0.25 minutes (--dist_timeout), ranks 1, 2 did not" in errors[1]
 
@@ -132,13 +152,10 @@ def rank_of(pid):
 
 
 @pytest.mark.long
-def test_a_rank_that_stays_stopped_is_an_error_after_the_timeout(words, tmp_path):
-    """Without a launcher that would end the others."""
-    ranks = start_without_launcher([*words, "--dist_timeout", 0.2], tmp_path, "29733")
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_a_rank_that_stays_stopped_is_an_error_after_the_timeout(start_without_launcher, stopped):
+    ranks = start_without_launcher("--dist_timeout", 0.2, NOTICE_AFTER="6")
     ranks[0].wait_for("step 3/6")
-    ranks[1].process.send_signal(signal.SIGSTOP)
-    try:
-        assert ranks[0].wait(90) == 1
-        assert len(ranks[0].errors()) == 1 and "lost contact with another process" in ranks[0].errors()[0]
-    finally:
-        ranks[1].process.kill()
+    ranks[stopped].process.send_signal(signal.SIGSTOP)
+    other = ranks[1 - stopped]
+    assert other.wait(90) == 1 and "lost contact with another process" in other.errors()[-1]

@@ -295,7 +295,7 @@ def test_a_copy_that_finds_no_room_is_tried_again(tmp_path, monkeypatch, capsys)
         assert not folder.numbered(1).exists() and load(folder.last)["number"] == 1.5
         folder.try_save({"number": 2}, epoch=2)
         folder.numbered(2).unlink()
-        folder.due = 2
+        folder.overdue_copy = 2
     folder.try_save({"number": 3}, epoch=3)
     assert [load(folder.numbered(epoch))["number"] for epoch in (2, 3)] == [2, 3]
     assert load(folder.previous)["number"] == 2
@@ -308,11 +308,11 @@ def test_bad_images_on_a_full_disk_are_a_warning(tmp_path, monkeypatch, capsys):
     folder = RunFolder(tmp_path)
     folder.add_bad_images({"a.jpg"}, 10)
     with monkeypatch.context() as patch:
-        patch.setattr("pathlib.Path.write_text", full)
+        patch.setattr("builtins.open", full)
         folder.add_bad_images({"b.jpg"}, 10)
     out = capsys.readouterr().out
-    assert "bad_images.txt (No space left on device); the next epoch will try again" in out
-    folder.add_bad_images({"b.jpg", "\udcff.jpg"}, 10)
+    assert "bad_images.txt (No space left on device); the next save will try again" in out
+    folder.add_bad_images({"a.jpg", "b.jpg", "\udcff.jpg"}, 10)
     assert (tmp_path / "bad_images.txt").read_bytes().splitlines() == [b"a.jpg", b"b.jpg", b"\xff.jpg"]
     assert [path.name for path in tmp_path.iterdir()] == ["bad_images.txt"]
 

@@ -1,0 +1,178 @@
+"""What a training step asks of a GPU, counted on a machine without one: launches, products, waits, copies, memory.
+
+    REHEARSE benchmarks/rehearse_gpu.py                                # ours beside the published order of work
+    REHEARSE benchmarks/rehearse_gpu.py --compile on --no_plain        # Inductor's and Triton's launches
+    torchrun --nproc_per_node=2 REHEARSE benchmarks/rehearse_gpu.py --no_plain
+    REHEARSE benchmarks/rehearse_gpu.py --fits                         # what fits which card
+
+REHEARSE runs a program with a CUDA runtime that computes nothing and counts what it is asked, and gives the program the
+module null_cuda with reset() and counts(). Memory is that of torch's own allocator. Numbers and speed are not known
+from it: those are benchmarks/gpu.py's, on a GPU.
+"""
+import argparse
+import gc
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from published_order import PARTS
+from train_step import Way
+
+import engine
+from distributed import get_world_size, is_main_process
+from errors import ConfigError, run_main
+from vision_transformer import ARCHS
+
+GIB = 2**30
+CARDS = (16, 24, 40, 80, 141)  # GB on the label of T4 and V100, 3090 and A10, A100, A100 and H100, H200
+CONTEXT = 0.6  # GiB that the driver, kernels and workspaces take of a card beside the tensors
+RECIPE = 1024  # images of a step
+
+
+def null_runtime():
+    """The module that counts.
+
+    Raises:
+        ConfigError: the program does not run under it.
+    """
+    try:
+        import null_cuda
+    except ImportError:
+        raise ConfigError("this command counts under a CUDA runtime that computes nothing, which gives it the module "
+                          "null_cuda; on a GPU, run benchmarks/gpu.py") from None
+    return null_cuda
+
+
+def make_way(args: argparse.Namespace, plain: list[str] | None = None, **changes) -> Way:
+    return Way(argparse.Namespace(**vars(args) | {"device": "cuda"} | changes), plain)
+
+
+def count_step(args: argparse.Namespace, plain: list[str] | None = None, **changes) -> dict[str, float]:
+    """What one step asks for, after two in which memory and compiled code settle.
+
+    Args:
+        plain: as Way's; [] is the published order of work.
+        changes: options that replace those of args.
+    """
+    null, way = null_runtime(), make_way(args, plain, **changes)
+    for _ in range(2):
+        take_step(way)
+    null.reset()
+    torch.cuda.reset_peak_memory_stats()
+    take_step(way)
+    counts = null.counts() | {"peak_gib": torch.cuda.max_memory_allocated() / GIB}
+    del way
+    gc.collect()
+    torch.cuda.empty_cache()
+    return counts
+
+
+def take_step(way: Way) -> None:
+    if way.plain:
+        way.staged(lambda _: None)
+    else:
+        engine.train_step(way.run, [way.crops] * way.run.accum_steps)
+
+
+ROWS = (("peak memory allocated, GiB", lambda c, n: f"{c['peak_gib']:.1f}"),
+        ("kernels", lambda c, n: f"{c['kernels']:,}"),
+        ("  of them matrix products", lambda c, n: f"{c['products']:,}"),
+        ("waits of the host for the device", lambda c, n: f"{c['waits']}"),
+        ("GFLOP an image in products", lambda c, n: f"{c['flops'] / n / 1e9:.1f}"),
+        ("  of them in float32", lambda c, n: f"{c['flops_fp32'] / n / 1e9:.1f}"),
+        ("memory that had to be asked of the driver, times", lambda c, n: f"{c['mallocs']}"),
+        ("MB copied to the host, to the device",
+         lambda c, n: f"{c['bytes_to_host'] / 1e6:.1f}, {c['bytes_to_device'] / 1e6:.1f}"),
+        ("all-reduces", lambda c, n: f"{c['all_reduces']}"),
+        ("  MB in them", lambda c, n: f"{c['all_reduced_bytes'] / 1e6:.1f}"))
+
+
+def show(results: dict[str, dict], images: int) -> None:
+    """A table of counts; images of a step in this process."""
+    print(f"{'a step':<50}" + "".join(f"{name:>18}" for name in results))
+    for label, text in ROWS:
+        print(f"{label:<50}" + "".join(f"{text(counts, images):>18}" for counts in results.values()))
+
+
+# ---------------------------------------------------------------- what fits which card
+
+def memory_line(args: argparse.Namespace, **changes) -> tuple[float, float]:
+    """Peak memory in GiB as a + b · images, from two batches."""
+    small, large = (count_step(args, batch_size=size, **changes)["peak_gib"] for size in (16, 32))
+    slope = (large - small) / 16
+    return small - 16 * slope, slope
+
+
+def largest_batch(fixed: float, slope: float, gigabytes: int) -> int:
+    """Images that fit a card with so many GB, a multiple of 8 above 8 and at most the recipe's; 0 for none."""
+    # a label of 16 to 80 GB means GiB, less about 1 % that error correction or the driver keeps
+    images = int((gigabytes * 0.98 - CONTEXT - fixed) / slope)
+    return min(images - images % 8 if images >= 8 else max(images, 0), RECIPE)
+
+
+def fits(args: argparse.Namespace) -> list[dict]:
+    """Rows of arch, patch size and checkpointing, with the largest batch for each card."""
+    rows = []
+    print("| arch, patch | checkpointing | " + " | ".join(f"{card} GB" for card in CARDS) + " |")
+    print("|---" * (2 + len(CARDS)) + "|")
+    for arch in ("vit_tiny", "vit_small", "vit_base"):
+        for patch_size in (16, 8):
+            for checkpointing in (False, True):
+                fixed, slope = memory_line(args, arch=arch, patch_size=patch_size,
+                                           checkpoint_activations=checkpointing)
+                batches = {card: largest_batch(fixed, slope, card) for card in CARDS}
+                rows.append({"arch": arch, "patch_size": patch_size, "checkpoint_activations": checkpointing,
+                             "fixed_gib": fixed, "gib_per_image": slope, "batches": batches})
+                print(f"| {arch}/{patch_size} | {'yes' if checkpointing else 'no'} | "
+                      + " | ".join(describe(batch) for batch in batches.values()) + " |", flush=True)
+    return rows
+
+
+def describe(batch: int) -> str:
+    """The batch, and the small batches that make the recipe's step of it on one GPU."""
+    if not batch:
+        return "none"
+    power = 2 ** (batch.bit_length() - 1)  # which divides the recipe's step
+    return f"{batch} ({power} × {RECIPE // power})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--arch", default="vit_small", choices=list(ARCHS))
+    parser.add_argument("--patch_size", default=16, type=int)
+    parser.add_argument("--batch_size", default=128, type=int)
+    parser.add_argument("--accum_steps", default=1, type=int)
+    parser.add_argument("--local_crops_number", default=8, type=int)
+    parser.add_argument("--precision", default="bf16", choices=["fp32", "bf16", "fp16"])
+    parser.add_argument("--compile", default="off", choices=["on", "off"])
+    parser.add_argument("--checkpoint_activations", action="store_true")
+    parser.add_argument("--no_plain", action="store_true", help="leave out the published order of work")
+    parser.add_argument("--fits", action="store_true", help="the largest batch by arch, patch size and card instead")
+    parser.add_argument("--json", type=os.path.expanduser, help="also write the figures to this file")
+    args = parser.parse_args()
+    null_runtime()
+    if args.fits:
+        results = fits(args)
+    else:
+        results = {"ours": count_step(args)}
+        if not args.no_plain:
+            results["published order"] = count_step(args, plain=list(PARTS))
+    if is_main_process():
+        if not args.fits:
+            print(f"{args.arch}/{args.patch_size}, {args.batch_size} × {args.accum_steps} images, {args.precision}, "
+                  f"compile {args.compile}, {get_world_size()} process(es), torch {torch.__version__}")
+            show(results, args.batch_size * args.accum_steps)
+        if args.json:
+            Path(args.json).write_text(json.dumps({"options": vars(args), "torch": torch.__version__,
+                                                   "results": results}, indent=1))
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    run_main(main)

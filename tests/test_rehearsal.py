@@ -1,0 +1,88 @@
+"""The GPU path under a CUDA runtime that computes nothing and counts (see benchmarks/rehearse_gpu.py).
+
+    REHEARSE -m pytest -n0 tests/test_rehearsal.py
+"""
+import argparse
+import gc
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from davis_folder import make_davis
+from small_job import SMALL, load
+
+null = pytest.importorskip("null_cuda", reason="not under a CUDA runtime that counts")
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+from rehearse_gpu import count_step, make_way  # noqa: E402
+
+import engine  # noqa: E402
+import eval_video_segmentation  # noqa: E402
+from main_selfpatch import get_args_parser, train_dino  # noqa: E402
+
+ARGS = argparse.Namespace(arch="vit_small", patch_size=16, batch_size=16, accum_steps=1, local_crops_number=8,
+                          precision="bf16", compile="off", checkpoint_activations=False)
+
+
+@pytest.fixture
+def way():
+    yield make_way(ARGS)
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def test_no_operation_of_a_step_waits_for_the_device(way):
+    engine.train_step(way.run, [way.crops])
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        engine.train_step(way.run, [way.crops])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_memory_does_not_grow(way):
+    for _ in range(2):
+        engine.train_step(way.run, [way.crops])
+    torch.cuda.reset_peak_memory_stats()
+    engine.train_step(way.run, [way.crops])
+    allocated, peak = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
+    null.reset()
+    for _ in range(10):
+        engine.train_step(way.run, [way.crops])
+    assert (torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()) == (allocated, peak)
+    assert null.counts()["mallocs"] == 0
+
+
+@pytest.mark.parametrize("changes, kernels, gib", [({}, 3200, 18.7), ({"checkpoint_activations": True}, 3700, 6.7)])
+def test_the_published_step(changes, kernels, gib):
+    """ViT-S/16, 128 images: launches, memory, and the bf16 products that the step's arithmetic needs."""
+    counts = count_step(ARGS, batch_size=128, **changes)
+    assert counts["kernels"] < kernels and counts["peak_gib"] < gib and counts["waits"] == 0
+    assert counts["flops_fp32"] < 1e-5 * counts["flops"]
+    if not changes:
+        assert counts["flops"] / 128 == pytest.approx(158.6e9, rel=0.01)
+        assert counts["flops"] < 0.94 * count_step(ARGS, plain=[], batch_size=128)["flops"]
+
+
+def test_small_batches_cost_their_own_memory():
+    assert count_step(ARGS, accum_steps=4)["peak_gib"] < 1.05 * count_step(ARGS)["peak_gib"]
+
+
+@pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_the_whole_job_from_jpegs_to_a_resumed_checkpoint(image_folder, tmp_path, precision, small_network):
+    words = [*SMALL, "--device", "cuda", "--compile", "off", "--precision", precision, "--num_workers", "2",
+             "--data_path", str(image_folder), "--output_dir", str(tmp_path)]
+    for epochs in (1, 2):
+        train_dino(get_args_parser().parse_args([*words, "--epochs", str(epochs)]))
+        assert load(tmp_path / "checkpoint.pth")["epoch"] == epochs
+
+
+def test_davis_in_bf16(tmp_path, monkeypatch):
+    make_davis(tmp_path / "data", "a")
+    monkeypatch.setattr("sys.argv", [
+        "eval_video_segmentation.py", "--data_path", str(tmp_path / "data"), "--output_dir", str(tmp_path / "out"),
+        "--random_weights", "--device", "cuda", "--precision", "bf16", "--no_score"])
+    assert not eval_video_segmentation.main(eval_video_segmentation.get_args_parser().parse_args())
+    assert list((tmp_path / "out" / "a").glob("*.png"))
