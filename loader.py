@@ -18,6 +18,7 @@ from multiprocessing.sharedctypes import RawArray
 import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate, get_worker_info
 
+from data import TrainingImages
 from device_augmentations import DeviceAugmentation, RandomCrops
 from errors import TrainingError
 
@@ -31,18 +32,19 @@ MAX_RESTARTS = 3  # of workers, in an epoch
 
 
 class Tracked(Dataset):
-    """A data set whose workers note which sample each is loading, where the main process can read it."""
+    """A data set whose workers note which image each is reading, where the main process can read it."""
 
-    def __init__(self, dataset: Dataset, num_workers: int):
+    def __init__(self, dataset: TrainingImages, num_workers: int):
         self.dataset, self.loading = dataset, RawArray(c_int64, max(num_workers, 1))
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: int):
-        if info := get_worker_info():
-            self.loading[info.id] = index
-        return self.dataset[index]
+        return self.dataset.load(index, self.note if get_worker_info() else None)
+
+    def note(self, index: int) -> None:
+        self.loading[get_worker_info().id] = index
 
 
 def collate(samples: list) -> tuple:
@@ -212,9 +214,9 @@ class CropLoader:
         TrainingError: while iterating, if more images than that are unreadable, or workers hang or are killed.
     """
 
-    def __init__(self, dataset: Dataset, batch_size: int, num_workers: int = 0, device: torch.device | str = "cpu",
-                 rank: int = 0, world_size: int = 1, seed: int = 0, compiled: bool = False,
-                 max_bad_images: float = 0.001, timeout: float = 600):
+    def __init__(self, dataset: TrainingImages, batch_size: int, num_workers: int = 0,
+                 device: torch.device | str = "cpu", rank: int = 0, world_size: int = 1, seed: int = 0,
+                 compiled: bool = False, max_bad_images: float = 0.001, timeout: float = 600):
         self.dataset, self.batch_size, self.device = dataset, batch_size, torch.device(device)
         self.max_bad_images, self.bad_images, self.timeout = max_bad_images, set(), timeout
         self.wait = DataWait(self.device)
@@ -312,7 +314,7 @@ class CropLoader:
                 return next(batches)
         except TimeLimit:
             worker = (self.position - self.first) % len(self.workers)
-            path = self.dataset.samples[self.tracked.loading[worker]][0]
+            path = self.dataset.images.location(self.tracked.loading[worker])
             self.close()  # or torch would wait for each worker again
             raise TrainingError(f"data worker {worker} has given nothing for {self.timeout:g} s (--loader_timeout); "
                                 f"the last image that it began to read is {path}") from None

@@ -72,12 +72,18 @@ def test_a_stopped_worker_is_an_error_that_names_file_and_worker(image_folder):
 
 
 def test_a_worker_that_hangs_in_a_file(image_folder, monkeypatch):
-    def hang(path):
+    def hang(path, data):
+        if path.endswith(f"{bad:02}.jpg"):
+            raise UnreadableImage(f"{path} is damaged")
         time.sleep(60)
 
     loader = make_loader(image_folder, num_workers=1, timeout=2)
+    loader.sampler.set_epoch(1)
+    first = next(iter(loader.sampler))
+    bad = int(Path(loader.dataset.images.name(first)).stem)
     loader.dataset.loader = hang
-    with pytest.raises(TrainingError, match="has given nothing"):
+    replacement = loader.dataset.images.location((first + 1) % 12)
+    with pytest.raises(TrainingError, match=f"the last image that it began to read is {replacement}"):
         crops(loader)
 
 
