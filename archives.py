@@ -9,6 +9,7 @@ import struct
 import tarfile
 import zipfile
 import zlib
+from array import array
 from collections import Counter
 from collections.abc import Iterator
 from functools import lru_cache
@@ -143,23 +144,31 @@ def open_index(path: str) -> Index:
 
 def make_index(path: str) -> Index:
     """Where each image of an archive is; of several members with one name the last counts, as when it is unpacked."""
-    rows, names, places, unread = {}, [], [], Counter()
+    rows, names, places, unread = {}, [], array("q"), Counter()
     is_zip = path.lower().endswith(".zip")
     progress = Progress(f"indexing {path}")
     for name, place in progress(zip_members(path) if is_zip else tar_members(path)):
-        name = "/".join(part for part in name.split("/") if part not in ("", "."))
+        name = plain_name(name)
+        if isinstance(place, str):  # a link; to nothing it has no bytes, which is reported when it is to be read
+            row = rows.get(plain_name(place))
+            place = (0,) * 5 if row is None else places[5 * row:5 * row + 5]
         if any(is_hidden(part) for part in name.split("/") if part != ".."):
             continue
         suffix = os.path.splitext(name)[1].lower()
         if not is_image_name(name):
             unread.update([suffix] * (suffix in OTHER_IMAGE_SUFFIXES or suffix in ARCHIVE_SUFFIXES))
         elif name in rows:
-            places[rows[name]] = place
+            places[5 * rows[name]:5 * rows[name] + 5] = array("q", place)
         else:
             rows[name] = len(names)
             names.append(name)
-            places.append(place)
+            places.extend(place)
     return Index(names, np.array(places, dtype=np.int64).reshape(-1, 5), unread)
+
+
+def plain_name(name: str) -> str:
+    """A member's name without the . and / that it may begin with."""
+    return "/".join(part for part in name.split("/") if part not in ("", "."))
 
 
 def zip_members(path: str) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -182,13 +191,13 @@ def zip_members(path: str) -> Iterator[tuple[str, tuple[int, ...]]]:
                                 member.CRC)
 
 
-def tar_members(path: str) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """(name, place) of every file of a .tar, links in it being resolved at the end.
+def tar_members(path: str) -> Iterator[tuple[str, tuple[int, ...] | str]]:
+    """(name, place) of every file of a .tar, and at the end (name, name of the file that it leads to) of every link.
 
     Raises:
         ConfigError: it is cut off, or compressed.
     """
-    links, places = [], {}
+    links = []
     try:
         with open(path, "rb") as file:
             refuse_compressed(path, file)
@@ -200,8 +209,7 @@ def tar_members(path: str) -> Iterator[tuple[str, tuple[int, ...]]]:
                         links.append((member.name, target if member.islnk() else os.path.normpath(
                             os.path.join(os.path.dirname(member.name), target))))
                     elif member.isreg():
-                        places[member.name] = (member.offset_data, member.size, member.size, 0, 0)
-                        yield member.name, places[member.name]
+                        yield member.name, (member.offset_data, member.size, member.size, 0, 0)
                 end = archive.offset
             file.seek(end)
             # every writer ends with blocks of zeros: without them it was cut off between two members
@@ -211,8 +219,7 @@ def tar_members(path: str) -> Iterator[tuple[str, tuple[int, ...]]]:
     if not complete:
         raise ConfigError(f"{path} is cut off or damaged at byte {end:,}: copy or download it again")
     for name, target in links:
-        places[name] = places.get(target, (0, 0, 0, 0, 0))  # no bytes, which is reported when it is to be read
-        yield name, places[name]
+        yield name, target
 
 
 def refuse_compressed(path: str, file: BinaryIO) -> None:
