@@ -8,6 +8,7 @@ import zipfile
 import pytest
 import torch
 from image_kinds import epoch, files, write_tar, write_zip
+from small_job import load, options
 
 import archives
 from archives import ArchiveImages
@@ -16,6 +17,7 @@ from errors import ConfigError
 from image_files import UnreadableImage
 from image_sources import open_images
 from loader import CropLoader
+from main_selfpatch import train_dino
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning",
                                         "ignore:.*fork.*:DeprecationWarning",
@@ -87,6 +89,16 @@ def test_a_folder_that_cannot_be_written_to_needs_no_index(archive, monkeypatch)
 
     monkeypatch.setattr(archives.np, "savez", refuse)
     assert len(open_images(archive)) == 12 and os.listdir(archive.parent) == [archive.name]
+
+
+@pytest.mark.slow
+def test_the_job_continues_a_folders_run_on_an_archive_of_it(two_epochs, archive, small_network, tmp_path):
+    """Whose images are the same: nothing is refused, and the numbers are the uninterrupted run's."""
+    shutil.copy(two_epochs / "checkpoint0000.pth", tmp_path / "checkpoint.pth")
+    train_dino(options("--epochs", 2, "--data_path", archive, "--output_dir", tmp_path))
+    found, expected = (load(folder / "checkpoint.pth") for folder in (tmp_path, two_epochs))
+    assert found["log"] == expected["log"] and found["args"]["data"] == expected["args"]["data"]
+    assert all(torch.equal(found["student"][name], value) for name, value in expected["student"].items())
 
 
 # ---------------------------------------------------------------- damage
