@@ -6,7 +6,7 @@
 """
 import copy
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,17 +14,18 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 from tqdm import tqdm
 
 from augmentations import IMAGENET_MEAN, IMAGENET_STD
 from backbones import Backbone, image_statistics
 from checkpoints import CheckpointInfo, build_head
-from data import ClassFolders
 from distributed import get_rank, get_world_size
 from errors import ConfigError
 from image_files import IMAGE_SUFFIXES, UnreadableImage, load_rgb
+from image_sources import open_class_folders
+from named_images import NamedImages
 
 KINDS = ("cls", "head", "mean")
 
@@ -37,23 +38,48 @@ def eval_transform(size: int = 224) -> v2.Transform:
                        v2.PILToTensor()])
 
 
-class LabelledImages(ClassFolders):
+class LabelledImages(Dataset):
     """Images of class folders in order: (uint8 [3, H, W], class, what is wrong with the file or "").
 
     One that cannot be read is a black image of class -1.
+
+    Args:
+        images: all of them.
+        indices: of those that belong to the data set; None for all.
     """
 
+    def __init__(self, images: NamedImages, transform: Callable, indices: Sequence[int] | None = None):
+        self.images, self.transform = images, transform
+        self.indices = torch.arange(len(images)) if indices is None else torch.tensor(indices, dtype=torch.int64)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @property
+    def root(self) -> str:
+        return self.images.root
+
+    @property
+    def classes(self) -> list[str]:
+        return self.images.classes
+
+    @property
+    def labels(self) -> torch.Tensor:
+        """The class of each image, int32 [n]."""
+        return self.images.labels[self.indices]
+
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int, str]:
-        path, label = self.samples[index]
+        number = int(self.indices[index])
         try:
-            return self.transform(self.loader(path)), label, ""
+            image = load_rgb(self.images.location(number), self.images.read(number))
         except UnreadableImage as error:
             return torch.zeros_like(self.transform(v2.functional.to_pil_image(torch.zeros(3, 8, 8)))), -1, str(error)
+        return self.transform(image), int(self.images.labels[number]), ""
 
     def subset(self, indices: list[int]) -> "LabelledImages":
         """The same classes with these images alone."""
         part = copy.copy(self)
-        part.samples = [self.samples[i] for i in indices]
+        part.indices = self.indices[torch.tensor(indices, dtype=torch.int64)]
         return part
 
 
@@ -65,15 +91,14 @@ def open_images(folder: str | Path, option: str, transform: Callable | None = No
     """
     if not os.path.isdir(folder):
         raise ConfigError(f"{option}: there is no folder {folder}")
-    try:
-        images = LabelledImages(str(folder), transform or eval_transform(), loader=load_rgb, allow_empty=True)
-    except FileNotFoundError:
+    images = open_class_folders(str(folder))
+    if not images.classes:
         raise ConfigError(f"{option}: {folder} has no folders in it: images go into one folder for each class, such as "
-                          f"{str(folder).rstrip('/')}/dog/0001.jpg") from None
+                          f"{str(folder).rstrip('/')}/dog/0001.jpg")
     if not len(images):
         raise ConfigError(f"{option}: {folder} has class folders, but no images in them: "
                           + (images.unread_summary() or f"files ending in {' '.join(IMAGE_SUFFIXES)}"))
-    return images
+    return LabelledImages(images, transform or eval_transform())
 
 
 def hold_out(images: LabelledImages, share: float) -> tuple[LabelledImages, LabelledImages]:
@@ -85,7 +110,7 @@ def hold_out(images: LabelledImages, share: float) -> tuple[LabelledImages, Labe
     if not 0 < share < 1:
         raise ConfigError(f"--val_share {share:g}: give a share between 0 and 1, such as 0.1")
     train, val, seen = [], [], {}
-    for i, (_, label) in enumerate(images.samples):
+    for i, label in enumerate(images.labels.tolist()):
         n = seen[label] = seen.get(label, 0) + 1
         (val if int(n * share) > int((n - 1) * share) else train).append(i)
     if not train or not val:

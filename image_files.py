@@ -2,8 +2,8 @@
 
 - Pixels are used as stored: an EXIF orientation tag is not applied, to training images, photographs to draw, DAVIS
   frames and masks alike.
-- JPEGs may go through a native decoder; every other format goes through PIL, which raises where torchvision's PNG
-  decoder crashes on damaged data.
+- JPEGs may go through a native decoder (jpeg_decoders.py); every other format goes through PIL, which raises where
+  torchvision's PNG decoder crashes on damaged data.
 - Whatever is wrong with a file is an UnreadableImage that names it. Only regular files are opened: a FIFO would hang.
 - Hidden files and folders (._photo.jpg, .ipynb_checkpoints) are not part of a data set.
 """
@@ -15,9 +15,9 @@ import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 import numpy as np
 import torch
@@ -26,11 +26,10 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 import image_depths
 from errors import ConfigError, printable
+from jpeg_decoders import installed_decoders
 
-try:
-    from torchvision.io import decode_jpeg
-except ImportError:  # torchvision 0.29 announces the end of its decoders; PIL then decodes everything
-    decode_jpeg = None
+T = TypeVar("T")
+decode_jpeg = next(iter(installed_decoders().values()), None)  # None: PIL decodes everything
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 OTHER_IMAGE_SUFFIXES = (".gif", ".heic", ".heif", ".avif", ".jp2", ".jxl", ".svg", ".psd", ".raw", ".cr2", ".nef",
@@ -118,7 +117,7 @@ def read_bytes(path: str | Path) -> bytes:
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise UnreadableImage(f"{path} is not a regular file")
-        data = read_with_retries(path)
+        data = with_retries(Path(path).read_bytes)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path, and what is raised above
         if isinstance(error, UnreadableImage):
             raise
@@ -128,16 +127,16 @@ def read_bytes(path: str | Path) -> bytes:
     return data
 
 
-def read_with_retries(path: str | Path) -> bytes:
-    """The bytes of a file, of which the first two transient errors are ignored."""
+def with_retries(read: Callable[[], T]) -> T:
+    """What read returns; its first two transient errors are ignored."""
     for seconds in RETRY_SECONDS:
         try:
-            return Path(path).read_bytes()
+            return read()
         except OSError as error:
             if error.errno not in TRANSIENT_ERRORS:
                 raise
             time.sleep(seconds)
-    return Path(path).read_bytes()
+    return read()
 
 
 def open_image(path: str | Path, data: bytes | None = None, low_bytes: bool = False) -> Image.Image:
@@ -210,6 +209,9 @@ def orientation(image: Image.Image) -> int:
 def load_rgb(path: str | Path, data: bytes | None = None) -> Image.Image:
     """The image at path as RGB, however it is stored (grey, CMYK, palette, alpha, 12 or 16 bits).
 
+    Args:
+        data: the file's bytes, if they are there already; path is then for messages alone.
+
     Raises:
         UnreadableImage: the file cannot be decoded, or its values have no known range.
     """
@@ -262,17 +264,20 @@ def jpeg_pixels(data: bytes) -> int:
     return 0
 
 
-def load_uint8(path: str | Path) -> torch.Tensor:
+def load_uint8(path: str | Path, data: bytes | None = None) -> torch.Tensor:
     """The image at path as RGB, uint8 [3, H, W], with the same pixels as load_rgb.
+
+    Args:
+        data: the file's bytes, if they are there already; path is then for messages alone.
 
     Raises:
         UnreadableImage: see load_rgb.
     """
-    data = read_bytes(path)
+    data = read_bytes(path) if data is None else data
     # a damaged header can ask for gigabytes, which the native decoder would fill
     if decode_jpeg is not None and 0 < jpeg_pixels(data) <= min(MAX_PIXELS, PIXELS_PER_BYTE * len(data)):
         try:
-            image = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+            image = decode_jpeg(data)
             if image.ndim == 3 and len(image) == 3:
                 return image
         except RuntimeError:

@@ -18,6 +18,7 @@ from multiprocessing.sharedctypes import RawArray
 import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate, get_worker_info
 
+from data import TrainingImages
 from device_augmentations import DeviceAugmentation, RandomCrops
 from errors import TrainingError
 
@@ -31,18 +32,20 @@ MAX_RESTARTS = 3  # of workers, in an epoch
 
 
 class Tracked(Dataset):
-    """A data set whose workers note which sample each is loading, where the main process can read it."""
+    """A data set whose workers note which image each is reading, where the main process can read it."""
 
-    def __init__(self, dataset: Dataset, num_workers: int):
+    def __init__(self, dataset: TrainingImages, num_workers: int):
         self.dataset, self.loading = dataset, RawArray(c_int64, max(num_workers, 1))
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: int):
+        return self.dataset.load(index, self.note)
+
+    def note(self, index: int) -> None:
         info = get_worker_info()
         self.loading[info.id if info else 0] = index
-        return self.dataset[index]
 
 
 def collate(samples: list) -> tuple:
@@ -217,9 +220,9 @@ class CropLoader:
         TrainingError: while iterating, if workers, or the reading of a file, hang, or workers are killed.
     """
 
-    def __init__(self, dataset: Dataset, batch_size: int, num_workers: int = 0, device: torch.device | str = "cpu",
-                 rank: int = 0, world_size: int = 1, seed: int = 0, compiled: bool = False,
-                 max_bad_images: float = 0.001, timeout: float = 600):
+    def __init__(self, dataset: TrainingImages, batch_size: int, num_workers: int = 0,
+                 device: torch.device | str = "cpu", rank: int = 0, world_size: int = 1, seed: int = 0,
+                 compiled: bool = False, max_bad_images: float = 0.001, timeout: float = 600):
         self.dataset, self.batch_size, self.device = dataset, batch_size, torch.device(device)
         self.max_bad_images, self.bad_images, self.timeout = max_bad_images, set(), timeout
         self.wait = DataWait(self.device)
@@ -317,7 +320,7 @@ class CropLoader:
                 return next(batches)
         except TimeLimit:
             worker = (self.position - self.first) % max(len(self.workers), 1)
-            path = self.dataset.samples[self.tracked.loading[worker]][0]
+            path = self.dataset.images.location(self.tracked.loading[worker])
             who = f"data worker {worker}" if self.workers else "loading"
             self.close()  # or torch would wait for each worker again
             raise TrainingError(f"{who} has given nothing for {self.timeout:g} s (--loader_timeout); the last image "

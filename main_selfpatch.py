@@ -32,6 +32,7 @@ from errors import ArgumentParser, ConfigError, TrainingError, run_main
 from finite import NotFiniteError
 from fused_loss import FusedDINOLoss
 from image_files import UnreadableImage
+from image_sources import prepare
 from initial_weights import read_initial_weights, set_initial_weights
 from knn_probe import KnnProbe
 from loader import CropLoader
@@ -62,7 +63,7 @@ def build_loader(args: argparse.Namespace, processes: Processes, compiled: bool)
                             choose_augment(args.augment, processes.device))
     if len(dataset) < images_per_step(args, processes.world_size):
         raise ConfigError(
-            f"--data_path {args.data_path} has {len(dataset)} images, fewer than the "
+            f"--data_path {dataset.images.root} has {len(dataset)} images, fewer than the "
             f"{images_per_step(args, processes.world_size)} of one step ({args.batch_size_per_gpu} × "
             f"{args.accum_steps} small batches × {processes.world_size} processes): lower --batch_size_per_gpu or "
             "--accum_steps")
@@ -121,6 +122,7 @@ def pretrain(args: argparse.Namespace, loss_class: type[DINOLoss] | None = None)
     # before the images are listed, which can take minutes
     weights = together(lambda: read_initial_weights(args.init_weights, args.arch, args.patch_size)
                        if args.init_weights and not continues else None)
+    on_main_process(lambda: prepare(args.data_path))
     loader = together(lambda: build_loader(args, processes, compiled))
     probe = together(lambda: build_probe(args, processes))
     saved_args = plain_args(args, processes.world_size, loader.dataset)
@@ -221,15 +223,16 @@ def start_line(args: argparse.Namespace, processes: Processes, loader: CropLoade
                compiled: bool) -> str:
     small_batches = f" × {args.accum_steps}" if args.accum_steps > 1 else ""
     size = sum(p.numel() for p in run.student_module.backbone.parameters()) / 1e6
-    return (f"{args.arch}/{args.patch_size} ({size:.1f} M parameters), {len(loader.dataset)} images in "
-            f"{len(loader.dataset.classes)} folders, {processes.world_size} × {args.batch_size_per_gpu}"
+    images, classes = loader.dataset.images, len(loader.dataset.classes)
+    return (f"{args.arch}/{args.patch_size} ({size:.1f} M parameters), {len(images)} images"
+            f"{f' in {classes} folders' if classes else ''}, {processes.world_size} × {args.batch_size_per_gpu}"
             f"{small_batches} images per step on {processes.device.type} in {str(run.dtype).removeprefix('torch.')}"
             f"{', compiled (the first steps take minutes)' if compiled else ''}; "
             + (f"resuming in epoch {run.epoch} after step {run.step % run.steps_per_epoch}"
                if run.step % run.steps_per_epoch else
                f"resuming after epoch {run.epoch - 1}" if run.epoch else
                f"starting from {args.init_weights or 'scratch'}")
-            + (f"\n{loader.dataset.unread_summary()}" if loader.dataset.unread_summary() else ""))
+            + (f"\n{images.unread_summary()}" if images.unread_summary() else ""))
 
 
 def main(loss_class: type[DINOLoss] | None = None) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from checkpoints import resolve_path
 from errors import ArgumentParser, ConfigError
+from image_sources import KINDS, check_paths
 from logger import check_log
 from resuming import FIXED
 from run_folder import RunFolder
@@ -60,6 +61,13 @@ def add_loss_options(parser: argparse.ArgumentParser) -> None:
                        help="the teacher's temperature after its warm-up; above 0.07 is often unstable")
     group.add_argument("--warmup_teacher_temp_epochs", default=0, type=int,
                        help="epochs from the first temperature to the second")
+
+
+class OneOrSeveral(argparse.Action):
+    """Of an option with nargs="+": a single value as it is, several as a list."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, values if len(values) > 1 else values[0])
 
 
 def add_optimisation_options(parser: argparse.ArgumentParser) -> None:
@@ -116,8 +124,8 @@ def add_crop_options(parser: argparse.ArgumentParser) -> None:
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("run")
-    group.add_argument("--data_path", default="/path/to/imagenet/train", type=os.path.expanduser,
-                       help="folder of class folders of images")
+    group.add_argument("--data_path", default="/path/to/imagenet/train", type=os.path.expanduser, nargs="+",
+                       action=OneOrSeveral, help="the images: " + KINDS + "; see docs/DATA.md")
     group.add_argument("--output_dir", default=".", type=os.path.expanduser,
                        help="where checkpoints and log.txt are written, and where a run is resumed from")
     group.add_argument("--saveckp_freq", default=10, type=int,
@@ -175,8 +183,7 @@ def check_args(args: argparse.Namespace) -> None:
     for name in ("global_crops", "local_crops") if args.local_crops_number else ("global_crops",):
         check_crops(name, getattr(args, f"{name}_size"), getattr(args, f"{name}_scale"), args.patch_size,
                     needs_neighbours=args.patch_loss_weight > 0)
-    require(os.path.isdir(args.data_path),
-            f"there is no folder {args.data_path}: give --data_path, a folder of class folders of images")
+    check_paths(args.data_path)
     check_output_dir(Path(args.output_dir))
     check_trackers(chosen_trackers(args), Path(args.output_dir))
     # a run that goes on does not use the file, which may be gone by then

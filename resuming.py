@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from checkpoint_files import read_checkpoint
-from data import ClassFolders
+from data import TrainingImages
 from distributed import Processes, is_distributed
 from errors import ConfigError
 from loader import CropLoader
@@ -33,17 +33,17 @@ IRRELEVANT = {"data_path", "output_dir", "init_weights", "saveckp_freq", "save_e
 MAY_DIFFER_BETWEEN_RANKS = {"data_path", "knn_data", "num_workers", "device", "dist_url", "port", "local_rank"}
 
 
-def plain_args(args: argparse.Namespace, world_size: int, dataset: ClassFolders | None = None) -> dict:
+def plain_args(args: argparse.Namespace, world_size: int, dataset: TrainingImages | None = None) -> dict:
     """The options as plain values, which torch.load(weights_only=True) reads, and what identifies the images."""
     plain = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     return plain | {"world_size": world_size} | ({"data": describe_images(dataset)} if dataset else {})
 
 
-def describe_images(dataset: ClassFolders) -> str:
-    """Number of images and folders, and a checksum of the names below the data set's folder."""
-    start, checksum = len(str(dataset.root)), 0
-    for path, _ in dataset.samples:
-        checksum = zlib.crc32(path[start:].strip("/").encode(errors="surrogateescape"), checksum)
+def describe_images(dataset: TrainingImages) -> str:
+    """Number of images and folders, and a checksum of their names, the same in a folder and in an archive of it."""
+    checksum = 0
+    for name in dataset.images.names:
+        checksum = zlib.crc32(name.encode(errors="surrogateescape"), checksum)
     return f"{len(dataset)} images in {len(dataset.classes)} folders, checksum {checksum:08x}"
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import main_selfpatch
 from errors import ArgumentParser, ConfigError, run_main
+from image_sources import absolute, as_list
 
 
 def get_args() -> argparse.Namespace:
@@ -71,7 +72,7 @@ def main() -> None:
         raise ConfigError("run_with_submitit.py needs submitit: pip install submitit") from None
     main_selfpatch.check_args(args)
     folder = Path(args.output_dir).absolute()
-    args.output_dir, args.data_path = str(folder), os.path.abspath(args.data_path)
+    args.output_dir, args.data_path = str(folder), [absolute(path) for path in as_list(args.data_path)]
     executor = submitit.AutoExecutor(folder=folder / "submitit", cluster=args.cluster, slurm_max_num_timeout=30)
     executor.update_parameters(
         name="selfpatch", nodes=args.nodes if args.cluster == "slurm" else 1, tasks_per_node=max(args.ngpus, 1),

@@ -7,10 +7,12 @@
 `pil` is all of --augment pil. `decode and crop` is what --augment device does in the workers, `photometric` what it
 does on the device (on a CPU in one thread), `device, whole` the sum of the two where one core does both. CPU times are
 process times, which other programs affect little; GPU times are wall-clock. Each round runs every way once, so that
-other load affects all of them; the first round is a warm-up and not counted. With --workers, also images per second
-(wall-clock) of the loader that training uses.
+other load affects all of them; the first round is a warm-up and not counted. The decoders that are installed
+(torchcodec, torchvision, and PIL always) are compared on the same files, decoding alone. With --workers, also images
+per second (wall-clock) of the loader that training uses.
 """
 import argparse
+import io
 import json
 import os
 import random
@@ -21,6 +23,8 @@ import time
 from pathlib import Path
 
 import torch
+from PIL import Image
+from torchvision.transforms.v2.functional import pil_to_tensor
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -31,7 +35,8 @@ from augmentations import DataAugmentationDINO
 from device_augmentations import DeviceAugmentation, RandomCrops
 from distributed import pick_device
 from errors import ConfigError, run_main
-from image_files import is_image_name, load_rgb, load_uint8, walk
+from image_files import is_image_name, load_rgb, load_uint8, read_bytes, walk
+from jpeg_decoders import installed_decoders
 
 
 def find_images(folder: Path, count: int) -> list[str]:
@@ -82,6 +87,26 @@ def measure(paths: list[str], device: torch.device, rounds: int, batch_size: int
     return times
 
 
+def decoders(paths: list[str], rounds: int) -> dict[str, list[float]]:
+    """Milliseconds per image of each decoder, one value per round, the files being in memory; PIL's includes a tensor.
+
+    JPEGs of other modes than RGB are left out: load_uint8 gives them to PIL.
+    """
+    native = installed_decoders()
+    files = [data for data in map(read_bytes, paths)
+             if data.startswith(b"\xff\xd8") and Image.open(io.BytesIO(data)).mode == "RGB"]
+    if not files:
+        return {}
+    ways = native | {"pil": lambda data: pil_to_tensor(load_rgb("", data))}
+    times = {f"decoding: {name}": [] for name in ways}
+    for turn in tqdm(range(rounds + 1), "decoders", leave=False):
+        for name, decode in ways.items():
+            seconds = time_of(lambda decode=decode: [decode(data) for data in files], torch.device("cpu"))
+            if turn:
+                times[f"decoding: {name}"].append(1000 * seconds / len(files))
+    return times
+
+
 # ---------------------------------------------------------------- the loader that training uses
 
 def loader_rates(folder: Path, args: argparse.Namespace, device: torch.device) -> dict[str, list[float]]:
@@ -121,9 +146,9 @@ def mean_and_spread(values: list[float]) -> dict[str, float]:
 
 
 def print_table(results: dict) -> None:
-    print("                       ms an image           images/s")
+    print("                            ms an image           images/s")
     for name, row in results["ms_per_image"].items():
-        print(f"{name:<18}  {row['mean']:8.2f} ± {row['spread']:<6.2f}  {1000 / row['mean']:12.1f}")
+        print(f"{name:<23}  {row['mean']:8.2f} ± {row['spread']:<6.2f}  {1000 / row['mean']:12.1f}")
     for name, row in results.get("loader_images_per_second", {}).items():
         print(f"{name:<39}  {row['mean']:12.1f} ± {row['spread']:.1f}")
     print(f"decode and crop: {results['crop_speedup']:.1f} times pil's images/s of a core")
@@ -141,7 +166,7 @@ def main(args: argparse.Namespace) -> None:
         where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         print(f"{len(paths)} images of {args.data_path or 'this script'}, photometric part on {where}, {args.rounds} "
               f"rounds, torch {torch.__version__}, load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
-        times = measure(paths, device, args.rounds, args.batch_size)
+        times = measure(paths, device, args.rounds, args.batch_size) | decoders(paths, args.rounds)
         results = {"device": where, "torch": torch.__version__, "images": len(paths), "rounds": args.rounds,
                    "ms_per_image": {name: mean_and_spread(values) for name, values in times.items()},
                    # pairs of the same round, which had the same other load

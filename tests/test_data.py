@@ -19,7 +19,7 @@ def test_ranks_share_the_images_and_epochs_shuffle_them(image_folder):
     def paths(rank, epoch):
         dataset = build_dataset(image_folder)
         dataset.transform = torch.nn.Identity()
-        dataset.loader = str
+        dataset.loader = lambda path, data: path
         loader = CropLoader(dataset, batch_size=4, rank=rank, world_size=2, seed=3)
         loader.sampler.set_epoch(epoch)
         return [path for batch, *_ in loader.batches for path in batch]
@@ -73,7 +73,12 @@ def write_cut_jpeg(path):
 
 
 def names(dataset):
-    return [path.rsplit("/", 2)[1:] for path, _ in dataset.samples]
+    return list(dataset.images.names)
+
+
+def samples(dataset):
+    """(path, class) of each image, as torchvision's ImageFolder has them."""
+    return [(dataset.images.location(i), label) for i, label in enumerate(dataset.images.labels.tolist())]
 
 
 def test_order_is_torchvisions(folder):
@@ -81,7 +86,7 @@ def test_order_is_torchvisions(folder):
     for name in ("class0/a/z.jpg", "class0/a-b/y.jpg", "class0/a/b/x.png", "class1/B/w.webp"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(folder / "class0" / "00.jpg", folder / name)
-    assert build_dataset(folder).samples == ImageFolder(folder).samples
+    assert samples(build_dataset(folder)) == ImageFolder(folder).samples
 
 
 def test_hidden_files_and_folders_are_no_data(folder):
@@ -94,28 +99,28 @@ def test_hidden_files_and_folders_are_no_data(folder):
 
 
 def test_each_file_once_where_links_lead_back(folder):
-    expected = build_dataset(folder).samples
+    expected = samples(build_dataset(folder))
     (folder / "class0" / "loop").symlink_to(folder)
     (folder / "class1" / "other").symlink_to(folder / "class0")
-    assert build_dataset(folder).samples == expected
+    assert samples(build_dataset(folder)) == expected
 
 
 def test_a_class_folder_once_whatever_leads_to_it(folder):
-    expected = build_dataset(folder).samples
+    expected = samples(build_dataset(folder))
     (folder / "a").symlink_to(folder / "class1")  # before it in the alphabet
     (folder / "z").symlink_to("class0")
     (folder / "up").symlink_to("..")
     (folder / "top").symlink_to(folder)
     (folder.parent / "beside.jpg").touch()
     dataset = build_dataset(folder)
-    assert [path for path, _ in dataset.samples] == [path for path, _ in expected] + [str(folder / "up" / "beside.jpg")]
+    assert [path for path, _ in samples(dataset)] == [path for path, _ in expected] + [str(folder / "up/beside.jpg")]
     assert dataset.classes == ["class0", "class1", "up"]
 
 
 def test_images_beside_class_folders_are_counted(folder):
     for name in ("one.jpg", "two.PNG", "._one.jpg", "notes.txt"):
         (folder / name).touch()
-    assert build_dataset(folder).unread_summary() == "not read: 2 beside the class folders (move them into one)"
+    assert build_dataset(folder).images.unread_summary() == "not read: 2 beside the class folders (move them into one)"
 
 
 @pytest.mark.parametrize("locked", ["", "class1", "class1/deep"])
@@ -129,10 +134,10 @@ def test_a_folder_that_cannot_be_listed_is_named(folder, locked, monkeypatch):
 def test_formats_that_are_not_read_are_counted(folder):
     for name in ("class0/a.heic", "class0/b.HEIC", "class1/c.gif", "class1/notes.txt"):
         (folder / name).touch()
-    assert build_dataset(folder).unread_summary().startswith("not read: 1 .gif, 2 .heic (only .jpg")
+    assert build_dataset(folder).images.unread_summary().startswith("not read: 1 .gif, 2 .heic (only .jpg")
     for path in folder.rglob("*.jpg"):
         path.unlink()
-    with pytest.raises(ConfigError, match="no images in them: not read: 1 .gif, 2 .heic .only .jpg"):
+    with pytest.raises(ConfigError, match="has no images in it: not read: 1 .gif, 2 .heic .only .jpg"):
         build_dataset(folder)
 
 
@@ -150,16 +155,16 @@ def test_an_unreadable_image_is_replaced_and_named(folder, augment, workers, dam
     sizes = {"local_crops_number": 1, "global_crops_size": 48, "local_crops_size": 48, "augment": augment}
     dataset = build_dataset(folder, **sizes)
     order = list(CropLoader(dataset, 4).sampler)
-    expected = [dataset.samples[i][0] for i in order]
-    bad = dataset.samples[3][0]
+    paths = [path for path, _ in samples(dataset)]
+    expected, bad = [paths[i] for i in order], paths[3]
     loaded, load = [], dataset.loader
     damage(Path(bad))
-    dataset.loader = lambda path: loaded.append(path) or load(path)
+    dataset.loader = lambda path, data: loaded.append(path) or load(path, data)
     if not workers:
         for i in order:
             dataset[i]
         place = expected.index(bad)
-        assert loaded == expected[:place + 1] + [dataset.samples[4][0]] + expected[place + 1:]
+        assert loaded == expected[:place + 1] + [paths[4]] + expected[place + 1:]
     dataset.loader = load
     loader, batches = epoch(dataset)
     assert len(batches) == 3 and len(loader.bad_images) == 1
@@ -175,7 +180,8 @@ def test_too_many_unreadable_images_end_the_epoch_with_a_list(folder):
 
 
 @pytest.mark.parametrize("path, augment, message", [
-    ("nowhere", "pil", "no folder nowhere"), (__file__, "pil", "no folder"), (".", "auto", "must be device or pil")])
+    ("nowhere", "pil", "no folder nowhere"), (__file__, "pil", "line 1: there is no file .*The data set's files"),
+    (".", "auto", "must be device or pil")])
 def test_arguments_that_make_no_data_set(path, augment, message):
     with pytest.raises(ConfigError, match=message):
         build_dataset(path, augment=augment)

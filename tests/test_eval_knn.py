@@ -130,7 +130,7 @@ def test_a_share_of_one_folder(colours, capsys):
     assert "9 training and 6 test images" in capsys.readouterr().out
     images = open_images(colours / "train", "--data_path")
     train, val = image_features.hold_out(images, 0.4)
-    assert sorted(train.samples + val.samples) == sorted(images.samples)
+    assert sorted(train.indices.tolist() + val.indices.tolist()) == list(range(len(images)))
 
 
 def test_unreadable_images_are_left_out(colours, tmp_path, capsys):

@@ -90,7 +90,7 @@ def test_precision_by_device(monkeypatch, device, has_bf16, words, dtype):
 
 @pytest.mark.parametrize("words, says", [
     (["--data_path", "nowhere"], "no folder nowhere"),
-    (["--data_path", "{empty}"], "no folders in it"),
+    (["--data_path", "{empty}"], "has no images in it: files ending in .jpg"),
     (["--data_path", "{hollow}"], "no images"),
     (["--arch", "resnet50"], "invalid choice: 'resnet50'"),
     (["--k_num", "9"], "--k_num is 9"),

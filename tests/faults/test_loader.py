@@ -74,14 +74,20 @@ def test_a_stopped_worker_is_an_error_that_names_file_and_worker(image_folder):
 
 @pytest.mark.parametrize("num_workers, who", [(0, "loading"), (1, "data worker 0")])
 def test_a_file_that_hangs(image_folder, num_workers, who):
-    def hang(path):
+    """Here the replacement of one that is damaged, in the main process or a worker."""
+    def hang(path, data):
+        if path.endswith(f"{bad:02}.jpg"):
+            raise UnreadableImage(f"{path} is damaged")
         time.sleep(60)
 
     loader = make_loader(image_folder, num_workers=num_workers, timeout=4)
+    loader.sampler.set_epoch(1)
+    first = next(iter(loader.sampler))
+    bad = int(Path(loader.dataset.images.name(first)).stem)
     loader.dataset.loader = hang
-    first = loader.dataset.samples[next(iter(loader.sampler))][0]
-    with pytest.raises(TrainingError, match=f"{who} has given nothing for 4 s .*began to read is {re.escape(first)}"):
-        list(loader)
+    replacement = re.escape(loader.dataset.images.location((first + 1) % 12))
+    with pytest.raises(TrainingError, match=f"{who} has given nothing for 4 s .*began to read is {replacement}"):
+        crops(loader)
 
 
 def write_image(path):

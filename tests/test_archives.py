@@ -1,0 +1,220 @@
+"""Zip and tar archives, read in place by several workers: the index kept beside them, damage, links, odd members."""
+import io
+import os
+import shutil
+import tarfile
+import zipfile
+
+import pytest
+import torch
+from image_kinds import epoch, files, write_tar, write_zip
+from small_job import load, options
+
+import archives
+from archives import ArchiveImages
+from data import build_dataset
+from errors import ConfigError
+from image_files import UnreadableImage
+from image_sources import open_images
+from loader import CropLoader
+from main_selfpatch import train_dino
+
+pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning",
+                                        "ignore:.*fork.*:DeprecationWarning",
+                                        "ignore:This DataLoader will create:UserWarning")
+WRITERS = {"zip": write_zip, "tar": write_tar}
+
+
+@pytest.fixture(params=WRITERS)
+def archive(request, image_folder, tmp_path):
+    return WRITERS[request.param](image_folder, tmp_path / f"images.{request.param}", "train")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_four_workers_and_two_ranks_give_the_folders_batches(image_folder, archive, rank):
+    found, expected = (epoch(data, num_workers=4, rank=rank, world_size=2)[1] for data in (archive, image_folder))
+    assert len(found) == 3 and all(map(torch.equal, found, expected))
+
+
+def test_an_epoch_continues_within_an_archive(image_folder, archive):
+    """Also if its first batches came from the folder."""
+    expected = epoch(image_folder, num_workers=2)[1]
+    for first in (archive, image_folder):
+        loader, found = epoch(first, batches=2, num_workers=2)
+        rest = epoch(archive, state=loader.state_dict(), num_workers=2)[1]
+        assert len(rest) == 4 and all(map(torch.equal, found + rest, expected))
+
+
+@pytest.mark.slow
+def test_workers_that_are_started_anew_open_archives_by_themselves(image_folder, tmp_path):
+    dataset = build_dataset(write_tar(image_folder, tmp_path / "x.tar"), local_crops_number=0, global_crops_size=16)
+    loader = CropLoader(dataset, 6, num_workers=1)
+    loader.batches.multiprocessing_context = "spawn"
+    assert len(list(loader)) == 2
+
+
+def test_more_archives_than_are_kept_open(archive, monkeypatch):
+    monkeypatch.setattr(archives, "open_archive", archives.lru_cache(maxsize=1)(archives.open_archive.__wrapped__))
+    other = shutil.copy(archive, archive.with_stem("other"))
+    images = ArchiveImages([str(archive), str(other)])
+    assert len(images) == 24 and [images.read(i) == images.read(i - 1) for i in (1, 3)] == [True, True]
+    assert images.location(1) == f"{other}/train/class0/00.jpg"
+
+
+def test_the_index_is_kept_and_made_anew_for_another_archive(archive, monkeypatch):
+    def refuse(path):
+        pytest.fail("indexed again")
+
+    expected = open_images(archive)
+    kept = archive.with_name(f"{archive.name}.index.npz")
+    assert kept.is_file() and sorted(os.listdir(archive.parent)) == [archive.name, kept.name]
+    with monkeypatch.context() as patch:
+        patch.setattr(archives, "make_index", refuse)
+        found = open_images(archive)
+    assert list(found.names) == list(expected.names) and torch.equal(found.places, expected.places)
+    whole, indexed = kept.read_bytes(), []
+    make = archives.make_index
+    monkeypatch.setattr(archives, "make_index", lambda path: indexed.append(path) or make(path))
+    for content in (whole[:200], b"", whole[:-30] + bytes(30)):
+        kept.write_bytes(content)
+        assert list(open_images(archive).names) == list(expected.names) and kept.read_bytes() == whole
+    os.utime(archive, (1, 1))
+    open_images(archive)
+    assert len(indexed) == 4
+
+
+def test_a_folder_that_cannot_be_written_to_needs_no_index(archive, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(archives.np, "savez", refuse)
+    assert len(open_images(archive)) == 12 and os.listdir(archive.parent) == [archive.name]
+
+
+@pytest.mark.slow
+def test_the_job_continues_a_folders_run_on_an_archive_of_it(two_epochs, archive, small_network, tmp_path):
+    """Whose images are the same: nothing is refused, and the numbers are the uninterrupted run's."""
+    shutil.copy(two_epochs / "checkpoint0000.pth", tmp_path / "checkpoint.pth")
+    train_dino(options("--epochs", 2, "--data_path", archive, "--output_dir", tmp_path))
+    found, expected = (load(folder / "checkpoint.pth") for folder in (tmp_path, two_epochs))
+    assert found["log"] == expected["log"] and found["args"]["data"] == expected["args"]["data"]
+    assert all(torch.equal(found["student"][name], value) for name, value in expected["student"].items())
+
+
+# ---------------------------------------------------------------- damage
+
+
+@pytest.mark.parametrize("share", [0.02, 0.5, 0.7])
+def test_an_archive_that_is_cut_off_is_one_line(archive, share):
+    data = archive.read_bytes()
+    archive.write_bytes(data[:int(share * len(data))])
+    with pytest.raises(ConfigError, match=rf"{archive} is cut off.*: copy or download it again") as error:
+        open_images(archive)
+    assert "\n" not in str(error.value)
+
+
+def test_a_tar_that_is_cut_off_between_members(image_folder, tmp_path):
+    path = write_tar(image_folder, tmp_path / "x.tar")
+    with tarfile.open(path) as archive:
+        start = archive.getmembers()[5].offset
+    path.write_bytes(path.read_bytes()[:start])
+    with pytest.raises(ConfigError, match=f"x.tar is cut off or damaged at byte {start:,}"):
+        open_images(path)
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("x.zip", b"no zip", "cut off, or no zip archive"), ("x.tar", b"no tar", "cut off, or no tar archive"),
+    ("x.tar", b"", "no tar archive"), ("x.tar", b"\x1f\x8b\x08 and so on", r"compressed as a whole \(gzip\).*gunzip")])
+def test_what_is_no_archive(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=message):
+        open_images(tmp_path / name)
+
+
+def test_a_damaged_member_is_replaced_and_named(archive):
+    images = open_images(archive)
+    start, stored = images.places[3].tolist()[:2]
+    data = bytearray(archive.read_bytes())
+    data[start + 100:start + 100 + stored // 2] = bytes(stored // 2)
+    archive.write_bytes(data)
+    loader, found = epoch(archive, num_workers=2, max_bad_images=0.1)
+    assert len(found) == 6 and len(loader.bad_images) == 1
+    assert loader.bad_images.pop().startswith(f"cannot read the image {archive}/train/{images.name(3)} (")
+
+
+def test_an_archive_that_becomes_shorter_while_it_is_read(archive):
+    images = open_images(archive)
+    archives.open_archive.cache_clear()
+    archive.write_bytes(b"")
+    with pytest.raises(UnreadableImage, match="train/class0/00.jpg .the archive has become shorter"):
+        images.read(0)
+    archive.unlink()
+    archives.open_archive.cache_clear()
+    with pytest.raises(UnreadableImage, match="No such file"):
+        images.read(0)
+
+
+@pytest.mark.parametrize("field, value, message", [("flag_bits", 1, "is encrypted .a.jpg"),
+                                                   ("compress_type", 14, "is compressed by method 14 .a.jpg")])
+def test_zips_that_are_not_read(tmp_path, monkeypatch, field, value, message):
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        archive.writestr("a.jpg", b"x")
+    infolist = zipfile.ZipFile.infolist
+
+    def changed(self):
+        for member in infolist(self):
+            setattr(member, field, value)
+        return infolist(self)
+
+    monkeypatch.setattr(zipfile.ZipFile, "infolist", changed)
+    with pytest.raises(ConfigError, match=message):
+        open_images(tmp_path / "x.zip")
+
+
+# ---------------------------------------------------------------- what archives hold besides
+
+
+def test_names_in_an_archive_are_never_paths(image_folder, tmp_path):
+    data = (image_folder / "class0" / "00.jpg").read_bytes()
+    with tarfile.open(tmp_path / "x.tar", "w") as archive:
+        for name in ("../../etc/a.jpg", "/abs/b.jpg", "./.hidden/c.jpg", "._d.jpg"):
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    images = open_images(tmp_path / "x.tar")
+    assert sorted(images.names) == ["../../etc/a.jpg", "abs/b.jpg"] and images.read(0) == images.read(1) == data
+    assert sorted(os.listdir(tmp_path)) == ["x.tar", "x.tar.index.npz"]
+
+
+def test_links_and_later_members_in_a_tar(image_folder, tmp_path):
+    first, second = ((image_folder / "class0" / name).read_bytes() for name in ("00.jpg", "02.jpg"))
+    with tarfile.open(tmp_path / "x.tar", "w") as archive:
+        for name, data in (("a/1.jpg", first), ("a/2.jpg", first), ("a/1.jpg", second)):
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+        for name, kind, target in (("b/hard.jpg", tarfile.LNKTYPE, "a/2.jpg"), ("c/broken.jpg", tarfile.SYMTYPE, "x"),
+                                   ("b/soft.jpg", tarfile.SYMTYPE, "../a/1.jpg")):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, target
+            archive.addfile(member)
+    images = open_images(tmp_path / "x.tar")
+    assert list(images.names) == ["a/1.jpg", "a/2.jpg", "b/hard.jpg", "b/soft.jpg", "c/broken.jpg"]
+    assert [images.read(i) for i in range(4)] == [second, first, first, second]
+    with pytest.raises(UnreadableImage, match="c/broken.jpg .0 bytes"):
+        images.read(4)
+
+
+def test_an_archive_without_images_or_with_images_beside_its_folders(image_folder, tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        archive.writestr("n01.tar", b"x")
+        archive.writestr("photo.heic", b"x")
+    with pytest.raises(ConfigError, match="x.zip has no images in it: not read: 1 .heic, 1 .tar.*, unpacked from"):
+        open_images(tmp_path / "x.zip")
+    with zipfile.ZipFile(tmp_path / "x.zip", "a") as archive:
+        archive.write(files(image_folder)[0], "cover.jpg")
+    assert list(open_images(tmp_path / "x.zip").names) == ["cover.jpg"]
+    with zipfile.ZipFile(tmp_path / "x.zip", "a") as archive:
+        archive.write(files(image_folder)[0], "dog/1.jpg")
+    images = open_images(tmp_path / "x.zip")
+    assert list(images.names) == ["dog/1.jpg"] and "1 beside the class folders" in images.unread_summary()
