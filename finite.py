@@ -73,7 +73,7 @@ def check_logged_steps(run: TrainingRun, logger: MetricLogger) -> None:
         i = max(steps - skipped, 0) if skipped else bad[0]
         losses = {name: logger[name].recent[i] for name in ("total", "image", "patch") if name in logger.meters}
         message = describe_step(run, run.step - steps + i, losses, run.bad_norms if skipped else None)
-        if run.optimizer.defaults.get("fused"):  # others have taken the step
+        if skipped and run.optimizer.defaults.get("fused"):  # others have taken the step
             run.step -= skipped
         raise NotFiniteError(message)
 

@@ -81,7 +81,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("start", ["fork", "spawn"])
+@pytest.mark.parametrize("start", ["fork", pytest.param("spawn", marks=pytest.mark.long)])
 def test_workers_do_not_warn_of_the_end_of_a_decoder(image_folder, tmp_path, start):
     """In fresh processes, where every warning is shown once."""
     (tmp_path / "job.py").write_text(WORKERS)
