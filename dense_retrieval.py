@@ -9,9 +9,9 @@ features and their soft labels,
     prediction = label_map(votes.unflatten(0, (h, w)), (512, 512))
 """
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 
+from collectives import gather, sum_over_processes
 from distributed import get_rank, get_world_size
 from errors import ConfigError
 from nearest_neighbours import BANK_ROWS, QUERY_ROWS, nearest
@@ -115,9 +115,7 @@ class PatchMemory:
             float32 [Q, C], rows sum to 1.
         """
         queries = gather(F.normalize(queries.float(), dim=-1)).flatten(0, 1)
-        votes = self._vote(queries, neighbours, temperature, query_rows, memory_rows)
-        if get_world_size() > 1:
-            dist.all_reduce(votes)
+        votes = sum_over_processes(self._vote(queries, neighbours, temperature, query_rows, memory_rows))
         return votes.chunk(get_world_size())[get_rank()]
 
     def _vote(self, queries: torch.Tensor, neighbours: int, temperature: float, query_rows: int,
@@ -133,12 +131,3 @@ class PatchMemory:
         own = weights.chunk(get_world_size(), dim=1)[get_rank()][:, :cosines.shape[1]]
         return torch.cat([torch.einsum("qk,qkc->qc", part, self.labels[chosen].float())
                           for part, chosen in zip(own.split(query_rows), rows.split(query_rows), strict=True)])
-
-
-def gather(x: torch.Tensor) -> torch.Tensor:
-    """x of every process, [processes, ...]; of the same shape everywhere."""
-    if get_world_size() == 1:
-        return x[None]
-    parts = [torch.empty_like(x) for _ in range(get_world_size())]
-    dist.all_gather(parts, x.contiguous())
-    return torch.stack(parts)

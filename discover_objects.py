@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional as tf
 from tqdm import tqdm
 
-from backbones import Backbone, image_statistics
+from backbones import Backbone, image_statistics, normalise
 from box_data import HELP, BoxImage, find_box_data
 from errors import ArgumentParser, ConfigError, run_main, user_path
 from evaluation import Column, Machine, add_evaluation_options, check_options, evaluate_each, finish, start
@@ -53,7 +53,7 @@ MAX_PATCHES = 16_384  # 128 × 128: their correlations take 2 GiB in float64
 
 def prepare(pixels: torch.Tensor, patch_size: int, statistics: tuple) -> torch.Tensor:
     """uint8 [3, H, W] -> normalised [1, 3, H', W'], with zeros to the right and below up to whole patches."""
-    image = tf.normalize(tf.to_dtype(pixels, torch.float32, scale=True), *statistics)[None]
+    image = normalise(pixels, statistics)[None]
     return F.pad(image, (0, -image.shape[-1] % patch_size, 0, -image.shape[-2] % patch_size))
 
 

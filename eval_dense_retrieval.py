@@ -11,14 +11,14 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import RandomResizedCrop, v2
 from torchvision.transforms.v2 import functional as tf
 from tqdm import tqdm
 
 from augmentations import IMAGENET_MEAN, IMAGENET_STD
-from backbones import Backbone, image_statistics
+from backbones import Backbone, image_statistics, normalise
+from collectives import sum_over_processes
 from dense_retrieval import NEIGHBOURS, TEMPERATURE, PatchMemory, label_map, patch_labels, sample_patches
 from errors import ArgumentParser, ConfigError, run_main
 from evaluation import Column, Machine, add_evaluation_options, check_options, evaluate_each, finish, start
@@ -56,11 +56,11 @@ class MemoryImages(Dataset):
         image, ids = self.data.read(self.data.train[number])
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(random_seed(self.seed, repeat, number))
-            image, ids = normalised(self.jitter(image), self.statistics), torch.from_numpy(ids)[None]
+            image = normalise(tf.pil_to_tensor(self.jitter(image)), self.statistics)
             # a crop of up to twice the image is asked for, and of course the image's size is the most there is
             box = RandomResizedCrop.get_params(image, scale=(0.5, 2), ratio=(3 / 4, 4 / 3))
         image = tf.resized_crop(image, *box, [self.size] * 2, BILINEAR, antialias=True)
-        ids = tf.resized_crop(ids, *box, [self.size] * 2, NEAREST)[0]
+        ids = tf.resized_crop(torch.from_numpy(ids)[None], *box, [self.size] * 2, NEAREST)[0]
         return image, ids, repeat, number
 
 
@@ -81,12 +81,9 @@ class TestImages(Dataset):
         if self.pairs[index] is None:
             return torch.zeros(3, self.size, self.size), torch.full((self.size, self.size), IGNORE, dtype=torch.uint8)
         image, ids = self.data.read(self.pairs[index])
-        image = tf.resize(normalised(image, self.statistics), [self.size] * 2, BILINEAR, antialias=True)
+        image = normalise(tf.pil_to_tensor(image), self.statistics)
+        image = tf.resize(image, [self.size] * 2, BILINEAR, antialias=True)
         return image, tf.resize(torch.from_numpy(ids)[None], [self.size] * 2, NEAREST)[0]
-
-
-def normalised(image, statistics: tuple) -> torch.Tensor:
-    return tf.normalize(tf.to_dtype(tf.pil_to_tensor(image), torch.float32, scale=True), *statistics)
 
 
 def random_seed(*numbers: int) -> int:
@@ -148,9 +145,7 @@ def score(model: Backbone, data: SegmentationData, args: argparse.Namespace, mac
         votes = memory.vote(features.flatten(0, 1), args.neighbours, args.temperature, memory_rows=args.memory_rows)
         for one, truth in zip(votes.unflatten(0, (len(images), *model.grid_size(images))), ids, strict=True):
             confusion += confusion_matrix(truth, label_map(one, truth.shape), data.num_classes)
-    if machine.world_size > 1:
-        dist.all_reduce(confusion)
-    return confusion.cpu().numpy()
+    return sum_over_processes(confusion).cpu().numpy()
 
 
 def figures(confusion: np.ndarray, hungarian: bool) -> Column:

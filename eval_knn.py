@@ -16,6 +16,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from checkpoint_files import write_checkpoint
+from collectives import gather_rows
 from distributed import Processes, init_distributed_mode, is_distributed, keep_freed_memory
 from errors import ArgumentParser, ConfigError, run_main, user_path
 from image_features import (
@@ -24,7 +25,6 @@ from image_features import (
     LabelledImages,
     build_feature,
     eval_transform,
-    gather_rows,
     open_pair,
     share_loader,
 )

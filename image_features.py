@@ -11,15 +11,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from augmentations import IMAGENET_MEAN, IMAGENET_STD
-from backbones import Backbone, image_statistics
+from backbones import Backbone, image_statistics, normalise
 from checkpoints import CheckpointInfo, build_head
 from data import ClassFolders
 from distributed import get_rank, get_world_size
@@ -186,12 +184,6 @@ def build_feature(model: Backbone, info: CheckpointInfo | None, kind: str | None
     return ImageFeature(model, kind, layer, head, dtype)
 
 
-def normalise(images: torch.Tensor, statistics: tuple = (IMAGENET_MEAN, IMAGENET_STD)) -> torch.Tensor:
-    """uint8 [B, 3, H, W] -> float32, normalised by a mean and a standard deviation for each channel."""
-    mean, std = (torch.tensor(values, device=images.device)[:, None, None] for values in statistics)
-    return (images / 255 - mean) / std
-
-
 class Extracted(NamedTuple):
     """Features [n, D] of unit length, their classes [n], both on the device; what is wrong with the files left out."""
     features: torch.Tensor
@@ -235,24 +227,3 @@ def check_finite(features: torch.Tensor) -> None:
     """Raise ConfigError if a feature is NaN or infinite: comparisons with NaN would count as hits."""
     if not features.isfinite().all():
         raise ConfigError("some features are NaN or infinite: use --precision fp32, or another checkpoint")
-
-
-def sum_over_processes(count: int, device: torch.device | str = "cpu") -> int:
-    if get_world_size() == 1:
-        return count
-    total = torch.tensor([count], device=device)
-    dist.all_reduce(total)
-    return int(total)
-
-
-def gather_rows(rows: torch.Tensor) -> torch.Tensor:
-    """The rows [n, ...] of all processes, first those of rank 0: [sum of n, ...], the same on each."""
-    if get_world_size() == 1:
-        return rows
-    counts = [torch.zeros(1, dtype=torch.long, device=rows.device) for _ in range(get_world_size())]
-    dist.all_gather(counts, torch.tensor([len(rows)], device=rows.device))
-    most = max(int(count) for count in counts)
-    padded = F.pad(rows, (0, 0) * (rows.dim() - 1) + (0, most - len(rows)))
-    parts = [torch.empty_like(padded) for _ in counts]
-    dist.all_gather(parts, padded.contiguous())
-    return torch.cat([part[:int(count)] for part, count in zip(parts, counts, strict=True)])

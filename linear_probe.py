@@ -8,15 +8,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from backbones import Backbone, image_statistics
+from backbones import Backbone, image_statistics, normalise
+from collectives import sum_over_processes
 from distributed import get_rank, get_world_size
 from errors import ConfigError
-from image_features import ImageFeature, LabelledImages, check_finite, normalise
+from image_features import ImageFeature, LabelledImages, check_finite
 
 LEARNING_RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)  # for 256 images
 MOMENTUM = 0.9
@@ -127,9 +127,7 @@ class Heads:
         slope = log_probs.exp_().scatter_add_(2, index, log_probs.new_full((1, 1, 1), -1).expand_as(index)) / count
         gradients = [(slope.flatten(1).T @ self.inputs.select(tokens)).view_as(self.weight), slope.sum(0)]
         for parameter, gradient, momentum in zip((self.weight, self.bias), gradients, self.momenta, strict=True):
-            if get_world_size() > 1:
-                dist.all_reduce(gradient)
-            momentum.mul_(MOMENTUM).add_(gradient)
+            momentum.mul_(MOMENTUM).add_(sum_over_processes(gradient))
             parameter -= momentum * (factor * self.lrs).view(-1, *(1,) * (parameter.dim() - 1))
         return loss
 
@@ -278,12 +276,9 @@ def test_heads(heads: list[Heads], loader: DataLoader, feature: TokenFeature, de
             own = logits.gather(2, labels[:, None, None].expand(-1, logits.shape[1], 1))
             better = (~(logits <= own)).sum(2)  # classes before the true one; all of them for a head that is NaN
             hits[i] += torch.stack([(better < 1).sum(0), (better < 5).sum(0)], dim=1)
-    if get_world_size() > 1:
-        dist.all_reduce(hits)
-        dist.all_reduce(count)
-    if not count:
+    if not sum_over_processes(count):
         raise ConfigError("none of the test images can be read")
-    return list(100 * hits / count), sorted(unreadable)
+    return list(100 * sum_over_processes(hits) / count), sorted(unreadable)
 
 
 test_heads.__test__ = False  # not a test of pytest's

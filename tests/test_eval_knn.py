@@ -16,6 +16,7 @@ from PIL import Image
 
 import eval_knn as job
 import image_features
+from backbones import normalise
 from errors import ConfigError, report
 from image_features import ImageFeature, open_images, share_loader
 from knn import knn_accuracy
@@ -87,7 +88,7 @@ def test_each_feature_is_what_it_says(kind):
         model = set_weights(vit_tiny(class_token=True, final_norm=True), 0).eval()
     feature = ImageFeature(model, kind, head=wrapper.ca_head if kind == "head" else None)
     images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
-    x = image_features.normalise(images)
+    x = normalise(images)
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     torch.testing.assert_close(x[1, 2], (images[1, 2] / 255 - mean[2]) / std[2])
     expected = {"cls": lambda: model.features(x).class_token, "mean": lambda: model(x).mean(1),

@@ -15,8 +15,9 @@ from networks import small_wrapper
 from PIL import Image
 
 import eval_linear as job
+from backbones import normalise
 from errors import ConfigError, report
-from image_features import ImageFeature, normalise, open_images
+from image_features import ImageFeature, open_images
 from linear_probe import CropBatches, Heads, Inputs, TokenFeature, build_heads, input_grid, train_transform
 from vision_transformer import VisionTransformer
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from davis_folder import free_port
 from golden_rules import load, rand
 
-from image_features import gather_rows
+from collectives import gather_rows
 from knn import Accuracy, bank_bytes, bank_dtype, class_ranks, classify, search
 from nearest_neighbours import BANK_ROWS, QUERY_ROWS
 
