@@ -150,6 +150,7 @@ def get_args_parser() -> ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> None:
+    """Raises ConfigError for options, data or checkpoints that cannot be used."""
     check_options(args)
     if not (args.epsilon > 0 and -1 < args.tau < 1):
         raise ConfigError(f"--tau {args.tau:g} --epsilon {args.epsilon:g}: give a cosine, and more than 0")

@@ -179,9 +179,8 @@ def get_args_parser() -> ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> None:
-    check_options(args, passes=1, neighbours=1, memory_rows=1)
-    if not args.temperature > 0:
-        raise ConfigError(f"--temperature {args.temperature:g}: give more than 0")
+    """Raises ConfigError for options, data or checkpoints that cannot be used."""
+    check_options(args, positive=["temperature"], passes=1, neighbours=1, memory_rows=1)
     data = find_segmentation_data(args.data, args.num_classes)
     if args.memory_size < args.passes * len(data.train):
         raise ConfigError(f"--memory_size {args.memory_size} is less than one patch of each of {len(data.train)} "

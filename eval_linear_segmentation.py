@@ -177,6 +177,7 @@ def get_args_parser() -> ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> None:
+    """Raises ConfigError for options, data or checkpoints that cannot be used."""
     check_options(args, iterations=1, batch_size=2)
     if not args.lr > 0 or args.weight_decay < 0 or (args.warmup or 0) < 0:
         raise ConfigError(f"--lr {args.lr:g} --weight_decay {args.weight_decay:g} --warmup {args.warmup}: give a "

@@ -18,7 +18,6 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 from backbones import Backbone, image_statistics, normalise
-from checkpoints import CheckpointInfo, build_head
 from data import ClassFolders
 from distributed import get_rank, get_world_size
 from errors import ConfigError
@@ -134,7 +133,7 @@ class ImageFeature:
     head is the class token of the SelfPatch head over the patches.
 
     Args:
-        model, head: on the device; head is None where the checkpoint has none.
+        model, head: in eval mode; head is SelfPatch's, or None.
         kind: cls, head or mean; None takes the first of these that there is.
         layer: block, 0 being the first and -1 the last.
         dtype: of autocast; float32 for none.
@@ -157,12 +156,6 @@ class ImageFeature:
     def dim(self) -> int:
         return self.model.embed_dim
 
-    def to(self, device: torch.device | str) -> "ImageFeature":
-        for module in (self.model, self.head):
-            if module is not None:
-                module.to(device)
-        return self
-
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         x = normalise(images, self.statistics)
         with torch.autocast(x.device.type, self.dtype, enabled=self.dtype != torch.float32):
@@ -170,18 +163,6 @@ class ImageFeature:
             if self.kind == "cls":
                 return class_token.float()
             return (patches.mean(1) if self.kind == "mean" else self.head.image_token(patches)[:, 0]).float()
-
-
-def build_feature(model: Backbone, info: CheckpointInfo | None, kind: str | None = None, layer: int = -1,
-                  dtype: torch.dtype = torch.float32) -> ImageFeature:
-    """The ImageFeature of a loaded backbone, with the SelfPatch head of its file if that has one.
-
-    Raises:
-        ConfigError: see ImageFeature and checkpoints.build_head.
-    """
-    has_head = info is not None and any(name.startswith("ca_head.") for name in info.other_tensors)
-    head = build_head(info) if has_head and kind in (None, "head") else None
-    return ImageFeature(model, kind, layer, head, dtype)
 
 
 class Extracted(NamedTuple):

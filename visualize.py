@@ -116,7 +116,7 @@ def draw_attention(args: argparse.Namespace) -> None:
             raise ConfigError(f"--arch {args.arch} has no class token: give --patch ROW,COLUMN for a patch's attention")
         if info is None:
             head = SelfPatchHead(backbone.embed_dim, backbone.num_heads).eval()
-        elif any(name.startswith("ca_head.") for name in info.other_tensors):
+        elif info.has_selfpatch_head:
             head = build_head(info, 4)  # any number: attention does not depend on it
         else:
             raise CheckpointError(f"{info.path} has neither a class token nor a SelfPatch head (ca_head): give a "

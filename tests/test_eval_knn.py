@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from selfpatch_head import MultiCropWrapper, SelfPatchHead
 from vision_transformer import ARCHS, DINOHead, vit_tiny
 
 COLOURS = {"blue": (0, 0, 255), "green": (0, 200, 0), "red": (220, 0, 0)}
+SMALL = ("--device", "cpu", "--num_workers", "0", "--image_size", "32")
 
 
 def make_folder(root: Path, **counts: int) -> Path:
@@ -52,13 +54,24 @@ def run_file(tmp_path_factory):
     return path
 
 
-def run(*words, size=32):
+def run(*words):
     """Exit status of the job on small images."""
     try:
-        return job.main(job.get_args_parser().parse_args(
-            [*map(str, words), "--device", "cpu", "--num_workers", "0", "--image_size", str(size)])) or 0
+        return job.main(job.get_args_parser().parse_args([*SMALL, *map(str, words)])) or 0
     except ConfigError as error:
         return report(error)
+
+
+def run_two(*words):
+    """Exit status, stdout and stderr of two processes of the job on small images."""
+    port, processes = free_port(), []
+    for rank in range(2):
+        env = os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+                            "MASTER_PORT": port}
+        processes.append(subprocess.Popen([sys.executable, job.__file__, *SMALL, *map(str, words)], env=env,
+                                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    outputs = [process.communicate(timeout=120) for process in processes]
+    return [(process.returncode, *output) for process, output in zip(processes, outputs, strict=True)]
 
 
 def test_table_and_json(colours, run_file, tmp_path, capsys):
@@ -69,7 +82,7 @@ def test_table_and_json(colours, run_file, tmp_path, capsys):
     assert "k is at most that" in out and "15 training and 9 test images of 3 classes" in out
     table = out[out.index("k-NN, "):].splitlines()
     assert table[1].split() == "feature k = 1 k = 3 k = 15".split()
-    assert table[2].split()[:2] == ["checkpoint.pth", "head"] and table[3].split()[:2] == ["random", "mean"]
+    assert table[2].split()[:2] == ["checkpoint.pth", "head"] and table[3].split()[:2] == ["random", "head"]
     content = json.loads(output.read_text())
     assert [network["arch"] for network in content["networks"]] == ["vit_tiny", "vit_tiny"]
     assert content["networks"][1]["knn"]["3"]["top1"] > 60  # the mean colour is enough
@@ -100,19 +113,33 @@ def test_each_feature_is_what_it_says(kind):
 @pytest.mark.slow
 def test_two_processes_give_the_figures_of_one(colours, run_file, tmp_path):
     """15 and 9 images do not divide by two, and a share of the bank is smaller than k."""
-    words = [sys.executable, Path(job.__file__), "--data_path", colours, "--pretrained_weights", run_file, "--device",
-             "cpu", "--num_workers", "0", "--image_size", "32", "--nb_knn", "2", "9", "12", "--feature", "mean"]
-    assert run(*words[2:], "--output", tmp_path / "one.json") == 0
-    port, processes = free_port(), []
-    for rank in range(2):
-        env = os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-                            "MASTER_PORT": port}
-        processes.append(subprocess.Popen([*map(str, words), "--output", str(tmp_path / "two.json")], env=env,
-                                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
-    outputs = [process.communicate(timeout=120) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
+    words = ["--data_path", colours, "--pretrained_weights", run_file, "--nb_knn", 2, 9, 12, "--feature", "mean"]
+    assert run(*words, "--output", tmp_path / "one.json") == 0
+    first, second = run_two(*words, "--output", tmp_path / "two.json")
+    assert first[0] == second[0] == 0, (first, second)
     one, two = (json.loads((tmp_path / name).read_text()) for name in ("one.json", "two.json"))
-    assert one == two and "k = 12" in outputs[0][0] and "k = 12" not in outputs[1][0]
+    assert one == two and "k = 12" in first[1] and "k = 12" not in second[1]
+
+
+@pytest.mark.slow
+def test_two_processes_end_when_one_cannot_write(colours, run_file, tmp_path):
+    """Only rank 0 writes; here a folder is in the place of its file. The other rank does not wait for it."""
+    (tmp_path / "trainfeat.pth").mkdir()
+    words = ["--data_path", colours, "--pretrained_weights", run_file, "--nb_knn", 3, "--dump_features", tmp_path]
+    start = time.monotonic()
+    first, second = run_two(*words, "--overwrite")
+    assert first[0] == second[0] == 2 and time.monotonic() - start < 60
+    assert "trainfeat.pth cannot be written" in first[2] and "Traceback" not in first[2] + second[2]
+    assert "error:" not in second[2]
+
+
+def test_a_folder_for_features_is_checked_first(colours, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(image_features, "extract", None)  # before any work
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        assert run("--data_path", colours, "--random_weights", "--arch", "vit_tiny", "--dump_features", folder) == 2
+        line = capsys.readouterr().err
+        assert "cannot be made a folder" in line and line.count("\n") == 1
 
 
 def test_accuracy_while_training(colours):

@@ -187,7 +187,8 @@ def test_table_and_json(words, colours, tmp_path, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("more", [[], ["--cache_features"]])
 def test_two_processes_give_the_figures_of_one(more, colours, tmp_path):
-    words = ["--data_path", colours, "--random_weights", "--arch", "vit_tiny", "--epochs", 3, "--lr", 0.01, 0.1, *more]
+    words = ["--data_path", colours, "--random_weights", "--arch", "vit_tiny", "--epochs", 3, "--lr", 1e-5, 1e-3, 0.1,
+             *more]
     assert run(*words, "--batch_size_per_gpu", 4, "--output", tmp_path / "one.json") == 0
     port, processes = free_port(), []
     for rank in range(2):
