@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
 from collectives import gather, gather_rows, sum_over_processes
+from distributed import together
 from errors import ConfigError
 from image_features import Extracted, ImageFeature, extract
 from nearest_neighbours import search
@@ -112,12 +113,16 @@ class KnnResult(NamedTuple):
 def knn_classification(feature: ImageFeature, train: DataLoader, val: DataLoader, ks: Sequence[int] = KS,
                        temperature: float = TEMPERATURE, device: torch.device | str = "cpu",
                        progress: bool = False) -> KnnResult:
-    """Extract the features of this process's share of the images and classify; see knn_accuracy."""
+    """Extract the features of this process's share of the images and classify; see knn_accuracy.
+
+    Raises:
+        ConfigError: a feature is not finite, or no image can be read; all processes raise it.
+    """
     num_classes = len(train.dataset.classes)
     rows = int(sum_over_processes(torch.tensor(len(train.dataset), device=device)))
     dtype = bank_dtype(rows, feature.dim)
-    bank = extract(feature, train, feature.dim, device, dtype, "training images" if progress else None)
-    mine = extract(feature, val, feature.dim, device, dtype, "test images" if progress else None)
+    bank, mine = together(lambda: [extract(feature, loader, feature.dim, device, dtype, name if progress else None)
+                                   for loader, name in ((train, "training images"), (val, "test images"))])
     queries, truth = gather_rows(mine.features), gather_rows(mine.labels)
     return KnnResult(classify(queries, truth, bank.features, bank.labels, num_classes, ks, temperature), bank, mine)
 
