@@ -79,6 +79,7 @@ class TimmBackbone(nn.Module):
 
     @property
     def blocks(self) -> nn.Module:
+        """The network's transformer blocks, in order."""
         return self.network.blocks
 
     def grid_size(self, x: torch.Tensor) -> tuple[int, int]:

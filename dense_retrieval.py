@@ -67,6 +67,9 @@ class PatchMemory:
         rows: room for this process's rows.
         dim, num_classes: of a feature and of a label.
         dtype: in which both are kept.
+
+    Raises:
+        ConfigError: the device has too little memory.
     """
 
     def __init__(self, rows: int, dim: int, num_classes: int, device: torch.device | str = "cpu",
@@ -86,14 +89,20 @@ class PatchMemory:
 
     @property
     def features(self) -> torch.Tensor:
+        """Of the rows added so far, of unit length, [rows, D]."""
         return self._features[:self._rows]
 
     @property
     def labels(self) -> torch.Tensor:
+        """Of the rows added so far, [rows, C]."""
         return self._labels[:self._rows]
 
     def add(self, features: torch.Tensor, labels: torch.Tensor) -> None:
-        """Add rows: features [R, D] of any length, and their soft labels [R, C]."""
+        """Add rows: features [R, D] of any length, and their soft labels [R, C].
+
+        Raises:
+            ValueError: there is no room for them.
+        """
         end = self._rows + len(features)
         if end > len(self._features):
             raise ValueError(f"{end} rows in a memory for {len(self._features)}")

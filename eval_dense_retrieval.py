@@ -20,6 +20,7 @@ from augmentations import IMAGENET_MEAN, IMAGENET_STD
 from backbones import Backbone, image_statistics, normalise
 from collectives import sum_over_processes
 from dense_retrieval import NEIGHBOURS, TEMPERATURE, PatchMemory, label_map, patch_labels, sample_patches
+from distributed import together
 from errors import ArgumentParser, ConfigError, run_main
 from evaluation import Column, Machine, add_evaluation_options, check_options, evaluate_each, finish, start
 from model_options import load_candidates
@@ -87,7 +88,7 @@ class TestImages(Dataset):
 
 
 def random_seed(*numbers: int) -> int:
-    """A seed that differs for every sequence of numbers."""
+    """A seed from 0 to 2³² − 1 for a sequence of numbers from 0; any two hardly ever have the same."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
@@ -99,6 +100,7 @@ def image_size(patch_size: int) -> int:
 # ---------------------------------------------------------------- memory and votes
 
 def batches(dataset: Dataset, args: argparse.Namespace, machine: Machine, what: str) -> Iterator[list[torch.Tensor]]:
+    """The samples of a data set in batches, on the device, with a progress bar named what on the first process."""
     loader = DataLoader(dataset, args.batch_size_per_gpu, num_workers=args.num_workers,
                         pin_memory=machine.device.type == "cuda")
     with tqdm(total=len(dataset), desc=what, unit="image", disable=machine.rank > 0) as progress:
@@ -109,7 +111,14 @@ def batches(dataset: Dataset, args: argparse.Namespace, machine: Machine, what: 
 
 def build_memory(model: Backbone, data: SegmentationData, args: argparse.Namespace, machine: Machine,
                  statistics: tuple) -> PatchMemory:
-    """The memory of this process's share of the training images."""
+    """The memory of this process's share of the training images.
+
+    Args:
+        statistics: mean and standard deviation of RGB to normalise images with.
+
+    Raises:
+        ConfigError: the memory does not fit the device, or an image or mask cannot be read.
+    """
     samples = args.passes * len(data.train)
     bounds = [samples * rank // machine.world_size for rank in (machine.rank, machine.rank + 1)]
     size = image_size(model.patch_size)
@@ -131,11 +140,11 @@ def build_memory(model: Backbone, data: SegmentationData, args: argparse.Namespa
 
 
 def score(model: Backbone, data: SegmentationData, args: argparse.Namespace, machine: Machine) -> np.ndarray:
-    """The confusion matrix over all test images, int64 [C, C]."""
+    """The confusion matrix over all test images, int64 [C, C], the same in every process."""
     statistics = image_statistics(model)
     if statistics == (IMAGENET_MEAN, IMAGENET_STD):
         statistics = IMAGENET_MEAN, PUBLISHED_STD
-    memory = build_memory(model, data, args, machine, statistics)
+    memory = together(lambda: build_memory(model, data, args, machine, statistics))
     pairs = data.val + [None] * (-len(data.val) % machine.world_size)
     dataset = TestImages(data, image_size(model.patch_size), statistics, pairs[machine.rank::machine.world_size])
     confusion = torch.zeros(data.num_classes, data.num_classes, dtype=torch.long, device=machine.device)
@@ -149,7 +158,11 @@ def score(model: Backbone, data: SegmentationData, args: argparse.Namespace, mac
 
 
 def figures(confusion: np.ndarray, hungarian: bool) -> Column:
-    """The rows of the table: shares from 0 to 1."""
+    """The rows of the table, shares from 0 to 1, from a confusion matrix [C, C].
+
+    Args:
+        hungarian: also the mean IoU after the predicted classes are renamed to fit best.
+    """
     column = {"mean IoU, all classes": mean_iou(confusion),
               "mean IoU, true classes": mean_iou(confusion, present_only=True),
               "pixels": float(np.trace(confusion) / max(confusion.sum(), 1))}

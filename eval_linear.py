@@ -37,6 +37,7 @@ class Score(NamedTuple):
     top5: float
 
     def describe(self, kind: str) -> str:
+        """The head in words, its tokens being of this kind."""
         blocks = f"{self.inputs.blocks} block{'s' * (self.inputs.blocks > 1)}"
         return f"lr {self.lr:g}, {kind} of {blocks}{' and mean of patches' * self.inputs.mean_patches}"
 

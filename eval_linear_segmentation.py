@@ -102,7 +102,12 @@ class TestImages(Dataset):
 # ---------------------------------------------------------------- training and test
 
 def train(model: Backbone, data: SegmentationData, args: argparse.Namespace, machine: Machine) -> LinearHead:
-    """A head trained on the frozen backbone."""
+    """A head trained on the frozen backbone, in eval mode, the same in every process.
+
+    Raises:
+        ConfigError: an image or mask cannot be read.
+        TrainingError: the loss is not finite.
+    """
     size = SIDE // model.patch_size * model.patch_size
     head = build_head(model.embed_dim, data.num_classes, machine.device, args.seed)
     optimizer = torch.optim.AdamW(head.parameters(), weight_decay=args.weight_decay)
@@ -136,7 +141,7 @@ def train(model: Backbone, data: SegmentationData, args: argparse.Namespace, mac
 @torch.no_grad()
 def test(model: Backbone, head: LinearHead, data: SegmentationData, args: argparse.Namespace,
          machine: Machine) -> np.ndarray:
-    """The confusion matrix over all test images at full size, int64 [C, C]."""
+    """The confusion matrix over all test images at full size, int64 [C, C], the same in every process."""
     window = SIDE // model.patch_size * model.patch_size
 
     def logits_of(images: torch.Tensor) -> torch.Tensor:
@@ -154,6 +159,7 @@ def test(model: Backbone, head: LinearHead, data: SegmentationData, args: argpar
 
 
 def evaluate(model: Backbone, data: SegmentationData, args: argparse.Namespace, machine: Machine) -> Column:
+    """Train a head and test it: the rows of the table, shares from 0 to 1."""
     confusion = test(model, train(model, data, args, machine), data, args, machine)
     return {"mean IoU, true classes": mean_iou(confusion, present_only=True),
             "mean IoU, all classes": mean_iou(confusion),

@@ -154,6 +154,7 @@ class ImageFeature:
 
     @property
     def dim(self) -> int:
+        """D, the width of a feature."""
         return self.model.embed_dim
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
@@ -180,8 +181,12 @@ def extract(feature: Callable[[torch.Tensor], torch.Tensor], loader: DataLoader,
 
     Args:
         feature: uint8 images [B, 3, H, W] -> [B, dim].
+        dim: width of a feature.
         dtype: to keep the features in.
         progress: name of a progress bar; None for none.
+
+    Raises:
+        ConfigError: a feature is not finite.
     """
     device = torch.device(device)
     n = len(loader.dataset)

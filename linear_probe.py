@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from backbones import Backbone, image_statistics, normalise
 from collectives import sum_over_processes
-from distributed import get_rank, get_world_size
+from distributed import get_rank, get_world_size, together
 from errors import ConfigError
 from image_features import ImageFeature, LabelledImages, check_finite
 
@@ -74,6 +74,7 @@ class Inputs(NamedTuple):
     mean_patches: bool
 
     def width(self, dim: int) -> int:
+        """Inputs of a head for tokens of width dim."""
         return dim * (self.blocks + self.mean_patches)
 
     def select(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -278,7 +279,7 @@ def train_heads(heads: list[Heads], batches: CropBatches, feature: TokenFeature,
         ConfigError: none of the images can be read, or a feature is not finite.
     """
     unreadable = set()
-    cached = CachedTokens(batches, feature, device, unreadable, progress) if cache else None
+    cached = together(lambda: CachedTokens(batches, feature, device, unreadable, progress)) if cache else None
     total, done, seen = epochs * batches.steps, 0, torch.zeros(1, dtype=torch.long, device=device)
     with tqdm(total=total, desc="training heads", unit="step", disable=not progress) as bar:
         for epoch in range(epochs):

@@ -36,6 +36,7 @@ class PatchFeatures:
         self.statistics = (MEAN, STD) if own == (IMAGENET_MEAN, IMAGENET_STD) else own
 
     def forward(self, frames: np.ndarray) -> torch.Tensor:
+        """What __call__ does, in one batch."""
         images = normalise(torch.from_numpy(frames).to(self.device).permute(0, 3, 1, 2), self.statistics)
         shape = [n * self.model.patch_size for n in self.model.grid_size(images)]
         if list(images.shape[2:]) != shape:  # patches of 14: labels cover the whole frame, so the patches must too
