@@ -175,7 +175,7 @@ def get_args_parser() -> ArgumentParser:
     parser.add_argument("--epsilon", type=float, default=EPSILON, help="TokenCut's weight of other edges")
     parser.add_argument("--pictures", type=user_path, metavar="FOLDER",
                         help="write every image with its boxes to <folder>/<backbone>/<image>.png")
-    add_evaluation_options(parser, 1)
+    add_evaluation_options(parser)
     return parser
 
 
@@ -184,10 +184,10 @@ def main(args: argparse.Namespace) -> None:
     check_options(args)
     if not (args.epsilon > 0 and -1 < args.tau < 1):
         raise ConfigError(f"--tau {args.tau:g} --epsilon {args.epsilon:g}: give a cosine, and more than 0")
-    check_pictures(args.pictures, args.overwrite)
-    images = find_box_data(args.data)
     machine = start(args)
-    candidates = load_candidates(args, quiet=machine.rank > 0)
+    together(lambda: check_pictures(args.pictures, args.overwrite))
+    images = together(lambda: find_box_data(args.data))
+    candidates = together(lambda: load_candidates(args, quiet=machine.rank > 0))
     outcomes = {}
 
     def evaluate(candidate: Candidate) -> Column:

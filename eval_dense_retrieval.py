@@ -194,12 +194,12 @@ def get_args_parser() -> ArgumentParser:
 def main(args: argparse.Namespace) -> None:
     """Raises ConfigError for options, data or checkpoints that cannot be used."""
     check_options(args, positive=["temperature"], passes=1, neighbours=1, memory_rows=1)
-    data = find_segmentation_data(args.data, args.num_classes)
+    machine = start(args)
+    data = together(lambda: find_segmentation_data(args.data, args.num_classes))
     if args.memory_size < args.passes * len(data.train):
         raise ConfigError(f"--memory_size {args.memory_size} is less than one patch of each of {len(data.train)} "
                           f"images in --passes {args.passes}: give {args.passes * len(data.train)} or more")
-    machine = start(args)
-    candidates = load_candidates(args, quiet=machine.rank > 0)
+    candidates = together(lambda: load_candidates(args, quiet=machine.rank > 0))
     table = evaluate_each(candidates, lambda candidate: figures(score(candidate.model, data, args, machine),
                                                                 args.hungarian), machine.device)
     finish(args, f"dense retrieval, {data.name}", candidates, table, train_images=len(data.train),

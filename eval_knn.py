@@ -15,9 +15,18 @@ from pathlib import Path
 
 from checkpoint_files import write_checkpoint
 from collectives import gather_rows
-from distributed import on_main_process
+from distributed import on_main_process, together
 from errors import ArgumentParser, ConfigError, run_main, user_path
-from evaluation import Machine, add_evaluation_options, add_image_options, check_options, evaluate_each, leave, start
+from evaluation import (
+    Machine,
+    add_evaluation_options,
+    add_image_options,
+    check_options,
+    evaluate_each,
+    image_feature,
+    leave,
+    start,
+)
 from image_features import KINDS, ImageFeature, LabelledImages, eval_transform, open_pair, share_loader
 from knn import KS, TEMPERATURE, Accuracy, KnnResult, knn_classification
 from model_options import Candidate, check_image_size, load_candidates
@@ -112,13 +121,12 @@ def report(rows: list[tuple[Candidate, str, dict[int, Accuracy]]], train: Labell
 def main(args: argparse.Namespace) -> None:
     """Raises ConfigError for options, data or checkpoints that cannot be used."""
     check_options(args, positive=["temperature"], nb_knn=1, image_size=16)
-    train, val = open_pair(args.data_path, args.train_path, args.val_path, args.val_share,
-                           transform=eval_transform(args.image_size))
     machine = start(args)
-    candidates = load_candidates(args, quiet=machine.rank > 0, with_heads=args.feature in (None, "head"))
+    train, val = together(lambda: open_pair(args.data_path, args.train_path, args.val_path, args.val_share,
+                                            transform=eval_transform(args.image_size)))
+    candidates = together(lambda: load_candidates(args, quiet=machine.rank > 0, with_heads=args.feature != "mean"))
     check_image_size(args.image_size, candidates)
-    features = {one.name: ImageFeature(one.model, args.feature, args.layer, one.head, machine.dtype)
-                for one in candidates}
+    features = {one.name: image_feature(one, args, machine.dtype) for one in candidates}
     folders = on_main_process(lambda: dump_folders(args, candidates))
     if machine.rank == 0 and max(args.nb_knn) > len(train):
         print(f"--nb_knn {max(args.nb_knn)}: there are {len(train)} training images, so k is at most that")

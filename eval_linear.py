@@ -12,9 +12,19 @@ import argparse
 import sys
 from typing import NamedTuple
 
+from distributed import together
 from errors import ArgumentParser, run_main
-from evaluation import Machine, add_evaluation_options, add_image_options, check_options, evaluate_each, leave, start
-from image_features import KINDS, ImageFeature, LabelledImages, eval_transform, open_pair, share_loader
+from evaluation import (
+    Machine,
+    add_evaluation_options,
+    add_image_options,
+    check_options,
+    evaluate_each,
+    image_feature,
+    leave,
+    start,
+)
+from image_features import KINDS, LabelledImages, eval_transform, open_pair, share_loader
 from linear_probe import (
     LEARNING_RATES,
     CropBatches,
@@ -100,13 +110,13 @@ def report(rows: list[tuple[Candidate, str, list[Score]]], train: LabelledImages
 def main(args: argparse.Namespace) -> None:
     """Raises ConfigError for options, data or checkpoints that cannot be used."""
     check_options(args, positive=["lr"], n_last_blocks=1, epochs=1, image_size=16)
-    train, val = open_pair(args.data_path, args.train_path, args.val_path, args.val_share,
-                           train_transform(args.image_size), eval_transform(args.image_size))
     machine = start(args)
-    candidates = load_candidates(args, quiet=machine.rank > 0, with_heads=args.feature in (None, "head"))
+    train, val = together(lambda: open_pair(args.data_path, args.train_path, args.val_path, args.val_share,
+                                            train_transform(args.image_size), eval_transform(args.image_size)))
+    candidates = together(lambda: load_candidates(args, quiet=machine.rank > 0, with_heads=args.feature != "mean"))
     check_image_size(args.image_size, candidates)
-    features = {one.name: TokenFeature(ImageFeature(one.model, args.feature, args.layer, one.head, machine.dtype),
-                                       max(args.n_last_blocks)) for one in candidates}
+    features = {one.name: TokenFeature(image_feature(one, args, machine.dtype), max(args.n_last_blocks))
+                for one in candidates}
 
     def evaluate_one(candidate: Candidate) -> list[Score]:
         feature = features[candidate.name]

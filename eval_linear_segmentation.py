@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from backbones import Backbone, image_statistics, normalise
 from collectives import sum_over_processes
+from distributed import together
 from errors import ArgumentParser, ConfigError, TrainingError, run_main
 from evaluation import Column, Machine, add_evaluation_options, check_options, evaluate_each, finish, start
 from linear_segmentation import (
@@ -178,7 +179,7 @@ def get_args_parser() -> ArgumentParser:
     training.add_argument("--lr", type=float, default=1e-3, help="of AdamW, after the warm-up; a cosine leads to 0")
     training.add_argument("--weight_decay", type=float, default=1e-3)
     training.add_argument("--warmup", type=int, help="steps of the warm-up; default: 1500 of 40000, in proportion")
-    add_evaluation_options(parser, 1)
+    add_evaluation_options(parser)
     return parser
 
 
@@ -188,12 +189,12 @@ def main(args: argparse.Namespace) -> None:
     if not args.lr > 0 or args.weight_decay < 0 or (args.warmup or 0) < 0:
         raise ConfigError(f"--lr {args.lr:g} --weight_decay {args.weight_decay:g} --warmup {args.warmup}: give a "
                           "learning rate above 0, and nothing negative")
-    data = find_segmentation_data(args.data, args.num_classes)
     machine = start(args)
+    data = together(lambda: find_segmentation_data(args.data, args.num_classes))
     if args.batch_size % machine.world_size:
         raise ConfigError(f"--batch_size {args.batch_size} cannot be shared by {machine.world_size} processes: give a "
                           "multiple")
-    candidates = load_candidates(args, quiet=machine.rank > 0)
+    candidates = together(lambda: load_candidates(args, quiet=machine.rank > 0))
     table = evaluate_each(candidates, lambda candidate: evaluate(candidate.model, data, args, machine), machine.device)
     finish(args, f"linear segmentation, {data.name}", candidates, table, train_images=len(data.train),
            test_images=len(data.val))

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from distributed import get_rank, init_distributed_mode, is_distributed, keep_freed_memory
 from errors import ConfigError, user_path
+from image_features import ImageFeature
 from model_options import Candidate, add_model_options, add_run_options, check_run_options, pick_dtype
 from results import check_output, format_table, write_json
 
@@ -30,18 +31,17 @@ def add_image_options(parser: argparse.ArgumentParser, use: str) -> None:
     data.add_argument("--image_size", type=int, default=224, help="side of the images; rounded to whole patches")
 
 
-def add_evaluation_options(parser: argparse.ArgumentParser, batch_size: int) -> None:
+def add_evaluation_options(parser: argparse.ArgumentParser, batch_size: int | None = None) -> None:
     """Add the options of backbones (several), of output and of running.
 
     Args:
-        batch_size: the default of --batch_size_per_gpu.
+        batch_size: the default of --batch_size_per_gpu; None for a job that has no use for it.
     """
     add_model_options(parser.add_argument_group("backbones, compared in one table"), several=True)
     output = parser.add_argument_group("output")
     output.add_argument("--output", type=user_path, help="JSON file for the figures")
     output.add_argument("--overwrite", action="store_true", help="replace existing files")
-    add_run_options(parser.add_argument_group("running"))
-    parser.set_defaults(batch_size_per_gpu=batch_size)
+    add_run_options(parser.add_argument_group("running"), batch_size)
 
 
 def check_options(args: argparse.Namespace, positive: Sequence[str] = (), **least: int) -> None:
@@ -92,6 +92,18 @@ def start(args: argparse.Namespace) -> Machine:
         keep_freed_memory()
     return Machine(processes.rank, processes.world_size, processes.device,
                    pick_dtype(args.precision, processes.device))
+
+
+def image_feature(candidate: Candidate, args: argparse.Namespace, dtype: torch.dtype) -> ImageFeature:
+    """The ImageFeature of --feature and --layer.
+
+    Raises:
+        ConfigError: the network does not offer it; the message names the network.
+    """
+    try:
+        return ImageFeature(candidate.model, args.feature, args.layer, candidate.head, dtype)
+    except ConfigError as error:
+        raise ConfigError(f"{candidate.name}: {error}") from None
 
 
 Column = dict[str, float | int]

@@ -13,6 +13,7 @@ from errors import ConfigError
 from selfpatch_head import SelfPatchHead
 from vision_transformer import ARCHS
 
+LARGEST_IMAGE = 8192  # side in pixels
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -53,9 +54,15 @@ def add_model_options(parser: argparse.ArgumentParser, several: bool = False) ->
                              "any, is applied to each")
 
 
-def add_run_options(parser: argparse.ArgumentParser) -> None:
-    """Add --batch_size_per_gpu, --num_workers, --device, --precision, --seed and --dist_timeout."""
-    parser.add_argument("--batch_size_per_gpu", type=int, default=128, help="images in a forward pass of one process")
+def add_run_options(parser: argparse.ArgumentParser, batch_size: int | None) -> None:
+    """Add --batch_size_per_gpu, --num_workers, --device, --precision, --seed and --dist_timeout.
+
+    Args:
+        batch_size: the default of --batch_size_per_gpu; None leaves that out.
+    """
+    if batch_size is not None:
+        parser.add_argument("--batch_size_per_gpu", type=int, default=batch_size,
+                            help="images in a forward pass of one process")
     parser.add_argument("--num_workers", type=int, default=min(10, os.cpu_count() or 1),
                         help="processes that load images, for each GPU; 0 loads them in this one")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps; auto is a GPU if there is one")
@@ -68,7 +75,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
 def check_run_options(args: argparse.Namespace) -> None:
     """Raise ConfigError for numbers that no run can have."""
     for name, least in (("batch_size_per_gpu", 1), ("num_workers", 0), ("seed", 0)):
-        if getattr(args, name) < least:
+        if getattr(args, name, least) < least:
             raise ConfigError(f"--{name} {getattr(args, name)}: give {least} or more")
     if not 0 < args.dist_timeout < 1e6:
         raise ConfigError(f"--dist_timeout {args.dist_timeout:g}: give minutes, more than 0")
@@ -141,7 +148,9 @@ def build_untrained(found: list[Candidate], arch: str | None, patch_size: int | 
 
 
 def check_image_size(image_size: int, candidates: list[Candidate]) -> None:
-    """Raise ConfigError if the images are smaller than a patch of one of the networks."""
+    """Raise ConfigError if the images are smaller than a patch of one of the networks, or of more than 8192 pixels."""
+    if image_size > LARGEST_IMAGE:
+        raise ConfigError(f"--image_size {image_size}: give {LARGEST_IMAGE} or less")
     for candidate in candidates:
         if image_size < candidate.model.patch_size:
             raise ConfigError(f"--image_size {image_size} is smaller than a patch of {candidate.name}: give "

@@ -190,18 +190,21 @@ def test_unreadable_images_are_left_out(colours, tmp_path, capsys):
     (["--data_path", "{c}", "--random_weights", "--layer", "12"], "--layer 12: the network has 12 blocks"),
     (["--data_path", "{c}", "--random_weights", "--feature", "cls"],
      "--feature cls: the network has none; it offers mean"),
+    (["--data_path", "{c}", "--random_weights", "--image_size", "100000"], "--image_size 100000: give 8192 or less"),
+    (["--data_path", "{c}", "--pretrained_weights", "{r}", "--feature", "cls"],
+     "checkpoint.pth: --feature cls: the network has none; it offers head, mean"),
     (["--data_path", "{c}", "--random_weights", "--output", "{t}/no/x.json"], "is not a folder, create it first"),
     (["--data_path", "{c}/train", "--val_share", "1.5", "--random_weights"], "--val_share 1.5"),
     (["--data_path", "{c}", "--pretrained_weights", "a", "b", "c", "--arch", "vit_tiny", "vit_small"],
      "--arch has 2 names for 3 files"),
 ])
-def test_refused_in_one_line(words, says, colours, tmp_path, capsys, monkeypatch):
+def test_refused_in_one_line(words, says, colours, run_file, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(image_features, "extract", None)  # before any work
     monkeypatch.setitem(ARCHS, "vit_small", vit_tiny)
     (tmp_path / "fewer" / "red").mkdir(parents=True)
     (tmp_path / "empty" / "red").mkdir(parents=True)
     Image.new("RGB", (8, 8)).save(tmp_path / "fewer" / "red" / "0.png")
-    fill = {"c": colours, "t": tmp_path}
+    fill = {"c": colours, "t": tmp_path, "r": run_file}
     assert run(*(word.format(**fill) for word in words)) == 2
     line = capsys.readouterr().err
     assert says.format(**fill) in line and line.count("\n") == 1
