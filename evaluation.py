@@ -114,13 +114,22 @@ Result = TypeVar("Result")
 
 def evaluate_each(candidates: list[Candidate], evaluate: Callable[[Candidate], Result],
                   device: torch.device) -> dict[str, Result]:
-    """evaluate(candidate) of every candidate, by name; one network at a time, with its head, is on the device."""
+    """evaluate(candidate) of every candidate, by name; one network at a time, with its head, is on the device.
+
+    Raises:
+        ConfigError: evaluate raises it, or another process has ended, as it does after an error of its own.
+    """
     table = {}
     for candidate in candidates:
         modules = [module for module in (candidate.model, candidate.head) if module is not None]
         for module in modules:
             module.to(device).requires_grad_(False)
-        table[candidate.name] = evaluate(candidate)
+        try:
+            table[candidate.name] = evaluate(candidate)
+        except RuntimeError as error:
+            if not (is_distributed() and "gloo/transport" in str(error)):  # where gloo finds a connection closed
+                raise
+            raise ConfigError("another process of this job has ended: its own message says why") from None
         for module in modules:
             module.to("cpu")
     return table
