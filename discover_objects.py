@@ -8,6 +8,7 @@ Prints CorLoc where the data has boxes: the share of images whose box reaches Io
 """
 import argparse
 import contextlib
+import math
 import os
 from collections.abc import Callable
 from functools import partial
@@ -182,7 +183,7 @@ def get_args_parser() -> ArgumentParser:
 def main(args: argparse.Namespace) -> None:
     """Raises ConfigError for options, data or checkpoints that cannot be used."""
     check_options(args)
-    if not (args.epsilon > 0 and -1 < args.tau < 1):
+    if not (0 < args.epsilon < math.inf and -1 < args.tau < 1):
         raise ConfigError(f"--tau {args.tau:g} --epsilon {args.epsilon:g}: give a cosine, and more than 0")
     machine = start(args)
     together(lambda: check_pictures(args.pictures, args.overwrite))

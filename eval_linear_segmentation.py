@@ -7,6 +7,7 @@ Training: images scaled so that the short side is 512 · (0.5 … 2), crops of 5
 short side 512, windows of 512 at a stride of 341, their logits averaged, scores at the image's own size.
 """
 import argparse
+import math
 
 import numpy as np
 import torch
@@ -186,7 +187,7 @@ def get_args_parser() -> ArgumentParser:
 def main(args: argparse.Namespace) -> None:
     """Raises ConfigError for options, data or checkpoints that cannot be used."""
     check_options(args, iterations=1, batch_size=2)
-    if not args.lr > 0 or args.weight_decay < 0 or (args.warmup or 0) < 0:
+    if not (0 < args.lr < math.inf and 0 <= args.weight_decay < math.inf and (args.warmup or 0) >= 0):
         raise ConfigError(f"--lr {args.lr:g} --weight_decay {args.weight_decay:g} --warmup {args.warmup}: give a "
                           "learning rate above 0, and nothing negative")
     machine = start(args)

@@ -120,6 +120,7 @@ def test_workers_change_nothing(folders, tmp_path, small_network):
 
 @pytest.mark.parametrize("more, says", [(["--iterations", 0], "--iterations 0: give 1 or more"),
                                         (["--lr", 0], "--lr 0 --weight_decay 0.001"),
+                                        (["--weight_decay", "nan"], "--weight_decay nan --warmup None: give"),
                                         (["--batch_size", 1], "--batch_size 1: give 2 or more")])
 def test_refusals(folders, tmp_path, capsys, more, says):
     assert run_job(job, *options(folders, tmp_path / "out.json", *more)) == 2
