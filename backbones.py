@@ -79,6 +79,7 @@ class TimmBackbone(nn.Module):
 
     @property
     def blocks(self) -> nn.Module:
+        """The network's transformer blocks, in order."""
         return self.network.blocks
 
     def grid_size(self, x: torch.Tensor) -> tuple[int, int]:
@@ -296,3 +297,9 @@ def image_statistics(model: Backbone) -> tuple[tuple[float, ...], tuple[float, .
     """Mean and standard deviation of RGB in 0 … 1 that the network's images are normalised with."""
     config = getattr(model.network, "pretrained_cfg", None) or {} if isinstance(model, TimmBackbone) else {}
     return tuple(config.get("mean", IMAGENET_MEAN)), tuple(config.get("std", IMAGENET_STD))
+
+
+def normalise(pixels: torch.Tensor, statistics: tuple = (IMAGENET_MEAN, IMAGENET_STD)) -> torch.Tensor:
+    """RGB, uint8 [..., 3, H, W] -> float32, normalised by a mean and a standard deviation of each channel in 0 … 1."""
+    mean, std = (torch.tensor(values, device=pixels.device)[:, None, None] for values in statistics)
+    return (pixels / 255 - mean) / std

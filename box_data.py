@@ -10,9 +10,9 @@ Boxes are xmin, ymin, xmax, ymax in pixels from 0, the last two exclusive.
 """
 import json
 import xml.etree.ElementTree as ElementTree
-from collections import defaultdict
-from collections.abc import Callable
-from pathlib import Path
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
@@ -26,7 +26,7 @@ HELP = "voc:FOLDER, coco:JSON,IMAGES, folders:IMAGES,MASKS (boxes around the mas
 
 
 class BoxImage(NamedTuple):
-    """An image, its name in results, and its boxes [B, 4] or the mask file that they are read from."""
+    """An image, its name in results (see unique_names), and its boxes [B, 4] or the mask that they are read from."""
     name: str
     path: Path
     boxes: np.ndarray | Path | None
@@ -59,9 +59,21 @@ def find_box_data(text: str) -> list[BoxImage]:
     images = finders[kind](place)
     if missing := [image.path for image in images if not image.path.is_file()]:
         raise ConfigError(f"--data {text}: {len(missing)} of {len(images)} images are missing, such as {missing[0]}")
-    if kind in ("voc", "coco") and not any(len(image.boxes) for image in images):
-        raise ConfigError(f"--data {text}: has no boxes; images:FOLDER works without them")
+    if kind != "images" and not any(len(image.read_boxes()) for image in images):  # one image is nearly always enough
+        masks = f"; {VOID} is no object, beside other ids" if kind == "folders" else ""
+        raise ConfigError(f"--data {text}: has no boxes{masks}; images:FOLDER works without them")
     return images
+
+
+def unique_names(paths: Sequence[str | Path]) -> list[str]:
+    """A name for each image by its relative path: without the suffix, unless another image differs in that alone.
+
+    No name leads out of a folder that it is used in: leading / and .. are left out.
+    """
+    plain = [PurePosixPath(*(part for part in PurePosixPath(path).parts if part not in ("/", ".."))) for path in paths]
+    names = [str(path.with_suffix("")) for path in plain]
+    count = Counter(names)
+    return [name if count[name] == 1 else str(path) for name, path in zip(names, plain, strict=True)]
 
 
 def _voc(place: str) -> list[BoxImage]:
@@ -98,8 +110,9 @@ def _coco(place: str) -> list[BoxImage]:
             if not found.get("iscrowd"):
                 x, y, width, height = found["bbox"]
                 boxes[found["image_id"]].append((x, y, x + width, y + height))
-        return [BoxImage(Path(image["file_name"]).stem, root / image["file_name"],
-                         np.array(boxes[image["id"]], np.float64).reshape(-1, 4)) for image in content["images"]]
+        files = [image["file_name"] for image in content["images"]]
+        return [BoxImage(name, root / file, np.array(boxes[image["id"]], np.float64).reshape(-1, 4))
+                for name, file, image in zip(unique_names(files), files, content["images"], strict=True)]
     except OSError as error:
         raise ConfigError(f"--data coco: cannot read {file} ({error.strerror})") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -113,7 +126,8 @@ def _folders(place: str) -> list[BoxImage]:
     images, masks = map(existing_folder, parts)
     pairs = find_pairs(images, masks)
     check_sizes(pairs)
-    return [BoxImage(str(pair.image.relative_to(images).with_suffix("")), pair.image, pair.mask) for pair in pairs]
+    names = unique_names([pair.image.relative_to(images) for pair in pairs])
+    return [BoxImage(name, *pair) for name, pair in zip(names, pairs, strict=True)]
 
 
 def _images(place: str) -> list[BoxImage]:
@@ -121,4 +135,5 @@ def _images(place: str) -> list[BoxImage]:
     paths = [path for path in map(Path, walk(root)) if is_image_name(path)]
     if not paths:
         raise ConfigError(f"--data: there are no images in {root} ({' '.join(IMAGE_SUFFIXES)})")
-    return [BoxImage(str(path.relative_to(root).with_suffix("")), path, None) for path in paths]
+    names = unique_names([path.relative_to(root) for path in paths])
+    return [BoxImage(name, path, None) for name, path in zip(names, paths, strict=True)]

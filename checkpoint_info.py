@@ -69,6 +69,11 @@ class CheckpointInfo:
             raise CheckpointError(f"{self.path} has k_num {k_num!r}, which is not an integer from 1 to 8")
         return k_num
 
+    @property
+    def has_selfpatch_head(self) -> bool:
+        """Whether the file has a SelfPatch head (ca_head), see checkpoints.build_head."""
+        return any(name.startswith("ca_head.") for name in self.other_tensors)
+
     def __str__(self) -> str:
         parts = [f"{self.path}: {self.kind}", f"key {self.key}" if self.key else "no key",
                  *([f"prefix {self.prefix}"] if self.prefix not in ("", "backbone.") else []),
@@ -79,7 +84,6 @@ class CheckpointInfo:
         if self.also:
             parts.append(f"also in the file: {' '.join(name or 'one without prefix' for name in self.also)}")
         return printable(", ".join(parts))
-
 
     def _heads(self) -> list[str]:
         if self.num_heads:

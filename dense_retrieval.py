@@ -9,9 +9,9 @@ features and their soft labels,
     prediction = label_map(votes.unflatten(0, (h, w)), (512, 512))
 """
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 
+from collectives import gather, sum_over_processes
 from distributed import get_rank, get_world_size
 from errors import ConfigError
 from nearest_neighbours import BANK_ROWS, QUERY_ROWS, nearest
@@ -67,6 +67,9 @@ class PatchMemory:
         rows: room for this process's rows.
         dim, num_classes: of a feature and of a label.
         dtype: in which both are kept.
+
+    Raises:
+        ConfigError: the device has too little memory.
     """
 
     def __init__(self, rows: int, dim: int, num_classes: int, device: torch.device | str = "cpu",
@@ -86,14 +89,20 @@ class PatchMemory:
 
     @property
     def features(self) -> torch.Tensor:
+        """Of the rows added so far, of unit length, [rows, D]."""
         return self._features[:self._rows]
 
     @property
     def labels(self) -> torch.Tensor:
+        """Of the rows added so far, [rows, C]."""
         return self._labels[:self._rows]
 
     def add(self, features: torch.Tensor, labels: torch.Tensor) -> None:
-        """Add rows: features [R, D] of any length, and their soft labels [R, C]."""
+        """Add rows: features [R, D] of any length, and their soft labels [R, C].
+
+        Raises:
+            ValueError: there is no room for them.
+        """
         end = self._rows + len(features)
         if end > len(self._features):
             raise ValueError(f"{end} rows in a memory for {len(self._features)}")
@@ -115,9 +124,7 @@ class PatchMemory:
             float32 [Q, C], rows sum to 1.
         """
         queries = gather(F.normalize(queries.float(), dim=-1)).flatten(0, 1)
-        votes = self._vote(queries, neighbours, temperature, query_rows, memory_rows)
-        if get_world_size() > 1:
-            dist.all_reduce(votes)
+        votes = sum_over_processes(self._vote(queries, neighbours, temperature, query_rows, memory_rows))
         return votes.chunk(get_world_size())[get_rank()]
 
     def _vote(self, queries: torch.Tensor, neighbours: int, temperature: float, query_rows: int,
@@ -133,12 +140,3 @@ class PatchMemory:
         own = weights.chunk(get_world_size(), dim=1)[get_rank()][:, :cosines.shape[1]]
         return torch.cat([torch.einsum("qk,qkc->qc", part, self.labels[chosen].float())
                           for part, chosen in zip(own.split(query_rows), rows.split(query_rows), strict=True)])
-
-
-def gather(x: torch.Tensor) -> torch.Tensor:
-    """x of every process, [processes, ...]; of the same shape everywhere."""
-    if get_world_size() == 1:
-        return x[None]
-    parts = [torch.empty_like(x) for _ in range(get_world_size())]
-    dist.all_gather(parts, x.contiguous())
-    return torch.stack(parts)

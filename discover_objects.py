@@ -7,6 +7,8 @@
 Prints CorLoc where the data has boxes: the share of images whose box reaches IoU 0.5 with any true one.
 """
 import argparse
+import contextlib
+import math
 import os
 from collections.abc import Callable
 from functools import partial
@@ -20,8 +22,9 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional as tf
 from tqdm import tqdm
 
-from backbones import Backbone, image_statistics
+from backbones import Backbone, image_statistics, normalise
 from box_data import HELP, BoxImage, find_box_data
+from distributed import together
 from errors import ArgumentParser, ConfigError, run_main, user_path
 from evaluation import Column, Machine, add_evaluation_options, check_options, evaluate_each, finish, start
 from feature_pictures import boxes_over
@@ -53,12 +56,16 @@ MAX_PATCHES = 16_384  # 128 × 128: their correlations take 2 GiB in float64
 
 def prepare(pixels: torch.Tensor, patch_size: int, statistics: tuple) -> torch.Tensor:
     """uint8 [3, H, W] -> normalised [1, 3, H', W'], with zeros to the right and below up to whole patches."""
-    image = tf.normalize(tf.to_dtype(pixels, torch.float32, scale=True), *statistics)[None]
+    image = normalise(pixels, statistics)[None]
     return F.pad(image, (0, -image.shape[-1] % patch_size, 0, -image.shape[-2] % patch_size))
 
 
 def discover(model: Backbone, pixels: torch.Tensor, args: argparse.Namespace, machine: Machine) -> dict[str, Box]:
-    """The box of an image, uint8 [3, H, W], by every method asked for."""
+    """The box of an image, uint8 [3, H, W], by every method asked for.
+
+    Raises:
+        ConfigError: the image has more than MAX_PATCHES patches.
+    """
     image = prepare(pixels.to(machine.device), model.patch_size, image_statistics(model))
     rows, columns = model.grid_size(image)
     if rows * columns > MAX_PATCHES:
@@ -81,9 +88,25 @@ def discover_all(model: Backbone, images: list[BoxImage], args: argparse.Namespa
                  ) -> dict[int, tuple[dict[str, Box], dict[str, bool] | None]]:
     """Boxes of all images by number, and whether each is right, None where an image has no true box.
 
+    Every process calls it, and gets those of all.
+
     Args:
         draw: called with every image of this process, its pixels, its boxes and the true ones.
+
+    Raises:
+        ConfigError: an image cannot be read, is too large, or cannot be drawn; all processes raise it.
     """
+    outcome = together(lambda: discover_share(model, images, args, machine, draw))
+    if machine.world_size > 1:
+        parts = [None] * machine.world_size
+        dist.all_gather_object(parts, outcome)
+        outcome = {number: found for part in parts for number, found in part.items()}
+    return dict(sorted(outcome.items()))
+
+
+def discover_share(model: Backbone, images: list[BoxImage], args: argparse.Namespace, machine: Machine,
+                   draw: Callable | None = None) -> dict[int, tuple[dict[str, Box], dict[str, bool] | None]]:
+    """discover_all for this process's share of the images."""
     dataset = Images(images, range(machine.rank, len(images), machine.world_size))
     loader = DataLoader(dataset, None, num_workers=args.num_workers)
     outcome = {}
@@ -93,11 +116,7 @@ def discover_all(model: Backbone, images: list[BoxImage], args: argparse.Namespa
         outcome[number] = boxes, {name: is_found(box, truth) for name, box in boxes.items()} if known else None
         if draw:
             draw(images[number], pixels, boxes, truth)
-    if machine.world_size > 1:
-        parts = [None] * machine.world_size
-        dist.all_gather_object(parts, outcome)
-        outcome = {number: found for part in parts for number, found in part.items()}
-    return dict(sorted(outcome.items()))
+    return outcome
 
 
 def figures(outcome: dict, methods: list[str]) -> Column:
@@ -112,23 +131,35 @@ def figures(outcome: dict, methods: list[str]) -> Column:
 
 def write_picture(folder: Path, image: BoxImage, pixels: torch.Tensor, boxes: dict[str, Box],
                   truth: np.ndarray | None) -> None:
-    """Write the image with its boxes to folder/name.png, whole or not at all."""
+    """Write the image with its boxes to folder/name.png, whole or not at all.
+
+    Raises:
+        ConfigError: the disk is full or cannot be written.
+    """
     path = folder / f"{image.name}.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
     named = {METHODS[name]: [box] for name, box in boxes.items()}
     if truth is not None:
         named["true"] = [tuple(box) for box in truth.tolist()]
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    boxes_over(tf.to_pil_image(pixels), named).save(temporary, "PNG")
-    os.replace(temporary, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        boxes_over(tf.to_pil_image(pixels), named).save(temporary, "PNG")
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise ConfigError(f"--pictures {path} cannot be written ({error.strerror})") from None
 
 
 def check_pictures(folder: Path | None, overwrite: bool) -> None:
-    """Refuse a folder of pictures that has something in it, unless that may be replaced."""
+    """Raise ConfigError if a folder of pictures has something in it that may not be replaced, or cannot be made."""
     if folder is None:
         return
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"--pictures {folder} is not a folder: give another name")
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        raise ConfigError(f"--pictures {folder}: {there} cannot be written to")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
         raise ConfigError(f"--pictures {folder} is not empty: give another name, or --overwrite")
 
@@ -145,18 +176,19 @@ def get_args_parser() -> ArgumentParser:
     parser.add_argument("--epsilon", type=float, default=EPSILON, help="TokenCut's weight of other edges")
     parser.add_argument("--pictures", type=user_path, metavar="FOLDER",
                         help="write every image with its boxes to <folder>/<backbone>/<image>.png")
-    add_evaluation_options(parser, 1)
+    add_evaluation_options(parser)
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
+    """Raises ConfigError for options, data or checkpoints that cannot be used."""
     check_options(args)
-    if not (args.epsilon > 0 and -1 < args.tau < 1):
+    if not (0 < args.epsilon < math.inf and -1 < args.tau < 1):
         raise ConfigError(f"--tau {args.tau:g} --epsilon {args.epsilon:g}: give a cosine, and more than 0")
-    check_pictures(args.pictures, args.overwrite)
-    images = find_box_data(args.data)
     machine = start(args)
-    candidates = load_candidates(args, quiet=machine.rank > 0)
+    together(lambda: check_pictures(args.pictures, args.overwrite))
+    images = together(lambda: find_box_data(args.data))
+    candidates = together(lambda: load_candidates(args, quiet=machine.rank > 0))
     outcomes = {}
 
     def evaluate(candidate: Candidate) -> Column:
@@ -170,12 +202,5 @@ def main(args: argparse.Namespace) -> None:
     finish(args, "object discovery", candidates, table, boxes=boxes)
 
 
-def run(args: argparse.Namespace) -> None:
-    try:
-        main(args)
-    except OSError as error:  # the disk: what is wrong with inputs is a ConfigError
-        raise ConfigError(str(error)) from None
-
-
 if __name__ == "__main__":
-    run_main(run, get_args_parser().parse_args())
+    run_main(main, get_args_parser().parse_args())

@@ -11,15 +11,16 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import RandomResizedCrop, v2
 from torchvision.transforms.v2 import functional as tf
 from tqdm import tqdm
 
 from augmentations import IMAGENET_MEAN, IMAGENET_STD
-from backbones import Backbone, image_statistics
+from backbones import Backbone, image_statistics, normalise
+from collectives import sum_over_processes
 from dense_retrieval import NEIGHBOURS, TEMPERATURE, PatchMemory, label_map, patch_labels, sample_patches
+from distributed import together
 from errors import ArgumentParser, ConfigError, run_main
 from evaluation import Column, Machine, add_evaluation_options, check_options, evaluate_each, finish, start
 from model_options import load_candidates
@@ -56,11 +57,11 @@ class MemoryImages(Dataset):
         image, ids = self.data.read(self.data.train[number])
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(random_seed(self.seed, repeat, number))
-            image, ids = normalised(self.jitter(image), self.statistics), torch.from_numpy(ids)[None]
+            image = normalise(tf.pil_to_tensor(self.jitter(image)), self.statistics)
             # a crop of up to twice the image is asked for, and of course the image's size is the most there is
             box = RandomResizedCrop.get_params(image, scale=(0.5, 2), ratio=(3 / 4, 4 / 3))
         image = tf.resized_crop(image, *box, [self.size] * 2, BILINEAR, antialias=True)
-        ids = tf.resized_crop(ids, *box, [self.size] * 2, NEAREST)[0]
+        ids = tf.resized_crop(torch.from_numpy(ids)[None], *box, [self.size] * 2, NEAREST)[0]
         return image, ids, repeat, number
 
 
@@ -81,16 +82,13 @@ class TestImages(Dataset):
         if self.pairs[index] is None:
             return torch.zeros(3, self.size, self.size), torch.full((self.size, self.size), IGNORE, dtype=torch.uint8)
         image, ids = self.data.read(self.pairs[index])
-        image = tf.resize(normalised(image, self.statistics), [self.size] * 2, BILINEAR, antialias=True)
+        image = normalise(tf.pil_to_tensor(image), self.statistics)
+        image = tf.resize(image, [self.size] * 2, BILINEAR, antialias=True)
         return image, tf.resize(torch.from_numpy(ids)[None], [self.size] * 2, NEAREST)[0]
 
 
-def normalised(image, statistics: tuple) -> torch.Tensor:
-    return tf.normalize(tf.to_dtype(tf.pil_to_tensor(image), torch.float32, scale=True), *statistics)
-
-
 def random_seed(*numbers: int) -> int:
-    """A seed that differs for every sequence of numbers."""
+    """A seed from 0 to 2³² − 1 for a sequence of numbers from 0; any two hardly ever have the same."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
@@ -102,6 +100,7 @@ def image_size(patch_size: int) -> int:
 # ---------------------------------------------------------------- memory and votes
 
 def batches(dataset: Dataset, args: argparse.Namespace, machine: Machine, what: str) -> Iterator[list[torch.Tensor]]:
+    """The samples of a data set in batches, on the device, with a progress bar named what on the first process."""
     loader = DataLoader(dataset, args.batch_size_per_gpu, num_workers=args.num_workers,
                         pin_memory=machine.device.type == "cuda")
     with tqdm(total=len(dataset), desc=what, unit="image", disable=machine.rank > 0) as progress:
@@ -112,7 +111,14 @@ def batches(dataset: Dataset, args: argparse.Namespace, machine: Machine, what: 
 
 def build_memory(model: Backbone, data: SegmentationData, args: argparse.Namespace, machine: Machine,
                  statistics: tuple) -> PatchMemory:
-    """The memory of this process's share of the training images."""
+    """The memory of this process's share of the training images.
+
+    Args:
+        statistics: mean and standard deviation of RGB to normalise images with.
+
+    Raises:
+        ConfigError: the memory does not fit the device, or an image or mask cannot be read.
+    """
     samples = args.passes * len(data.train)
     bounds = [samples * rank // machine.world_size for rank in (machine.rank, machine.rank + 1)]
     size = image_size(model.patch_size)
@@ -134,11 +140,11 @@ def build_memory(model: Backbone, data: SegmentationData, args: argparse.Namespa
 
 
 def score(model: Backbone, data: SegmentationData, args: argparse.Namespace, machine: Machine) -> np.ndarray:
-    """The confusion matrix over all test images, int64 [C, C]."""
+    """The confusion matrix over all test images, int64 [C, C], the same in every process."""
     statistics = image_statistics(model)
     if statistics == (IMAGENET_MEAN, IMAGENET_STD):
         statistics = IMAGENET_MEAN, PUBLISHED_STD
-    memory = build_memory(model, data, args, machine, statistics)
+    memory = together(lambda: build_memory(model, data, args, machine, statistics))
     pairs = data.val + [None] * (-len(data.val) % machine.world_size)
     dataset = TestImages(data, image_size(model.patch_size), statistics, pairs[machine.rank::machine.world_size])
     confusion = torch.zeros(data.num_classes, data.num_classes, dtype=torch.long, device=machine.device)
@@ -148,13 +154,15 @@ def score(model: Backbone, data: SegmentationData, args: argparse.Namespace, mac
         votes = memory.vote(features.flatten(0, 1), args.neighbours, args.temperature, memory_rows=args.memory_rows)
         for one, truth in zip(votes.unflatten(0, (len(images), *model.grid_size(images))), ids, strict=True):
             confusion += confusion_matrix(truth, label_map(one, truth.shape), data.num_classes)
-    if machine.world_size > 1:
-        dist.all_reduce(confusion)
-    return confusion.cpu().numpy()
+    return sum_over_processes(confusion).cpu().numpy()
 
 
 def figures(confusion: np.ndarray, hungarian: bool) -> Column:
-    """The rows of the table: shares from 0 to 1."""
+    """The rows of the table, shares from 0 to 1, from a confusion matrix [C, C].
+
+    Args:
+        hungarian: also the mean IoU after the predicted classes are renamed to fit best.
+    """
     column = {"mean IoU, all classes": mean_iou(confusion),
               "mean IoU, true classes": mean_iou(confusion, present_only=True),
               "pixels": float(np.trace(confusion) / max(confusion.sum(), 1))}
@@ -184,15 +192,14 @@ def get_args_parser() -> ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> None:
-    check_options(args, passes=1, neighbours=1, memory_rows=1)
-    if not args.temperature > 0:
-        raise ConfigError(f"--temperature {args.temperature:g}: give more than 0")
-    data = find_segmentation_data(args.data, args.num_classes)
+    """Raises ConfigError for options, data or checkpoints that cannot be used."""
+    check_options(args, positive=["temperature"], passes=1, neighbours=1, memory_rows=1)
+    machine = start(args)
+    data = together(lambda: find_segmentation_data(args.data, args.num_classes))
     if args.memory_size < args.passes * len(data.train):
         raise ConfigError(f"--memory_size {args.memory_size} is less than one patch of each of {len(data.train)} "
                           f"images in --passes {args.passes}: give {args.passes * len(data.train)} or more")
-    machine = start(args)
-    candidates = load_candidates(args, quiet=machine.rank > 0)
+    candidates = together(lambda: load_candidates(args, quiet=machine.rank > 0))
     table = evaluate_each(candidates, lambda candidate: figures(score(candidate.model, data, args, machine),
                                                                 args.hungarian), machine.device)
     finish(args, f"dense retrieval, {data.name}", candidates, table, train_images=len(data.train),

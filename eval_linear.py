@@ -9,16 +9,22 @@ blocks that they see, and in whether they also see the mean of the patches. Imag
 gives 77.0 % (docs/EVALUATIONS.md).
 """
 import argparse
-import math
 import sys
-from datetime import timedelta
 from typing import NamedTuple
 
-import torch.distributed as dist
-
-from distributed import Processes, init_distributed_mode, is_distributed, keep_freed_memory
-from errors import ArgumentParser, ConfigError, run_main, user_path
-from image_features import KINDS, LabelledImages, build_feature, eval_transform, open_pair, share_loader
+from distributed import together
+from errors import ArgumentParser, run_main
+from evaluation import (
+    Machine,
+    add_evaluation_options,
+    add_image_options,
+    check_options,
+    evaluate_each,
+    image_feature,
+    leave,
+    start,
+)
+from image_features import KINDS, LabelledImages, eval_transform, open_pair, share_loader
 from linear_probe import (
     LEARNING_RATES,
     CropBatches,
@@ -29,16 +35,8 @@ from linear_probe import (
     train_heads,
     train_transform,
 )
-from model_options import (
-    Candidate,
-    add_model_options,
-    add_run_options,
-    check_image_size,
-    check_run_options,
-    load_candidates,
-    pick_dtype,
-)
-from results import check_output, format_table, write_json
+from model_options import Candidate, check_image_size, load_candidates
+from results import format_table, write_json
 
 
 class Score(NamedTuple):
@@ -49,20 +47,14 @@ class Score(NamedTuple):
     top5: float
 
     def describe(self, kind: str) -> str:
+        """The head in words, its tokens being of this kind."""
         blocks = f"{self.inputs.blocks} block{'s' * (self.inputs.blocks > 1)}"
         return f"lr {self.lr:g}, {kind} of {blocks}{' and mean of patches' * self.inputs.mean_patches}"
 
 
 def get_args_parser() -> ArgumentParser:
     parser = ArgumentParser(description="linear classification of images on frozen features")
-    data = parser.add_argument_group("images")
-    data.add_argument("--data_path", type=user_path, help="folder with train/ and val/ in it, of class folders")
-    data.add_argument("--train_path", type=user_path, help="class folders to train on, instead of --data_path")
-    data.add_argument("--val_path", type=user_path, help="class folders to test, instead of --data_path")
-    data.add_argument("--val_share", type=float,
-                      help="--data_path itself has class folders, and this share of each class is tested, such as 0.1")
-    data.add_argument("--image_size", type=int, default=224, help="side of the crops; rounded to whole patches")
-    add_model_options(parser.add_argument_group("backbone"), several=True)
+    add_image_options(parser, "train on")
     protocol = parser.add_argument_group("protocol")
     protocol.add_argument("--feature", choices=KINDS,
                           help="cls: class tokens; head: SelfPatch's class token; mean: means of the patches; default: "
@@ -75,29 +67,14 @@ def get_args_parser() -> ArgumentParser:
     protocol.add_argument("--cache_features", action="store_true",
                           help="keep the features of one crop an image in memory, so that the backbone runs for one "
                                "epoch only; costs some tenths to some per cent of accuracy")
-    output = parser.add_argument_group("output")
-    output.add_argument("--output", type=user_path, help="JSON file for the figures of the whole grid")
-    output.add_argument("--overwrite", action="store_true", help="replace an existing file")
-    add_run_options(parser.add_argument_group("running"))
+    add_evaluation_options(parser, 128)
     return parser
 
 
-def check_options(args: argparse.Namespace) -> None:
-    check_run_options(args)
-    for name, values, least in (("n_last_blocks", args.n_last_blocks, 1), ("epochs", [args.epochs], 1),
-                                ("image_size", [args.image_size], 16)):
-        if min(values) < least:
-            raise ConfigError(f"--{name} {min(values)}: give {least} or more")
-    for lr in args.lr:
-        if not 0 < lr < math.inf:
-            raise ConfigError(f"--lr {lr:g}: give more than 0")
-    check_output(args.output, args.overwrite)
-
-
 def evaluate(feature: TokenFeature, train: LabelledImages, val: LabelledImages, args: argparse.Namespace,
-             processes: Processes) -> list[Score]:
-    """Train and test the grid of heads; the scores of all, the best first."""
-    device, first = processes.device, processes.rank == 0
+             machine: Machine) -> list[Score]:
+    """Train and test the grid of heads; the scores of all, the best first. What cannot be read is listed on stderr."""
+    device, first = machine.device, machine.rank == 0
     on_gpu = device.type == "cuda"
     batches = CropBatches(train, args.batch_size_per_gpu, args.num_workers, args.seed, on_gpu)
     heads = build_heads(feature.feature.kind, feature.dim, len(train.classes), args.n_last_blocks, batches.step_size,
@@ -132,29 +109,24 @@ def report(rows: list[tuple[Candidate, str, list[Score]]], train: LabelledImages
 
 def main(args: argparse.Namespace) -> None:
     """Raises ConfigError for options, data or checkpoints that cannot be used."""
-    check_options(args)
-    train, val = open_pair(args.data_path, args.train_path, args.val_path, args.val_share,
-                           train_transform(args.image_size), eval_transform(args.image_size))
-    processes = init_distributed_mode(args.device, timeout=timedelta(minutes=args.dist_timeout))
-    rank, device = processes.rank, processes.device
-    if device.type == "cpu":
-        keep_freed_memory()
-    candidates = load_candidates(args, quiet=rank > 0)
+    check_options(args, positive=["lr"], n_last_blocks=1, epochs=1, image_size=16)
+    machine = start(args)
+    train, val = together(lambda: open_pair(args.data_path, args.train_path, args.val_path, args.val_share,
+                                            train_transform(args.image_size), eval_transform(args.image_size)))
+    candidates = together(lambda: load_candidates(args, quiet=machine.rank > 0, with_heads=args.feature != "mean"))
     check_image_size(args.image_size, candidates)
-    dtype = pick_dtype(args.precision, device)
-    features = [TokenFeature(build_feature(candidate.model, candidate.info, args.feature, args.layer, dtype),
-                             max(args.n_last_blocks)) for candidate in candidates]
-    rows = []
-    for candidate, feature in zip(candidates, features, strict=True):
-        if rank == 0:
+    features = {one.name: TokenFeature(image_feature(one, args, machine.dtype), max(args.n_last_blocks))
+                for one in candidates}
+
+    def evaluate_one(candidate: Candidate) -> list[Score]:
+        feature = features[candidate.name]
+        if machine.rank == 0:
             print(f"{candidate.name}: feature {feature.feature.kind}, layer {args.layer}")
-        feature.feature.to(device)
-        rows.append((candidate, feature.feature.kind, evaluate(feature, train, val, args, processes)))
-        feature.feature.to("cpu")
-    if is_distributed():
-        dist.destroy_process_group()
-    if rank == 0:
-        report(rows, train, val, args)
+        return evaluate(feature, train, val, args, machine)
+
+    table = evaluate_each(candidates, evaluate_one, machine.device)
+    if leave():
+        report([(one, features[one.name].feature.kind, table[one.name]) for one in candidates], train, val, args)
 
 
 if __name__ == "__main__":

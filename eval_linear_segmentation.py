@@ -7,18 +7,18 @@ Training: images scaled so that the short side is 512 · (0.5 … 2), crops of 5
 short side 512, windows of 512 at a stride of 341, their logits averaged, scores at the image's own size.
 """
 import argparse
+import math
 
 import numpy as np
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional as tf
 from tqdm import tqdm
 
-from backbones import Backbone, image_statistics
-from distributed import is_distributed
+from backbones import Backbone, image_statistics, normalise
+from collectives import sum_over_processes
+from distributed import together
 from errors import ArgumentParser, ConfigError, TrainingError, run_main
 from evaluation import Column, Machine, add_evaluation_options, check_options, evaluate_each, finish, start
 from linear_segmentation import (
@@ -101,22 +101,15 @@ class TestImages(Dataset):
         return tf.pil_to_tensor(image.resize(size, Image.Resampling.BILINEAR)), torch.from_numpy(ids)
 
 
-def normalise(pixels: torch.Tensor, model: Backbone, device: torch.device) -> torch.Tensor:
-    return tf.normalize(tf.to_dtype(pixels.to(device, non_blocking=True), torch.float32, scale=True),
-                        *image_statistics(model))
-
-
 # ---------------------------------------------------------------- training and test
 
-def sum_of_all(x: torch.Tensor) -> torch.Tensor:
-    """The sum of x over all processes, in place."""
-    if is_distributed():
-        dist.all_reduce(x)
-    return x
-
-
 def train(model: Backbone, data: SegmentationData, args: argparse.Namespace, machine: Machine) -> LinearHead:
-    """A head trained on the frozen backbone."""
+    """A head trained on the frozen backbone, in eval mode, the same in every process.
+
+    Raises:
+        ConfigError: an image or mask cannot be read.
+        TrainingError: the loss is not finite.
+    """
     size = SIDE // model.patch_size * model.patch_size
     head = build_head(model.embed_dim, data.num_classes, machine.device, args.seed)
     optimizer = torch.optim.AdamW(head.parameters(), weight_decay=args.weight_decay)
@@ -126,20 +119,21 @@ def train(model: Backbone, data: SegmentationData, args: argparse.Namespace, mac
     loader = DataLoader(crops, crops.own, num_workers=args.num_workers, pin_memory=machine.device.type == "cuda")
     with tqdm(loader, "training", unit="step", disable=machine.rank > 0) as progress:
         for step, (pixels, ids) in enumerate(progress):
-            images, ids = normalise(pixels, model, machine.device), ids.to(machine.device, non_blocking=True)
+            pixels, ids = (part.to(machine.device, non_blocking=True) for part in (pixels, ids))
+            images = normalise(pixels, image_statistics(model))
             with machine.frozen():
                 features = model.features(images, args.layer).patches
             kept = kept_channels(head, len(images), int(np.random.SeedSequence([args.seed, step]).generate_state(1)[0]))
-            loss = segmentation_loss(head(features, kept), ids, model.grid_size(images), sum_of_all)
+            loss = segmentation_loss(head(features, kept), ids, model.grid_size(images))
             optimizer.zero_grad()
             loss.backward()
             for parameter in head.parameters():
-                sum_of_all(parameter.grad)
+                sum_over_processes(parameter.grad)
             for group in optimizer.param_groups:
                 group["lr"] = schedule(step)
             optimizer.step()
             if step % 50 == 0 or step == args.iterations - 1:
-                total = float(sum_of_all(loss.detach()))
+                total = float(sum_over_processes(loss.detach()))
                 progress.set_postfix(loss=f"{total:.3f}")
                 if not np.isfinite(total):
                     raise TrainingError(f"the loss is {total} at step {step}: try a lower --lr, or --precision fp32")
@@ -149,11 +143,10 @@ def train(model: Backbone, data: SegmentationData, args: argparse.Namespace, mac
 @torch.no_grad()
 def test(model: Backbone, head: LinearHead, data: SegmentationData, args: argparse.Namespace,
          machine: Machine) -> np.ndarray:
-    """The confusion matrix over all test images at full size, int64 [C, C]."""
+    """The confusion matrix over all test images at full size, int64 [C, C], the same in every process."""
     window = SIDE // model.patch_size * model.patch_size
 
     def logits_of(images: torch.Tensor) -> torch.Tensor:
-        images = F.pad(images, (0, -images.shape[3] % model.patch_size, 0, -images.shape[2] % model.patch_size))
         with machine.frozen():
             features = model.features(images, args.layer).patches
         return head(features).transpose(1, 2).unflatten(2, model.grid_size(images))
@@ -161,13 +154,14 @@ def test(model: Backbone, head: LinearHead, data: SegmentationData, args: argpar
     confusion = torch.zeros(data.num_classes, data.num_classes, dtype=torch.long, device=machine.device)
     loader = DataLoader(TestImages(data, machine), None, num_workers=args.num_workers)
     for pixels, ids in tqdm(loader, "test", unit="image", disable=machine.rank > 0):
-        image = normalise(pixels, model, machine.device)
+        image = normalise(pixels.to(machine.device), image_statistics(model))
         logits = sliding_logits(image, logits_of, data.num_classes, window, STRIDE)
         confusion += confusion_matrix(ids.to(machine.device), full_size_prediction(logits, ids.shape), data.num_classes)
-    return sum_of_all(confusion).cpu().numpy()
+    return sum_over_processes(confusion).cpu().numpy()
 
 
 def evaluate(model: Backbone, data: SegmentationData, args: argparse.Namespace, machine: Machine) -> Column:
+    """Train a head and test it: the rows of the table, shares from 0 to 1."""
     confusion = test(model, train(model, data, args, machine), data, args, machine)
     return {"mean IoU, true classes": mean_iou(confusion, present_only=True),
             "mean IoU, all classes": mean_iou(confusion),
@@ -186,21 +180,22 @@ def get_args_parser() -> ArgumentParser:
     training.add_argument("--lr", type=float, default=1e-3, help="of AdamW, after the warm-up; a cosine leads to 0")
     training.add_argument("--weight_decay", type=float, default=1e-3)
     training.add_argument("--warmup", type=int, help="steps of the warm-up; default: 1500 of 40000, in proportion")
-    add_evaluation_options(parser, 1)
+    add_evaluation_options(parser)
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
+    """Raises ConfigError for options, data or checkpoints that cannot be used."""
     check_options(args, iterations=1, batch_size=2)
-    if not args.lr > 0 or args.weight_decay < 0 or (args.warmup or 0) < 0:
+    if not (0 < args.lr < math.inf and 0 <= args.weight_decay < math.inf and (args.warmup or 0) >= 0):
         raise ConfigError(f"--lr {args.lr:g} --weight_decay {args.weight_decay:g} --warmup {args.warmup}: give a "
                           "learning rate above 0, and nothing negative")
-    data = find_segmentation_data(args.data, args.num_classes)
     machine = start(args)
+    data = together(lambda: find_segmentation_data(args.data, args.num_classes))
     if args.batch_size % machine.world_size:
         raise ConfigError(f"--batch_size {args.batch_size} cannot be shared by {machine.world_size} processes: give a "
                           "multiple")
-    candidates = load_candidates(args, quiet=machine.rank > 0)
+    candidates = together(lambda: load_candidates(args, quiet=machine.rank > 0))
     table = evaluate_each(candidates, lambda candidate: evaluate(candidate.model, data, args, machine), machine.device)
     finish(args, f"linear segmentation, {data.name}", candidates, table, train_images=len(data.train),
            test_images=len(data.val))

@@ -22,7 +22,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import davis_data
-from backbones import check_layer, load_any_backbone
+from backbones import check_layer, load_any_backbone, normalise
 from davis_data import SCALE_SIZE, VOID, DataError, Sequence, imwrite_indexed, load_frame, resized_shape
 from davis_metrics import absence_note, find_absent, format_scores, num_objects, score_sequence
 from distributed import Launch, join, keep_freed_memory, pick_device, read_launcher
@@ -30,7 +30,7 @@ from errors import ArgumentParser, ConfigError, run_main, user_path
 from image_files import is_hidden
 from label_propagation import label_propagation, norm_mask, restrict_neighborhood, to_mask, to_one_hot  # noqa: F401
 from model_options import DTYPES, add_model_options, pick_dtype
-from patch_features import PatchFeatures, frame_features, normalise
+from patch_features import MEAN, STD, PatchFeatures, frame_features
 from propagation_bounds import propagate
 from unfinished import Unfinished
 from whole_folder import whole_folder
@@ -40,7 +40,7 @@ from whole_folder import whole_folder
 def read_frame(path: str | Path, scale_size: int = SCALE_SIZE) -> tuple[torch.Tensor, int, int]:
     """A frame resized and normalised, [3, H, W], and its original height and width."""
     image, height, width, _ = load_frame(path, scale_size)
-    return normalise(torch.from_numpy(image)[None])[0], height, width
+    return normalise(torch.from_numpy(image).permute(2, 0, 1), (MEAN, STD)), height, width
 
 
 def read_seg(path: str | Path, patch_size: int, scale_size: int = SCALE_SIZE) -> tuple[torch.Tensor, np.ndarray]:

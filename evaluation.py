@@ -1,44 +1,70 @@
-"""What the evaluations of patch features share: common options, this process's machine, one table."""
+"""What the evaluations of frozen features share: common options, this process's machine, one table."""
 import argparse
 import contextlib
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from distributed import init_distributed_mode, is_distributed, keep_freed_memory
+from distributed import get_rank, init_distributed_mode, is_distributed, keep_freed_memory
 from errors import ConfigError, user_path
+from image_features import ImageFeature
 from model_options import Candidate, add_model_options, add_run_options, check_run_options, pick_dtype
 from results import check_output, format_table, write_json
 
 
-def add_evaluation_options(parser: argparse.ArgumentParser, batch_size: int) -> None:
+def add_image_options(parser: argparse.ArgumentParser, use: str) -> None:
+    """Add --data_path, --train_path, --val_path, --val_share (see image_features.open_pair) and --image_size.
+
+    Args:
+        use: what the training images are for, in words.
+    """
+    data = parser.add_argument_group("images")
+    data.add_argument("--data_path", type=user_path, help="folder with train/ and val/ in it, of class folders")
+    data.add_argument("--train_path", type=user_path, help=f"class folders to {use}, instead of --data_path")
+    data.add_argument("--val_path", type=user_path, help="class folders to test, instead of --data_path")
+    data.add_argument("--val_share", type=float,
+                      help="--data_path itself has class folders, and this share of each class is tested, such as 0.1")
+    data.add_argument("--image_size", type=int, default=224, help="side of the images; rounded to whole patches")
+
+
+def add_evaluation_options(parser: argparse.ArgumentParser, batch_size: int | None = None) -> None:
     """Add the options of backbones (several), of output and of running.
 
     Args:
-        batch_size: the default of --batch_size_per_gpu.
+        batch_size: the default of --batch_size_per_gpu; None for a job that has no use for it.
     """
-    add_model_options(parser.add_argument_group("backbones, each a column of the table"), several=True)
+    add_model_options(parser.add_argument_group("backbones, compared in one table"), several=True)
     output = parser.add_argument_group("output")
     output.add_argument("--output", type=user_path, help="JSON file for the figures")
     output.add_argument("--overwrite", action="store_true", help="replace existing files")
-    add_run_options(parser.add_argument_group("running"))
-    parser.set_defaults(batch_size_per_gpu=batch_size)
+    add_run_options(parser.add_argument_group("running"), batch_size)
 
 
-def check_options(args: argparse.Namespace, **least: int) -> None:
+def check_options(args: argparse.Namespace, positive: Sequence[str] = (), **least: int) -> None:
     """Raise ConfigError if a number is under its least value, or the output cannot be written.
 
     Args:
-        least: of the job's own options, by name.
+        positive: names of the job's own options that must be above 0, and finite.
+        least: least values of others, by name.
     """
     check_run_options(args)
     for name, minimum in least.items():
-        if getattr(args, name) < minimum:
-            raise ConfigError(f"--{name} {getattr(args, name)}: give {minimum} or more")
+        if (value := min(as_list(getattr(args, name)))) < minimum:
+            raise ConfigError(f"--{name} {value}: give {minimum} or more")
+    for name in positive:
+        for value in as_list(getattr(args, name)):
+            if not 0 < value < math.inf:
+                raise ConfigError(f"--{name} {value:g}: give more than 0")
     check_output(args.output, args.overwrite)
+
+
+def as_list(value: int | float | list) -> list:
+    """An option's values: itself if it takes several."""
+    return value if isinstance(value, list) else [value]
 
 
 class Machine(NamedTuple):
@@ -56,7 +82,11 @@ class Machine(NamedTuple):
 
 
 def start(args: argparse.Namespace) -> Machine:
-    """Join the other processes, if there are any; the device and precision of the options."""
+    """Join the other processes, if there are any; the device and precision of the options.
+
+    Raises:
+        ConfigError: there is no such device, or the other processes do not join.
+    """
     processes = init_distributed_mode(args.device, timeout=timedelta(minutes=args.dist_timeout))
     if processes.device.type == "cpu":
         keep_freed_memory()
@@ -64,17 +94,44 @@ def start(args: argparse.Namespace) -> Machine:
                    pick_dtype(args.precision, processes.device))
 
 
+def image_feature(candidate: Candidate, args: argparse.Namespace, dtype: torch.dtype) -> ImageFeature:
+    """The ImageFeature of --feature and --layer.
+
+    Raises:
+        ConfigError: the network does not offer it; the message names the network.
+    """
+    try:
+        return ImageFeature(candidate.model, args.feature, args.layer, candidate.head, dtype)
+    except ConfigError as error:
+        raise ConfigError(f"{candidate.name}: {error}") from None
+
+
 Column = dict[str, float | int]
 
 
-def evaluate_each(candidates: list[Candidate], evaluate: Callable[[Candidate], Column],
-                  device: torch.device) -> dict[str, Column]:
-    """evaluate(candidate) of every candidate, by name; one network at a time is on the device."""
+Result = TypeVar("Result")
+
+
+def evaluate_each(candidates: list[Candidate], evaluate: Callable[[Candidate], Result],
+                  device: torch.device) -> dict[str, Result]:
+    """evaluate(candidate) of every candidate, by name; one network at a time, with its head, is on the device.
+
+    Raises:
+        ConfigError: evaluate raises it, or another process has ended, as it does after an error of its own.
+    """
     table = {}
     for candidate in candidates:
-        candidate.model.to(device).requires_grad_(False)
-        table[candidate.name] = evaluate(candidate)
-        candidate.model.to("cpu")
+        modules = [module for module in (candidate.model, candidate.head) if module is not None]
+        for module in modules:
+            module.to(device).requires_grad_(False)
+        try:
+            table[candidate.name] = evaluate(candidate)
+        except RuntimeError as error:
+            if not (is_distributed() and "gloo/transport" in str(error)):  # where gloo finds a connection closed
+                raise
+            raise ConfigError("another process of this job has ended: its own message says why") from None
+        for module in modules:
+            module.to("cpu")
     return table
 
 
@@ -87,6 +144,14 @@ def side_by_side(title: str, table: dict[str, Column]) -> str:
     return format_table([title, *table], [[row, *(cell(column.get(row)) for column in table.values())] for row in rows])
 
 
+def leave() -> bool:
+    """End the exchange with other processes; whether this is the first of them, which reports."""
+    first = get_rank() == 0
+    if is_distributed():
+        dist.destroy_process_group()
+    return first
+
+
 def finish(args: argparse.Namespace, title: str, candidates: list[Candidate], table: dict[str, Column],
            **more) -> None:
     """End the processes' exchange; the first one prints the table and writes the JSON file.
@@ -94,10 +159,7 @@ def finish(args: argparse.Namespace, title: str, candidates: list[Candidate], ta
     Args:
         more: what else the JSON file gets.
     """
-    first = not is_distributed() or dist.get_rank() == 0
-    if is_distributed():
-        dist.destroy_process_group()
-    if not first:
+    if not leave():
         return
     print(side_by_side(title, table))
     if args.output:

@@ -16,7 +16,7 @@ BACKGROUND = (24, 24, 24)  # of patches that are no foreground
 def principal_components(features: torch.Tensor, count: int = 3) -> torch.Tensor:
     """Projections of features [M, D] on their first principal components, float32 [M, count].
 
-    A component's sign is arbitrary; here the larger half of its absolute weights is positive, so that colours do not
+    A component's sign is arbitrary; here its weight of the largest absolute value is positive, so that colours do not
     change from one run to the next.
     """
     centred = features.double() - features.double().mean(0)
@@ -28,10 +28,29 @@ def principal_components(features: torch.Tensor, count: int = 3) -> torch.Tensor
 def split_foreground(first: torch.Tensor, grids: list[tuple[int, int]]) -> torch.Tensor:
     """Which patches are foreground by the first principal component [M] of images with these grids: bool [M].
 
-    The component splits the patches in two; the background is the side that has most of the images' border patches.
+    The component splits the patches in two, see upper_side. Of the two signs of a background, that it has most of the
+    border and that it has more of the border than of all patches, the first fails for an object that fills its image,
+    the second for one in a corner: the stronger one decides.
     """
-    positive, border = first > 0, torch.cat([border_patches(grid) for grid in grids])
-    return ~positive if positive[border].float().mean() > 0.5 else positive
+    upper, border = upper_side(first), torch.cat([border_patches(grid) for grid in grids])
+    of_border, of_all = float(upper[border].float().mean()), float(upper.float().mean())
+    return ~upper if (of_border - 0.5) + (of_border - of_all) > 0 else upper
+
+
+def upper_side(values: torch.Tensor) -> torch.Tensor:
+    """Which values [M] lie above the cut for which the variance between the two sides is largest (Otsu 1979), bool [M].
+
+    The mean as a cut would go through the noise of the larger side where the other one is small. The outermost 2 % of
+    the values at either end count as the next ones, as a few patches far from all others are no side.
+    """
+    values = values.double()
+    values = values.clamp(values.quantile(0.02), values.quantile(0.98))
+    ordered, lower = values.sort().values, torch.arange(1, len(values), device=values.device)
+    if not len(lower):
+        return torch.zeros_like(values, dtype=torch.bool)
+    upper, sums = len(values) - lower, ordered.cumsum(0)
+    means = sums[:-1] / lower, (sums[-1] - sums[:-1]) / upper
+    return values > ordered[(lower * upper * (means[1] - means[0])**2).argmax()]
 
 
 def border_patches(grid: tuple[int, int]) -> torch.Tensor:

@@ -11,16 +11,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from augmentations import IMAGENET_MEAN, IMAGENET_STD
-from backbones import Backbone, image_statistics
-from checkpoints import CheckpointInfo, build_head
+from backbones import Backbone, image_statistics, normalise
 from distributed import get_rank, get_world_size
 from errors import ConfigError
 from image_files import IMAGE_SUFFIXES, UnreadableImage, load_rgb
@@ -161,7 +158,7 @@ class ImageFeature:
     head is the class token of the SelfPatch head over the patches.
 
     Args:
-        model, head: on the device; head is None where the checkpoint has none.
+        model, head: in eval mode; head is SelfPatch's, or None.
         kind: cls, head or mean; None takes the first of these that there is.
         layer: block, 0 being the first and -1 the last.
         dtype: of autocast; float32 for none.
@@ -182,13 +179,8 @@ class ImageFeature:
 
     @property
     def dim(self) -> int:
+        """D, the width of a feature."""
         return self.model.embed_dim
-
-    def to(self, device: torch.device | str) -> "ImageFeature":
-        for module in (self.model, self.head):
-            if module is not None:
-                module.to(device)
-        return self
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         x = normalise(images, self.statistics)
@@ -197,24 +189,6 @@ class ImageFeature:
             if self.kind == "cls":
                 return class_token.float()
             return (patches.mean(1) if self.kind == "mean" else self.head.image_token(patches)[:, 0]).float()
-
-
-def build_feature(model: Backbone, info: CheckpointInfo | None, kind: str | None = None, layer: int = -1,
-                  dtype: torch.dtype = torch.float32) -> ImageFeature:
-    """The ImageFeature of a loaded backbone, with the SelfPatch head of its file if that has one.
-
-    Raises:
-        ConfigError: see ImageFeature and checkpoints.build_head.
-    """
-    has_head = info is not None and any(name.startswith("ca_head.") for name in info.other_tensors)
-    head = build_head(info) if has_head and kind in (None, "head") else None
-    return ImageFeature(model, kind, layer, head, dtype)
-
-
-def normalise(images: torch.Tensor, statistics: tuple = (IMAGENET_MEAN, IMAGENET_STD)) -> torch.Tensor:
-    """uint8 [B, 3, H, W] -> float32, normalised by a mean and a standard deviation for each channel."""
-    mean, std = (torch.tensor(values, device=images.device)[:, None, None] for values in statistics)
-    return (images / 255 - mean) / std
 
 
 class Extracted(NamedTuple):
@@ -232,8 +206,12 @@ def extract(feature: Callable[[torch.Tensor], torch.Tensor], loader: DataLoader,
 
     Args:
         feature: uint8 images [B, 3, H, W] -> [B, dim].
+        dim: width of a feature.
         dtype: to keep the features in.
         progress: name of a progress bar; None for none.
+
+    Raises:
+        ConfigError: a feature is not finite.
     """
     device = torch.device(device)
     n = len(loader.dataset)
@@ -260,24 +238,3 @@ def check_finite(features: torch.Tensor) -> None:
     """Raise ConfigError if a feature is NaN or infinite: comparisons with NaN would count as hits."""
     if not features.isfinite().all():
         raise ConfigError("some features are NaN or infinite: use --precision fp32, or another checkpoint")
-
-
-def sum_over_processes(count: int, device: torch.device | str = "cpu") -> int:
-    if get_world_size() == 1:
-        return count
-    total = torch.tensor([count], device=device)
-    dist.all_reduce(total)
-    return int(total)
-
-
-def gather_rows(rows: torch.Tensor) -> torch.Tensor:
-    """The rows [n, ...] of all processes, first those of rank 0: [sum of n, ...], the same on each."""
-    if get_world_size() == 1:
-        return rows
-    counts = [torch.zeros(1, dtype=torch.long, device=rows.device) for _ in range(get_world_size())]
-    dist.all_gather(counts, torch.tensor([len(rows)], device=rows.device))
-    most = max(int(count) for count in counts)
-    padded = F.pad(rows, (0, 0) * (rows.dim() - 1) + (0, most - len(rows)))
-    parts = [torch.empty_like(padded) for _ in counts]
-    dist.all_gather(parts, padded.contiguous())
-    return torch.cat([part[:int(count)] for part, count in zip(parts, counts, strict=True)])

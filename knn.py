@@ -10,12 +10,13 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
+import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
-from distributed import get_world_size
+from collectives import gather, gather_rows, sum_over_processes
+from distributed import together
 from errors import ConfigError
-from image_features import Extracted, ImageFeature, extract, gather_rows, sum_over_processes
+from image_features import Extracted, ImageFeature, extract
 from nearest_neighbours import search
 
 KS = (10, 20, 100, 200)
@@ -50,18 +51,11 @@ def neighbours(queries: torch.Tensor, bank: torch.Tensor, labels: torch.Tensor, 
     """
     cosines, rows = search(queries, bank, k, **chunks)
     classes = labels[rows]
-    if get_world_size() == 1:
-        return cosines, classes
     missing = k - cosines.shape[1]  # a share may have fewer than k rows
-    cosines = torch.nn.functional.pad(cosines, (0, missing), value=-torch.inf)
-    classes = torch.nn.functional.pad(classes, (0, missing))
-    gathered = []
-    for part in (cosines, classes):
-        parts = [torch.empty_like(part) for _ in range(get_world_size())]
-        dist.all_gather(parts, part.contiguous())
-        gathered.append(torch.cat(parts, dim=1))
-    cosines, order = gathered[0].topk(k, dim=1)
-    return cosines, gathered[1].gather(1, order)
+    cosines, classes = F.pad(cosines, (0, missing), value=-torch.inf), F.pad(classes, (0, missing))
+    cosines, classes = (gather(part).transpose(0, 1).flatten(1) for part in (cosines, classes))  # [Q, processes · k]
+    cosines, order = cosines.topk(k, dim=1)
+    return cosines, classes.gather(1, order)
 
 
 def class_ranks(cosines: torch.Tensor, classes: torch.Tensor, truth: torch.Tensor, num_classes: int,
@@ -95,7 +89,7 @@ def classify(queries: torch.Tensor, truth: torch.Tensor, bank: torch.Tensor, lab
         block: queries that are searched for and voted on together.
         chunks: query_rows and bank_rows of search.
     """
-    total = sum_over_processes(len(labels), labels.device)
+    total = int(sum_over_processes(torch.tensor(len(labels), device=labels.device)))
     if not total or not len(queries):
         raise ConfigError(f"none of the {'test' if total else 'training'} images can be read")
     ks = sorted({min(k, total) for k in ks})
@@ -119,11 +113,16 @@ class KnnResult(NamedTuple):
 def knn_classification(feature: ImageFeature, train: DataLoader, val: DataLoader, ks: Sequence[int] = KS,
                        temperature: float = TEMPERATURE, device: torch.device | str = "cpu",
                        progress: bool = False) -> KnnResult:
-    """Extract the features of this process's share of the images and classify; see knn_accuracy."""
+    """Extract the features of this process's share of the images and classify; see knn_accuracy.
+
+    Raises:
+        ConfigError: a feature is not finite, or no image can be read; all processes raise it.
+    """
     num_classes = len(train.dataset.classes)
-    dtype = bank_dtype(sum_over_processes(len(train.dataset), device), feature.dim)
-    bank = extract(feature, train, feature.dim, device, dtype, "training images" if progress else None)
-    mine = extract(feature, val, feature.dim, device, dtype, "test images" if progress else None)
+    rows = int(sum_over_processes(torch.tensor(len(train.dataset), device=device)))
+    dtype = bank_dtype(rows, feature.dim)
+    bank, mine = together(lambda: [extract(feature, loader, feature.dim, device, dtype, name if progress else None)
+                                   for loader, name in ((train, "training images"), (val, "test images"))])
     queries, truth = gather_rows(mine.features), gather_rows(mine.labels)
     return KnnResult(classify(queries, truth, bank.features, bank.labels, num_classes, ks, temperature), bank, mine)
 

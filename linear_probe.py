@@ -8,15 +8,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from backbones import Backbone, image_statistics
-from distributed import get_rank, get_world_size
+from backbones import Backbone, image_statistics, normalise
+from collectives import sum_over_processes
+from distributed import get_rank, get_world_size, together
 from errors import ConfigError
-from image_features import ImageFeature, LabelledImages, check_finite, normalise
+from image_features import ImageFeature, LabelledImages, check_finite
 
 LEARNING_RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)  # for 256 images
 MOMENTUM = 0.9
@@ -74,6 +74,7 @@ class Inputs(NamedTuple):
     mean_patches: bool
 
     def width(self, dim: int) -> int:
+        """Inputs of a head for tokens of width dim."""
         return dim * (self.blocks + self.mean_patches)
 
     def select(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -97,7 +98,10 @@ class Heads:
     softmax and cross-entropy they are two products, and all heads share them.
 
     Args:
+        inputs: which tokens the heads see.
+        dim: width of a token.
         lrs: L learning rates, at the start of a cosine to 0.
+        generator: of the first weights; None takes torch's own.
     """
 
     def __init__(self, inputs: Inputs, dim: int, num_classes: int, lrs: Sequence[float],
@@ -127,9 +131,7 @@ class Heads:
         slope = log_probs.exp_().scatter_add_(2, index, log_probs.new_full((1, 1, 1), -1).expand_as(index)) / count
         gradients = [(slope.flatten(1).T @ self.inputs.select(tokens)).view_as(self.weight), slope.sum(0)]
         for parameter, gradient, momentum in zip((self.weight, self.bias), gradients, self.momenta, strict=True):
-            if get_world_size() > 1:
-                dist.all_reduce(gradient)
-            momentum.mul_(MOMENTUM).add_(gradient)
+            momentum.mul_(MOMENTUM).add_(sum_over_processes(gradient))
             parameter -= momentum * (factor * self.lrs).view(-1, *(1,) * (parameter.dim() - 1))
         return loss
 
@@ -141,7 +143,10 @@ def build_heads(kind: str, dim: int, num_classes: int, blocks: Sequence[int], ba
 
     Args:
         kind: cls, head or mean.
-        batch_size: images in a step over all processes; the learning rates are for 256.
+        blocks: numbers of last blocks to try.
+        batch_size: images in a step over all processes.
+        lrs: learning rates to try, for 256 images in a step.
+        seed: of the first weights.
     """
     generator = torch.Generator().manual_seed(seed)
     scaled = [lr * batch_size / 256 for lr in lrs]
@@ -165,36 +170,48 @@ class CropDataset(torch.utils.data.Dataset):
             return self.images[index]
 
 
+def epoch_order(count: int, seed: int, epoch: int) -> torch.Tensor:
+    """The order [count] of an epoch's images, the same in every process."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed + epoch))
+
+
 class CropBatches:
-    """Batches of this process's share, in an order drawn anew each epoch; those of all processes make up one step.
+    """Batches of crops, in an order drawn anew each epoch; every process has its share of each step's images.
 
     An incomplete last step is left out. The images of a step do not depend on the number of processes.
 
     Args:
-        batch_size: of this process; less where there are fewer images than a step takes.
+        batch_size: images of a process in a step; less where there are fewer images than a step takes.
+        seed: of the order and of the crops.
+        on_gpu: whether the batches go to a GPU.
+
+    Raises:
+        ConfigError: there are fewer images than processes.
     """
 
     def __init__(self, images: LabelledImages, batch_size: int, num_workers: int = 0, seed: int = 0,
                  on_gpu: bool = False):
-        self.dataset, self.seed = CropDataset(images, seed), seed
-        self.batch_size = min(batch_size, len(images) // get_world_size())
-        if not self.batch_size:
+        if len(images) < get_world_size():
             raise ConfigError(f"there are {len(images)} training images for {get_world_size()} processes: start fewer")
+        self.dataset, self.seed = CropDataset(images, seed), seed
+        self.step_size = min(batch_size * get_world_size(), len(images))  # images of a step over all processes
         self.steps = len(images) // self.step_size
         self.num_workers, self.on_gpu = num_workers, on_gpu
 
-    @property
-    def step_size(self) -> int:
-        return self.batch_size * get_world_size()
-
     def epoch(self, number: int) -> DataLoader:
-        """(crops uint8 [B, 3, H, W], classes [B], errors) of an epoch."""
-        self.dataset.epoch = number
-        generator = torch.Generator().manual_seed(self.seed + number)
-        order = torch.randperm(len(self.dataset), generator=generator)[:self.steps * self.step_size]
-        mine = order[get_rank()::get_world_size()].split(self.batch_size)
-        return DataLoader(self.dataset, batch_sampler=[part.tolist() for part in mine], num_workers=self.num_workers,
-                          pin_memory=self.on_gpu)
+        """(crops uint8 [B, 3, H, W], classes [B], errors) of an epoch, a batch a step."""
+        order = epoch_order(len(self.dataset), self.seed, number)[:self.steps * self.step_size]
+        return self._load(number, [step[get_rank()::get_world_size()] for step in order.split(self.step_size)])
+
+    def share(self, epoch: int = 0) -> DataLoader:
+        """One crop of each image of this process's share, images r, r + world size, …, in that order."""
+        images = torch.arange(get_rank(), len(self.dataset), get_world_size())
+        return self._load(epoch, images.split(-(-self.step_size // get_world_size())))
+
+    def _load(self, epoch: int, batches: Iterable[torch.Tensor]) -> DataLoader:
+        self.dataset.epoch = epoch
+        return DataLoader(self.dataset, batch_sampler=[batch.tolist() for batch in batches],
+                          num_workers=self.num_workers, pin_memory=self.on_gpu)
 
 
 def tokens_of(batches: Iterable, feature: TokenFeature, device: torch.device,
@@ -216,37 +233,54 @@ def tokens_of(batches: Iterable, feature: TokenFeature, device: torch.device,
 
 
 class CachedTokens:
-    """Tokens of one crop an image, in half precision in memory, in the place of CropBatches and their features."""
+    """Tokens of one crop an image, in half precision in memory, in the place of CropBatches and their features.
+
+    Each process keeps those of its own share of the images, and has a part in every step with what it keeps of it:
+    gradients are summed over processes, so that the parts need not be of one size.
+    """
 
     def __init__(self, batches: CropBatches, feature: TokenFeature, device: torch.device, unreadable: set[str],
                  progress: bool = False):
         self.batches, self.device = batches, device
-        parts = [(tokens.half().cpu(), labels.cpu()) for tokens, labels in
-                 tqdm(tokens_of(batches.epoch(0), feature, device, unreadable), "one crop an image", batches.steps,
-                      disable=not progress)]
+        loader, parts, images = batches.share(), [], []
+        for batch in tqdm(loader, "one crop an image", unit="batch", disable=not progress):
+            images.append(batch[1] >= 0)
+            parts += [(tokens.half().cpu(), labels.cpu()) for tokens, labels in
+                      tokens_of([batch], feature, device, unreadable)]
         self.tokens, self.labels = (torch.cat(part) for part in zip(*parts, strict=True))
+        readable = torch.cat(images)
+        # row of each image of the share in tokens and labels; -1 where the file cannot be read
+        self.rows = torch.where(readable, readable.cumsum(0) - 1, -1)
 
-    def epoch(self, number: int) -> Iterator[tuple]:
-        generator = torch.Generator().manual_seed(number)
-        order = torch.randperm(len(self.labels), generator=generator)
-        for rows in torch.tensor_split(order, self.batches.steps):
+    def epoch(self, number: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """(tokens [B, n + 1, D], classes [B]) on the device, what this process has of each step's images."""
+        batches, rank, world_size = self.batches, get_rank(), get_world_size()
+        order = epoch_order(len(batches.dataset), batches.seed, number)[:batches.steps * batches.step_size]
+        for step in order.split(batches.step_size):
+            rows = self.rows[step[step % world_size == rank] // world_size]
+            rows = rows[rows >= 0]
             yield self.tokens[rows].float().to(self.device), self.labels[rows].to(self.device)
 
 
 @torch.inference_mode()
 def train_heads(heads: list[Heads], batches: CropBatches, feature: TokenFeature, epochs: int, device: torch.device,
                 cache: bool = False, progress: bool = False) -> set[str]:
-    """Train every head for so many epochs, with the learning rates on a cosine to 0.
+    """Train every head for so many epochs, with the learning rates on a cosine to 0. Every process calls it.
 
     Args:
+        heads, feature: on the device; the same in every process.
+        progress: whether to show how far it is.
         cache: one crop an image for all epochs, so that the backbone runs for one epoch only.
 
     Returns:
         What is wrong with this process's files that were left out.
+
+    Raises:
+        ConfigError: none of the images can be read, or a feature is not finite.
     """
     unreadable = set()
-    cached = CachedTokens(batches, feature, device, unreadable, progress) if cache else None
-    total, done = epochs * batches.steps, 0
+    cached = together(lambda: CachedTokens(batches, feature, device, unreadable, progress)) if cache else None
+    total, done, seen = epochs * batches.steps, 0, torch.zeros(1, dtype=torch.long, device=device)
     with tqdm(total=total, desc="training heads", unit="step", disable=not progress) as bar:
         for epoch in range(epochs):
             source = cached.epoch(epoch) if cached else tokens_of(batches.epoch(epoch), feature, device, unreadable)
@@ -254,9 +288,12 @@ def train_heads(heads: list[Heads], batches: CropBatches, feature: TokenFeature,
                 factor = 0.5 * (1 + math.cos(math.pi * done / total))
                 losses = [one.step(tokens, labels, batches.step_size, factor) for one in heads]
                 done += 1
+                seen += len(labels)
                 bar.update()
                 if progress and done % 20 == 0:
                     bar.set_postfix(best_loss=f"{get_world_size() * min(loss.min().item() for loss in losses):.3f}")
+    if not sum_over_processes(seen):
+        raise ConfigError("none of the training images can be read")
     return unreadable
 
 
@@ -265,8 +302,13 @@ def test_heads(heads: list[Heads], loader: DataLoader, feature: TokenFeature, de
                progress: bool = False) -> tuple[list[torch.Tensor], list[str]]:
     """Top-1 and top-5 accuracy in per cent of each list of heads, [L, 2], over the images of all processes.
 
+    Every process calls it, each with its share of the images.
+
     Returns:
         The accuracies, and what is wrong with this process's files that were left out.
+
+    Raises:
+        ConfigError: none of the images can be read, or a feature is not finite.
     """
     hits = torch.zeros(len(heads), len(heads[0].lrs), 2, device=device, dtype=torch.float64)
     count, unreadable = torch.zeros(1, device=device, dtype=torch.float64), set()
@@ -278,12 +320,9 @@ def test_heads(heads: list[Heads], loader: DataLoader, feature: TokenFeature, de
             own = logits.gather(2, labels[:, None, None].expand(-1, logits.shape[1], 1))
             better = (~(logits <= own)).sum(2)  # classes before the true one; all of them for a head that is NaN
             hits[i] += torch.stack([(better < 1).sum(0), (better < 5).sum(0)], dim=1)
-    if get_world_size() > 1:
-        dist.all_reduce(hits)
-        dist.all_reduce(count)
-    if not count:
+    if not sum_over_processes(count):
         raise ConfigError("none of the test images can be read")
-    return list(100 * hits / count), sorted(unreadable)
+    return list(100 * sum_over_processes(hits) / count), sorted(unreadable)
 
 
 test_heads.__test__ = False  # not a test of pytest's

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from batchnorm import sync_batchnorms
+from collectives import sum_over_processes
 from distributed import get_rank, get_world_size
 from segmentation_metrics import IGNORE
 
@@ -52,12 +53,11 @@ def kept_channels(head: LinearHead, images: int, seed: int) -> torch.Tensor:
     return kept.chunk(get_world_size())[get_rank()].to(head.linear.weight.device)
 
 
-def segmentation_loss(logits: torch.Tensor, ids: torch.Tensor, grid: tuple[int, int],
-                      sum_over_processes: Callable[[torch.Tensor], torch.Tensor] = lambda x: x) -> torch.Tensor:
+def segmentation_loss(logits: torch.Tensor, ids: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
     """Cross-entropy of pixels, after bilinear interpolation of logits [B, N, C], against ids [B, H, W].
 
-    Args:
-        sum_over_processes: of the number of pixels that count. The gradients of all processes are to be summed.
+    It is the sum over this process's pixels, divided by the number of pixels of all processes that count: losses and
+    gradients of all processes are to be summed.
     """
     logits = logits.transpose(1, 2).unflatten(2, grid)
     logits = F.interpolate(logits, ids.shape[1:], mode="bilinear", align_corners=False)
@@ -77,8 +77,8 @@ def sliding_logits(image: torch.Tensor, logits_of: Callable[[torch.Tensor], torc
     """Logits of an image [3, H, W], the mean over all windows that a pixel lies in: [C, H, W].
 
     Args:
-        logits_of: images [1, 3, window, window] -> logits of patches [1, C, h, w]; a side may be shorter, where the
-            image is.
+        image: normalised; a side shorter than a window makes windows of that length.
+        logits_of: windows [1, 3, window, window] -> logits of patches [1, C, h, w].
         window, stride: side of the square windows and the distance between them, in pixels.
     """
     height, width = image.shape[1:]

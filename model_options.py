@@ -8,10 +8,12 @@ from typing import NamedTuple
 import torch
 
 from backbones import PREFIX, Backbone, check_layer, load_any_with_info
-from checkpoints import CheckpointInfo
+from checkpoints import CheckpointInfo, build_head
 from errors import ConfigError
+from selfpatch_head import SelfPatchHead
 from vision_transformer import ARCHS
 
+LARGEST_IMAGE = 8192  # side in pixels
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -52,9 +54,15 @@ def add_model_options(parser: argparse.ArgumentParser, several: bool = False) ->
                              "any, is applied to each")
 
 
-def add_run_options(parser: argparse.ArgumentParser) -> None:
-    """Add --batch_size_per_gpu, --num_workers, --device, --precision, --seed and --dist_timeout."""
-    parser.add_argument("--batch_size_per_gpu", type=int, default=128, help="images in a forward pass of one process")
+def add_run_options(parser: argparse.ArgumentParser, batch_size: int | None) -> None:
+    """Add --batch_size_per_gpu, --num_workers, --device, --precision, --seed and --dist_timeout.
+
+    Args:
+        batch_size: the default of --batch_size_per_gpu; None leaves that out.
+    """
+    if batch_size is not None:
+        parser.add_argument("--batch_size_per_gpu", type=int, default=batch_size,
+                            help="images in a forward pass of one process")
     parser.add_argument("--num_workers", type=int, default=min(10, os.cpu_count() or 1),
                         help="processes that load images, for each GPU; 0 loads them in this one")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps; auto is a GPU if there is one")
@@ -67,27 +75,31 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
 def check_run_options(args: argparse.Namespace) -> None:
     """Raise ConfigError for numbers that no run can have."""
     for name, least in (("batch_size_per_gpu", 1), ("num_workers", 0), ("seed", 0)):
-        if getattr(args, name) < least:
+        if getattr(args, name, least) < least:
             raise ConfigError(f"--{name} {getattr(args, name)}: give {least} or more")
     if not 0 < args.dist_timeout < 1e6:
         raise ConfigError(f"--dist_timeout {args.dist_timeout:g}: give minutes, more than 0")
 
 
 class Candidate(NamedTuple):
-    """A network to evaluate: its name in the table, the network in eval mode, its file's metadata (None for timm's)."""
+    """A network to evaluate: its name in the table, the network and its SelfPatch head, if any, in eval mode."""
     name: str
     model: Backbone
-    info: CheckpointInfo | None
+    info: CheckpointInfo | None  # of its file; None for an untrained network and for timm's
     path: str = ""
     arch: str = ""
+    head: SelfPatchHead | None = None
 
     def summary(self) -> dict:
         """What a JSON file says about the network."""
         return {"name": self.name, "path": self.path, "arch": self.arch, "patch_size": self.model.patch_size}
 
 
-def load_candidates(args: argparse.Namespace, quiet: bool = False) -> list[Candidate]:
+def load_candidates(args: argparse.Namespace, quiet: bool = False, with_heads: bool = False) -> list[Candidate]:
     """The networks of the options (several=True) on the CPU, an untrained one last; prints a line about each.
+
+    Args:
+        with_heads: load the SelfPatch heads of the files that have one, too.
 
     Raises:
         ConfigError: no network is asked for, one cannot be loaded, or one has no block --layer.
@@ -104,22 +116,41 @@ def load_candidates(args: argparse.Namespace, quiet: bool = False) -> list[Candi
     with contextlib.redirect_stdout(None if quiet else sys.stdout):
         for path, arch, name in zip(weights, archs, row_names(weights), strict=False):
             model, info = load_any_with_info(arch, path, args.checkpoint_key, args.patch_size)
-            found.append(Candidate(name, model, info, path, info.arch if info else arch))
+            head = build_head(info) if with_heads and info and info.has_selfpatch_head else None
+            found.append(Candidate(name, model, info, path, info.arch if info else arch, head))
         if args.random_weights:
-            arch, patch_size, parts = archs[0], args.patch_size, {}
-            if found and (info := found[0].info):  # the baseline of a checkpoint is its own architecture, untrained
-                arch, patch_size = info.arch, info.patch_size
-                parts = {"class_token": info.class_token, "final_norm": info.final_norm}
-            torch.manual_seed(getattr(args, "seed", 0))
-            model, info = load_any_with_info(arch, "", patch_size=patch_size, random_weights=True, **parts)
-            found.append(Candidate("random", model, info, "", arch or "vit_small"))
+            found.append(build_untrained(found, archs[0], args.patch_size, getattr(args, "seed", 0)))
     for candidate in found:
         check_layer(candidate.model, args.layer)
     return found
 
 
+def build_untrained(found: list[Candidate], arch: str | None, patch_size: int | None, seed: int) -> Candidate:
+    """An untrained network as the baseline of others: built like the first of them that has a SelfPatch head.
+
+    It gets such a head as well, so that the same feature is compared. Where none has one, it is built like the first
+    of all.
+
+    Args:
+        found: networks to compare it with, perhaps none.
+        arch, patch_size: of the options, for where there are none or the first one is timm's.
+        seed: of its weights.
+    """
+    like, parts = next((one for one in found if one.head), found[0] if found else None), {}
+    if like and (info := like.info):
+        arch, patch_size = info.arch, info.patch_size
+        parts = {"class_token": info.class_token, "final_norm": info.final_norm, "img_size": info.grid * patch_size,
+                 "num_heads": like.model.num_heads}
+    torch.manual_seed(seed)
+    model, _ = load_any_with_info(arch, "", patch_size=patch_size, random_weights=True, **parts)
+    head = like and like.head and SelfPatchHead(model.embed_dim, model.num_heads, like.head.k_num).eval()
+    return Candidate("random", model, None, "", arch or "vit_small", head)
+
+
 def check_image_size(image_size: int, candidates: list[Candidate]) -> None:
-    """Raise ConfigError if the images are smaller than a patch of one of the networks."""
+    """Raise ConfigError if the images are smaller than a patch of one of the networks, or of more than 8192 pixels."""
+    if image_size > LARGEST_IMAGE:
+        raise ConfigError(f"--image_size {image_size}: give {LARGEST_IMAGE} or less")
     for candidate in candidates:
         if image_size < candidate.model.patch_size:
             raise ConfigError(f"--image_size {image_size} is smaller than a patch of {candidate.name}: give "

@@ -2,6 +2,7 @@
 import torch
 
 QUERY_ROWS, BANK_ROWS = 256, 131_072  # of one product: 128 MiB of float32 cosines
+SPARE = 8  # rows that nearest compares beyond those asked for
 
 
 @torch.inference_mode()
@@ -43,13 +44,15 @@ def search(queries: torch.Tensor, bank: torch.Tensor, k: int, query_rows: int = 
 
 def nearest(queries: torch.Tensor, bank: torch.Tensor, k: int, query_rows: int = QUERY_ROWS,
             bank_rows: int = BANK_ROWS) -> tuple[torch.Tensor, torch.Tensor]:
-    """search(), with products that do not depend on the chunks, to the bit; of equal ones, the first row comes first.
+    """search(), with results that do not depend on the chunks; of equal products, the first row comes first.
 
-    A product of matrices adds in an order that depends on their sizes; here what is found is multiplied once more, row
-    by row.
+    A product of matrices adds in an order that depends on their sizes. Here the rows that are found, and SPARE more,
+    are multiplied once more, one by one, and ordered by that. On a CPU products and rows are then the same to the bit
+    for any chunks, unless more than SPARE rows beyond the k-th are within rounding of it (1e-6 for vectors of unit
+    length), such as copies of one row: which of those are found is up to the chunks.
     """
-    rows = search(queries, bank, k, query_rows, bank_rows)[1].sort(dim=1).values
+    rows = search(queries, bank, k + SPARE, query_rows, bank_rows)[1].sort(dim=1).values
     products = [(bank[r].float() * q[:, None]).sum(-1)
                 for q, r in zip(queries.split(query_rows), rows.split(query_rows), strict=True)]
     values, order = torch.cat(products).sort(dim=1, descending=True, stable=True)
-    return values, rows.gather(1, order)
+    return values[:, :k], rows.gather(1, order)[:, :k]

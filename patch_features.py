@@ -11,17 +11,11 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from augmentations import IMAGENET_MEAN, IMAGENET_STD
-from backbones import Backbone, image_statistics
+from backbones import Backbone, image_statistics, normalise
 from davis_data import DataError, Sequence, load_frame, orientation_note
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.228, 0.224, 0.225)  # 0.228, not ImageNet's 0.229, as in DINO's published DAVIS protocol
-
-
-def normalise(frames: torch.Tensor, statistics: tuple[tuple, tuple] = (MEAN, STD)) -> torch.Tensor:
-    """RGB, uint8 [B, H, W, 3] -> normalised, float [B, 3, H, W]."""
-    mean, std = (torch.tensor(values, device=frames.device) for values in statistics)
-    return ((frames / 255 - mean) / std).permute(0, 3, 1, 2)
 
 
 class PatchFeatures:
@@ -42,7 +36,8 @@ class PatchFeatures:
         self.statistics = (MEAN, STD) if own == (IMAGENET_MEAN, IMAGENET_STD) else own
 
     def forward(self, frames: np.ndarray) -> torch.Tensor:
-        images = normalise(torch.from_numpy(frames).to(self.device), self.statistics)
+        """What __call__ does, in one batch."""
+        images = normalise(torch.from_numpy(frames).to(self.device).permute(0, 3, 1, 2), self.statistics)
         shape = [n * self.model.patch_size for n in self.model.grid_size(images)]
         if list(images.shape[2:]) != shape:  # patches of 14: labels cover the whole frame, so the patches must too
             images = F.interpolate(images, shape, mode="bilinear", align_corners=False)

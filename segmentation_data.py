@@ -47,14 +47,18 @@ class SegmentationData(NamedTuple):
         Raises:
             ConfigError: a file cannot be read, or an id is not below num_classes.
         """
-        image, ids = load_rgb(pair.image), load_ids(pair.mask)[0]
+        return load_rgb(pair.image), self.read_ids(pair)
+
+    def read_ids(self, pair: Pair) -> np.ndarray:
+        """The class ids of read() alone."""
+        ids = load_ids(pair.mask)[0]
         if self.shift:
             ids = ids - np.uint8(1)  # 0 becomes 255
         largest = int(ids[ids != IGNORE].max(initial=0))
         if largest >= self.num_classes:
             raise ConfigError(f"{pair.mask}: has the id {largest + self.shift}, but {self.name} has {self.num_classes} "
                               f"classes, {int(self.shift)} to {self.num_classes - 1 + self.shift}")
-        return image, ids
+        return ids
 
 
 # ---------------------------------------------------------------- finding pairs
@@ -68,8 +72,8 @@ def find_segmentation_data(text: str, num_classes: int | None = None) -> Segment
         num_classes: of folders:, where it must be given, and of nothing else.
 
     Raises:
-        ConfigError: no such kind of data set, a folder of another kind, an image without mask, or a mask of another
-            size than its image.
+        ConfigError: no such kind of data set, a folder of another kind, an image without mask, a mask of another size
+            than its image, or masks with less than two classes.
     """
     kind, _, place = text.partition(":")
     finders: dict[str, Callable] = {"voc": _voc, "voc_aug": _voc_aug, "ade20k": _ade20k, "folders": _folders}
@@ -81,10 +85,17 @@ def find_segmentation_data(text: str, num_classes: int | None = None) -> Segment
         raise ConfigError(f"--data folders: needs --num_classes, from 2 to {IGNORE}: ids below it count")
     data = finders[kind](place) if kind != "folders" else _folders(place, num_classes)
     check_sizes(data.train + data.val)
+    for split, pairs in (("train", data.train), ("val", data.val)):
+        check_classes(data, pairs, split)
     return data
 
 
 def existing_folder(text: str) -> Path:
+    """The folder of an option --data; ~ is the home folder.
+
+    Raises:
+        ConfigError: there is none.
+    """
     folder = user_path(text)
     if not folder.is_dir():
         raise ConfigError(f"--data: there is no folder {folder}")
@@ -159,9 +170,14 @@ def find_pairs(images: Path, masks: Path) -> list[Pair]:
     """Every image below a folder with the mask of the same relative name, whatever their suffixes.
 
     Raises:
-        ConfigError: there are no images, or one has no mask.
+        ConfigError: there are no images, or one has no mask, or there are two masks of one name.
     """
-    found = {path.relative_to(masks).with_suffix(""): path for path in map(Path, walk(masks)) if is_image_name(path)}
+    found = {}
+    for path in filter(is_image_name, map(Path, walk(masks))):
+        other = found.setdefault(path.relative_to(masks).with_suffix(""), path)
+        if other != path:
+            raise ConfigError(f"--data: {other} and {path.name} are masks of the same name: which one is meant is not "
+                              "known, so move one of them out of the folder")
     paths = [path for path in map(Path, walk(images)) if is_image_name(path)]
     if not paths:
         raise ConfigError(f"--data: there are no images in {images} ({' '.join(IMAGE_SUFFIXES)})")
@@ -170,6 +186,19 @@ def find_pairs(images: Path, masks: Path) -> list[Pair]:
         raise ConfigError(f"--data: {len(missing)} of {len(paths)} images in {images} have no mask in {masks}, such "
                           f"as {missing[0].relative_to(images)}")
     return [Pair(path, found[path.relative_to(images).with_suffix("")]) for path in paths]
+
+
+def check_classes(data: SegmentationData, pairs: list[Pair], split: str) -> None:
+    """Raise ConfigError if there are not two classes in the masks of a split, of which one or two nearly always do."""
+    found = set()
+    for pair in pairs:
+        found |= set(np.unique(data.read_ids(pair)).tolist()) - {IGNORE}
+        if len(found) > 1:
+            return
+    has = f"only the class {min(found) + data.shift}" if found else "no pixel that counts"
+    zero = f"0 and {IGNORE} are" if data.shift else f"{IGNORE} is"
+    raise ConfigError(f"--data: the {len(pairs)} masks of {split} have {has} ({zero} not scored), such as "
+                      f"{pairs[0].mask}: there is nothing to tell apart")
 
 
 def header_size(path: Path) -> tuple[int, int]:

@@ -20,14 +20,14 @@ curves: losses beside ln K, rates and k-NN of one or several training runs.
 import argparse
 import os
 
-import numpy as np
 import torch
 from PIL import Image
+from torchvision.transforms.v2.functional import pil_to_tensor
 
 import drawing
 import feature_pictures
 from augmentations import IMAGENET_MEAN, IMAGENET_STD
-from backbones import Backbone, TimmBackbone, check_layer, image_statistics, load_any_with_info
+from backbones import Backbone, TimmBackbone, check_layer, image_statistics, load_any_with_info, normalise
 from checkpoint_files import CheckpointError
 from checkpoints import CheckpointInfo, build_head
 from curve_pictures import add_curves
@@ -67,9 +67,7 @@ def read_image(path: str) -> Image.Image:
 
 def to_tensor(image: Image.Image, statistics: tuple = (IMAGENET_MEAN, IMAGENET_STD)) -> torch.Tensor:
     """A PIL image -> [1, 3, H, W], normalised with a mean and standard deviation of each channel."""
-    mean, std = statistics
-    pixels = torch.from_numpy(np.asarray(image, dtype=np.float32) / 255)
-    return ((pixels - torch.tensor(mean)) / torch.tensor(std)).permute(2, 0, 1)[None]
+    return normalise(pil_to_tensor(image)[None], statistics)
 
 
 def load(args: argparse.Namespace) -> tuple[Backbone, CheckpointInfo | None]:
@@ -118,7 +116,7 @@ def draw_attention(args: argparse.Namespace) -> None:
             raise ConfigError(f"--arch {args.arch} has no class token: give --patch ROW,COLUMN for a patch's attention")
         if info is None:
             head = SelfPatchHead(backbone.embed_dim, backbone.num_heads).eval()
-        elif any(name.startswith("ca_head.") for name in info.other_tensors):
+        elif info.has_selfpatch_head:
             head = build_head(info, 4)  # any number: attention does not depend on it
         else:
             raise CheckpointError(f"{info.path} has neither a class token nor a SelfPatch head (ca_head): give a "

@@ -23,9 +23,10 @@ from torch.utils.data import DataLoader, Dataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from backbones import normalise
 from distributed import keep_freed_memory, pick_device
 from errors import ArgumentParser, ConfigError, run_main, user_path
-from image_features import ImageFeature, extract, normalise, open_images, share_loader
+from image_features import ImageFeature, extract, open_images, share_loader
 from knn import search
 from results import check_output, format_table, write_json
 from vision_transformer import ARCHS

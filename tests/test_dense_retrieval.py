@@ -8,6 +8,7 @@ from golden_rules import assert_close, load, rand
 
 from dense_retrieval import PatchMemory, label_map, patch_labels, patch_scores, sample_patches
 from distributed import Launch, join
+from nearest_neighbours import nearest
 from segmentation_metrics import IGNORE, assign, confusion_matrix, match_predictions, mean_iou
 
 CLASSES = 6
@@ -72,6 +73,20 @@ def test_chunks_change_nothing(golden, query_rows, memory_rows):
     expected = memory.vote(queries)
     torch.testing.assert_close(memory.vote(queries, query_rows=query_rows, memory_rows=memory_rows), expected,
                                rtol=0, atol=1e-7)
+
+
+def test_chunks_change_no_bit_of_what_is_nearest():
+    """Also where rows are copies of one another: of these, the first ones are found."""
+    bank = torch.nn.functional.normalize(torch.randn(400, 48), dim=1)
+    bank[200:206], bank[301:305] = bank[0], bank[1] * (1 + 1e-7)
+    queries = torch.cat([bank[:2], torch.nn.functional.normalize(torch.randn(30, 48), dim=1)])
+    expected = nearest(queries, bank, 4)
+    assert expected[1][0].tolist() == [0, 200, 201, 202]
+    for query_rows, bank_rows in ((1, 400), (7, 31), (32, 10), (5, 399)):
+        for ours, theirs in zip(nearest(queries, bank, 4, query_rows, bank_rows), expected, strict=True):
+            assert torch.equal(ours, theirs)
+    exact = (queries.double() @ bank.double().T).topk(4, dim=1)
+    torch.testing.assert_close(expected[0], exact.values.float())
 
 
 @pytest.mark.long

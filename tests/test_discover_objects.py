@@ -39,7 +39,9 @@ def test_job_scores_and_draws(voc, tmp_path, small_network, capsys):
     drawn = sorted(path.name for path in (pictures / name).iterdir())
     assert drawn == [f"{i:06}.png" for i in range(3)]
     assert Image.open(pictures / name / drawn[0]).width == 96
-    assert run_job(job, *words, "--overwrite") is None
+    assert run_job(job, *words, "--overwrite", "--num_workers", 2) is None
+    again = json.loads(output.read_text())  # of images that worker processes read
+    assert again["boxes"] == content["boxes"] and again["networks"] == content["networks"]
     assert run_job(job, *words[:-4], "--pictures", pictures) == 2
     assert "is not empty: give another name, or --overwrite" in capsys.readouterr().err
 
@@ -59,7 +61,8 @@ def test_images_without_boxes(tmp_path, small_network, capsys):
 
 
 @pytest.mark.parametrize("more, says", [(["--tau", 2], "--tau 2"), (["--layer", -13], "--layer -13"),
-                                        (["--pictures", __file__], "is not a folder: give another name")])
+                                        (["--pictures", __file__], "is not a folder: give another name"),
+                                        (["--pictures", f"{__file__}/below"], "test_discover_objects.py cannot be")])
 def test_refusals(voc, capsys, more, says):
     assert run_job(job, "--data", f"voc:{voc}", *UNTRAINED, *more) == 2
     err = capsys.readouterr().err

@@ -41,6 +41,9 @@ def test_untrained_features_tell_colours_apart(folders, tmp_path, small_network,
     (column,) = figures(output).values()
     assert column["mean IoU, all classes"] > 0.6
     assert column["mean IoU, matched (Hungarian)"] == pytest.approx(column["mean IoU, all classes"])
+    assert run_job(job, "--data", f"folders:{folders}", "--num_classes", 3, *UNTRAINED, "--memory_size", 4000,
+                   "--hungarian", "--output", output, "--overwrite", "--num_workers", 2) is None
+    assert list(figures(output).values()) == [column]  # images that worker processes read
     assert run_job(job, "--data", f"folders:{folders}", "--num_classes", 3, *UNTRAINED, "--output", output) == 2
     assert "exists: give another name, or --overwrite" in capsys.readouterr().err
 

@@ -4,11 +4,13 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from davis_folder import free_port
 from golden_rules import set_weights
 from networks import small_wrapper
@@ -16,6 +18,7 @@ from PIL import Image
 
 import eval_knn as job
 import image_features
+from backbones import normalise
 from errors import ConfigError, report
 from image_features import ImageFeature, open_images, share_loader
 from knn import knn_accuracy
@@ -23,6 +26,7 @@ from selfpatch_head import MultiCropWrapper, SelfPatchHead
 from vision_transformer import ARCHS, DINOHead, vit_tiny
 
 COLOURS = {"blue": (0, 0, 255), "green": (0, 200, 0), "red": (220, 0, 0)}
+SMALL = ("--device", "cpu", "--num_workers", "0", "--image_size", "32")
 
 
 def make_folder(root: Path, **counts: int) -> Path:
@@ -51,13 +55,24 @@ def run_file(tmp_path_factory):
     return path
 
 
-def run(*words, size=32):
+def run(*words):
     """Exit status of the job on small images."""
     try:
-        return job.main(job.get_args_parser().parse_args(
-            [*map(str, words), "--device", "cpu", "--num_workers", "0", "--image_size", str(size)])) or 0
+        return job.main(job.get_args_parser().parse_args([*SMALL, *map(str, words)])) or 0
     except ConfigError as error:
         return report(error)
+
+
+def run_two(*words):
+    """Exit status, stdout and stderr of two processes of the job on small images."""
+    port, processes = free_port(), []
+    for rank in range(2):
+        env = os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+                            "MASTER_PORT": port}
+        processes.append(subprocess.Popen([sys.executable, job.__file__, *SMALL, *map(str, words)], env=env,
+                                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    outputs = [process.communicate(timeout=120) for process in processes]
+    return [(process.returncode, *output) for process, output in zip(processes, outputs, strict=True)]
 
 
 def test_table_and_json(colours, run_file, tmp_path, capsys):
@@ -68,7 +83,7 @@ def test_table_and_json(colours, run_file, tmp_path, capsys):
     assert "k is at most that" in out and "15 training and 9 test images of 3 classes" in out
     table = out[out.index("k-NN, "):].splitlines()
     assert table[1].split() == "feature k = 1 k = 3 k = 15".split()
-    assert table[2].split()[:2] == ["checkpoint.pth", "head"] and table[3].split()[:2] == ["random", "mean"]
+    assert table[2].split()[:2] == ["checkpoint.pth", "head"] and table[3].split()[:2] == ["random", "head"]
     content = json.loads(output.read_text())
     assert [network["arch"] for network in content["networks"]] == ["vit_tiny", "vit_tiny"]
     assert content["networks"][1]["knn"]["3"]["top1"] > 60  # the mean colour is enough
@@ -87,7 +102,7 @@ def test_each_feature_is_what_it_says(kind):
         model = set_weights(vit_tiny(class_token=True, final_norm=True), 0).eval()
     feature = ImageFeature(model, kind, head=wrapper.ca_head if kind == "head" else None)
     images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
-    x = image_features.normalise(images)
+    x = normalise(images)
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     torch.testing.assert_close(x[1, 2], (images[1, 2] / 255 - mean[2]) / std[2])
     expected = {"cls": lambda: model.features(x).class_token, "mean": lambda: model(x).mean(1),
@@ -99,21 +114,36 @@ def test_each_feature_is_what_it_says(kind):
 @pytest.mark.slow
 def test_two_processes_give_the_figures_of_one(colours, run_file, tmp_path):
     """15 and 9 images do not divide by two, and a share of the bank is smaller than k."""
-    words = [sys.executable, Path(job.__file__), "--data_path", colours, "--pretrained_weights", run_file, "--device",
-             "cpu", "--num_workers", "0", "--image_size", "32", "--nb_knn", "2", "9", "12", "--feature", "mean"]
-    assert run(*words[2:], "--output", tmp_path / "one.json") == 0
-    port, processes = free_port(), []
-    for rank in range(2):
-        env = os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-                            "MASTER_PORT": port}
-        processes.append(subprocess.Popen([*map(str, words), "--output", str(tmp_path / "two.json")], env=env,
-                                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
-    outputs = [process.communicate(timeout=120) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
+    words = ["--data_path", colours, "--pretrained_weights", run_file, "--nb_knn", 2, 9, 12, "--feature", "mean"]
+    assert run(*words, "--output", tmp_path / "one.json") == 0
+    first, second = run_two(*words, "--output", tmp_path / "two.json")
+    assert first[0] == second[0] == 0, (first, second)
     one, two = (json.loads((tmp_path / name).read_text()) for name in ("one.json", "two.json"))
-    assert one == two and "k = 12" in outputs[0][0] and "k = 12" not in outputs[1][0]
+    assert one == two and "k = 12" in first[1] and "k = 12" not in second[1]
 
 
+@pytest.mark.slow
+def test_two_processes_end_when_one_cannot_write(colours, run_file, tmp_path):
+    """Only rank 0 writes; here a folder is in the place of its file. The other rank does not wait for it."""
+    (tmp_path / "trainfeat.pth").mkdir()
+    words = ["--data_path", colours, "--pretrained_weights", run_file, "--nb_knn", 3, "--dump_features", tmp_path]
+    start = time.monotonic()
+    first, second = run_two(*words, "--overwrite")
+    assert first[0] == second[0] == 2 and time.monotonic() - start < 60
+    assert "trainfeat.pth cannot be written" in first[2] and "Traceback" not in first[2] + second[2]
+    assert "error:" not in second[2]
+
+
+def test_a_folder_for_features_is_checked_first(colours, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(image_features, "extract", None)  # before any work
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        assert run("--data_path", colours, "--random_weights", "--arch", "vit_tiny", "--dump_features", folder) == 2
+        line = capsys.readouterr().err
+        assert "cannot be made a folder" in line and line.count("\n") == 1
+
+
+@torch.no_grad()
 def test_accuracy_while_training(colours):
     """Callable with a network in training, which stays in training."""
     wrapper = set_weights(small_wrapper(), 0).train()
@@ -121,7 +151,11 @@ def test_accuracy_while_training(colours):
     loaders = [share_loader(open_images(colours / part, "--knn_data", image_features.eval_transform(32)), 4)
                for part in ("train", "val")]
     found = knn_accuracy(feature, *loaders, ks=(5,))
-    assert feature.kind == "head" and found[5].top5 == 100 and wrapper.backbone.training
+    bank, queries = (F.normalize(torch.cat([feature(images) for images, *_ in loader]), dim=1) for loader in loaders)
+    cosines, nearest = (queries @ bank.T).topk(5, dim=1)
+    votes = ((cosines / 0.07).exp()[..., None] * F.one_hot(torch.arange(15) // 5)[nearest]).sum(1)
+    expected = 100 * (votes.argmax(1) == torch.arange(9) // 3).float().mean().item()
+    assert feature.kind == "head" and found[5].top1 == pytest.approx(expected) and wrapper.backbone.training
     assert found == knn_accuracy(feature, *loaders, ks=(5,))
 
 
@@ -156,18 +190,21 @@ def test_unreadable_images_are_left_out(colours, tmp_path, capsys):
     (["--data_path", "{c}", "--random_weights", "--layer", "12"], "--layer 12: the network has 12 blocks"),
     (["--data_path", "{c}", "--random_weights", "--feature", "cls"],
      "--feature cls: the network has none; it offers mean"),
+    (["--data_path", "{c}", "--random_weights", "--image_size", "100000"], "--image_size 100000: give 8192 or less"),
+    (["--data_path", "{c}", "--pretrained_weights", "{r}", "--feature", "cls"],
+     "checkpoint.pth: --feature cls: the network has none; it offers head, mean"),
     (["--data_path", "{c}", "--random_weights", "--output", "{t}/no/x.json"], "is not a folder, create it first"),
     (["--data_path", "{c}/train", "--val_share", "1.5", "--random_weights"], "--val_share 1.5"),
     (["--data_path", "{c}", "--pretrained_weights", "a", "b", "c", "--arch", "vit_tiny", "vit_small"],
      "--arch has 2 names for 3 files"),
 ])
-def test_refused_in_one_line(words, says, colours, tmp_path, capsys, monkeypatch):
+def test_refused_in_one_line(words, says, colours, run_file, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(image_features, "extract", None)  # before any work
     monkeypatch.setitem(ARCHS, "vit_small", vit_tiny)
     (tmp_path / "fewer" / "red").mkdir(parents=True)
     (tmp_path / "empty" / "red").mkdir(parents=True)
     Image.new("RGB", (8, 8)).save(tmp_path / "fewer" / "red" / "0.png")
-    fill = {"c": colours, "t": tmp_path}
+    fill = {"c": colours, "t": tmp_path, "r": run_file}
     assert run(*(word.format(**fill) for word in words)) == 2
     line = capsys.readouterr().err
     assert says.format(**fill) in line and line.count("\n") == 1

@@ -15,9 +15,19 @@ from networks import small_wrapper
 from PIL import Image
 
 import eval_linear as job
+from backbones import normalise
 from errors import ConfigError, report
-from image_features import ImageFeature, normalise, open_images
-from linear_probe import CropBatches, Heads, Inputs, TokenFeature, build_heads, input_grid, train_transform
+from image_features import ImageFeature, open_images
+from linear_probe import (
+    CachedTokens,
+    CropBatches,
+    Heads,
+    Inputs,
+    TokenFeature,
+    build_heads,
+    input_grid,
+    train_transform,
+)
 from vision_transformer import VisionTransformer
 
 COLOURS = {"blue": (0, 0, 255), "green": (0, 200, 0), "red": (220, 0, 0)}
@@ -102,6 +112,11 @@ def test_tokens_are_what_they_say():
         TokenFeature(ImageFeature(model, layer=1), 3)
 
 
+def be_rank(monkeypatch, rank, world_size=2):
+    monkeypatch.setattr("linear_probe.get_rank", lambda: rank)
+    monkeypatch.setattr("linear_probe.get_world_size", lambda: world_size)
+
+
 def test_crops_depend_on_seed_epoch_and_image_alone(colours, monkeypatch):
     """So that two processes train on the images and crops of one."""
     images = open_images(colours / "train", "--data_path", train_transform(16))
@@ -109,13 +124,51 @@ def test_crops_depend_on_seed_epoch_and_image_alone(colours, monkeypatch):
     assert [len(labels) for _, labels in one] == [4, 4, 4]  # the incomplete step is left out
     shares = []
     for rank in range(2):
-        for module in ("linear_probe.get_rank", "linear_probe.get_world_size"):
-            monkeypatch.setattr(module, lambda value=rank if "rank" in module else 2: value)
+        be_rank(monkeypatch, rank)
         shares.append([crops for crops, *_ in CropBatches(images, 2).epoch(1)])
     for (crops, _), *parts in zip(one, *shares, strict=True):
         assert torch.equal(crops[0::2], parts[0]) and torch.equal(crops[1::2], parts[1])
     monkeypatch.undo()
     assert not torch.equal(next(iter(CropBatches(images, 4).epoch(2)))[0], one[0][0])
+
+
+def test_fewer_images_than_a_step_takes(colours, monkeypatch):
+    """A step then has all of them, however many processes there are: none are left out, and no rate is another one."""
+    images = open_images(colours / "train", "--data_path", train_transform(16))
+    for world_size in (1, 2, 7):
+        be_rank(monkeypatch, 0, world_size)
+        batches = CropBatches(images, 100)
+        assert (batches.step_size, batches.steps) == (15, 1)
+        assert [len(labels) for _, labels, _ in batches.epoch(0)] == [-(-15 // world_size)]
+    be_rank(monkeypatch, 0, 16)
+    with pytest.raises(ConfigError, match="there are 15 training images for 16 processes: start fewer"):
+        CropBatches(images, 100)
+
+
+@torch.no_grad()
+def test_kept_crops_come_in_one_order_for_all_processes(colours, tmp_path, monkeypatch):
+    """Two processes have together, in every step, the tokens of one; a file that cannot be read is in no step."""
+    (tmp_path / "bad" / "red").mkdir(parents=True)
+    images = open_images(colours / "train", "--data_path", train_transform(16))
+    (tmp_path / "bad" / "red" / "0.png").write_bytes(b"no image")
+    images.samples[6] = (str(tmp_path / "bad" / "red" / "0.png"), 2)
+    model = set_weights(VisionTransformer(16, 8, embed_dim=24, depth=1, num_heads=3), 0).eval()
+    feature, found = TokenFeature(ImageFeature(model), 1), {}
+    for rank, world_size in ((0, 1), (0, 2), (1, 2)):
+        be_rank(monkeypatch, rank, world_size)
+        unreadable = set()
+        cached = CachedTokens(CropBatches(images, 4 // world_size, seed=3), feature, torch.device("cpu"), unreadable)
+        found[rank, world_size] = [list(cached.epoch(number)) for number in range(2)]
+        assert len(unreadable) == (rank == 0)  # image 6 is in the share of rank 0
+    for whole, *parts in zip(*found.values(), strict=True):
+        for (tokens, labels), *halves in zip(whole, *parts, strict=True):
+            together = [torch.cat(part) for part in zip(*halves, strict=True)]
+            ours, order = (one[:, 0, 0].sort().indices for one in (tokens, together[0]))
+            torch.testing.assert_close(tokens[ours], together[0][order], rtol=1e-3, atol=1e-3)
+            assert torch.equal(labels[ours], together[1][order])
+    seen = [sum(len(labels) for _, labels in epoch) for epoch in found[0, 1]]
+    assert all(11 <= count <= 12 for count in seen)  # three steps of four, of which one may miss the image
+    assert not torch.equal(found[0, 1][0][0][0], found[0, 1][1][0][0])
 
 
 @pytest.mark.parametrize("words", [[], ["--cache_features"]])
@@ -132,8 +185,10 @@ def test_table_and_json(words, colours, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_figures_of_one(colours, tmp_path):
-    words = ["--data_path", colours, "--random_weights", "--arch", "vit_tiny", "--epochs", 3, "--lr", 0.01, 0.1]
+@pytest.mark.parametrize("more", [[], ["--cache_features"]])
+def test_two_processes_give_the_figures_of_one(more, colours, tmp_path):
+    words = ["--data_path", colours, "--random_weights", "--arch", "vit_tiny", "--epochs", 3, "--lr", 1e-5, 1e-3, 0.1,
+             *more]
     assert run(*words, "--batch_size_per_gpu", 4, "--output", tmp_path / "one.json") == 0
     port, processes = free_port(), []
     for rank in range(2):
@@ -158,6 +213,16 @@ def test_unreadable_images_are_left_out(colours, tmp_path, capsys):
     assert run("--data_path", tmp_path, "--random_weights", "--arch", "vit_tiny", "--batch_size_per_gpu", 2,
                "--epochs", 1) == 0
     assert capsys.readouterr().err.count("left out: cannot read the image") == 2
+
+
+def test_no_readable_training_image(colours, tmp_path, capsys):
+    for name in COLOURS:
+        (tmp_path / "train" / name).mkdir(parents=True)
+        (tmp_path / "train" / name / "0.png").write_bytes(b"no image")
+    (tmp_path / "val").symlink_to(colours / "val")
+    for words in ([], ["--cache_features"]):
+        assert run("--data_path", tmp_path, "--random_weights", "--arch", "vit_tiny", "--epochs", 1, *words) == 2
+        assert "none of the training images can be read" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words, says", [

@@ -9,10 +9,11 @@ import eval_dense_retrieval
 import eval_knn
 import eval_linear
 from errors import ConfigError, run_main
+from evaluation import evaluate_each
 from image_features import check_finite
 from knn import class_ranks, classify
 from linear_segmentation import window_starts
-from model_options import row_names
+from model_options import Candidate, row_names
 from object_discovery import cut_vector, tokencut
 
 NAN = float("nan")
@@ -28,6 +29,25 @@ def test_features_that_are_not_finite_are_an_error_and_no_hits():
 def test_votes_at_a_low_temperature():
     rows, labels = torch.nn.functional.normalize(torch.randn(50, 8), dim=1), torch.arange(50) % 7
     assert classify(rows, labels, rows, labels, 7, ks=[5], temperature=0.001)[5].top1 == 100
+
+
+def test_a_lost_connection_is_one_line(monkeypatch):
+    """What gloo raises in the other ranks when one ends with an error; any other RuntimeError stays what it is."""
+    network = Candidate("a", torch.nn.Linear(1, 1), None)
+
+    def lose(message):
+        def evaluate(candidate):
+            raise RuntimeError(message)
+        return evaluate_each([network], evaluate, torch.device("cpu"))
+
+    closed = "[third_party/gloo/gloo/transport/tcp/pair.cc:561] Connection closed by peer"
+    with pytest.raises(RuntimeError, match="Connection closed"):
+        lose(closed)
+    monkeypatch.setattr("evaluation.is_distributed", lambda: True)
+    with pytest.raises(ConfigError, match="^another process of this job has ended: its own message says why$"):
+        lose(closed)
+    with pytest.raises(RuntimeError, match="shapes"):
+        lose("shapes differ")
 
 
 def test_nothing_to_classify():

@@ -43,6 +43,33 @@ def test_foreground_is_the_object_in_all_images():
     assert pictures.component_colours(features, [(10, 12), (14, 8)], foreground=False)[1].all()
 
 
+@pytest.mark.parametrize("top, left, height, width", [
+    (3, 4, 4, 4),      # in the middle
+    (1, 0, 9, 11),     # fills the image: most of the border is the object's
+    (4, 3, 6, 6),      # cut off by the lower edge
+    (0, 0, 2, 2),      # in a corner: most of the object is border
+    (0, 4, 10, 4)])    # from edge to edge
+@pytest.mark.parametrize("sign", [1, -1])
+def test_foreground_wherever_the_object_is(top, left, height, width, sign):
+    inside = torch.zeros(10, 12, dtype=torch.bool)
+    inside[top:top + height, left:left + width] = True
+    features = 0.3 * torch.randn(10, 12, 8)
+    features[..., 0] += 3 * sign * inside
+    first = pictures.principal_components(features.flatten(0, 1), 1)[:, 0]
+    for values in (first, -first):
+        assert torch.equal(pictures.split_foreground(values, [(10, 12)]), inside.flatten())
+
+
+def test_a_small_object_does_not_bring_the_noise_of_the_background():
+    inside = torch.arange(400) < 16
+    values = torch.where(inside, 5.0, 0.0) + torch.randn(400)
+    values[399] = 500.0  # one patch far from all others is no side of its own
+    upper = pictures.upper_side(values)
+    assert upper[inside].float().mean() > 0.9 and upper[~inside].float().mean() < 0.02
+    assert (values > values.mean())[~inside].float().mean() > 0.02  # as the mean would
+    assert not pictures.upper_side(torch.ones(1)).any() and not pictures.upper_side(torch.ones(5)).any()
+
+
 def test_constant_features_have_a_colour():
     colours, coloured = pictures.component_colours(torch.ones(16, 5), [(4, 4)])
     assert len(colours) == 1 and coloured.any()

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from davis_folder import free_port
 from golden_rules import load, rand
 
-from image_features import gather_rows
+from collectives import gather_rows
 from knn import Accuracy, bank_bytes, bank_dtype, class_ranks, classify, search
 from nearest_neighbours import BANK_ROWS, QUERY_ROWS
 
@@ -52,11 +52,16 @@ def test_votes_are_weighted():
 
 
 def test_k_above_the_bank_is_the_whole_bank():
-    bank, queries = (F.normalize(torch.randn(n, 8), dim=1) for n in (6, 3))
-    labels, truth = torch.arange(6) % 2, torch.zeros(3, dtype=torch.long)
-    found = classify(queries, truth, bank, labels, 2, (3, 10, 200))
-    assert list(found) == [3, 6] and all(accuracy.top5 == 100 for accuracy in found.values())
-    assert classify(queries, truth, bank, labels, 2, (6,))[6] == found[6]
+    """With nine classes, so that the first five are not all."""
+    bank, queries = (F.normalize(torch.randn(n, 8), dim=1) for n in (18, 40))
+    labels, truth = torch.arange(18) % 9, torch.arange(40) % 9
+    found = classify(queries, truth, bank, labels, 9, (3, 20, 200))
+    assert list(found) == [3, 18]
+    votes = (queries @ bank.T / 0.07).exp() @ F.one_hot(labels, 9).float()
+    first = votes.topk(5, dim=1).indices == truth[:, None]
+    expected = [100 * hits.float().mean().item() for hits in (first[:, 0], first.any(1))]
+    assert list(found[18]) == pytest.approx(expected)
+    assert found[18].top1 < found[18].top5 < 100 and found[3].top5 < found[18].top5
 
 
 def test_imagenets_bank_fits_two_gigabytes():

@@ -9,7 +9,8 @@ import torch
 from errors import ConfigError
 from model_options import add_model_options, load_candidates, row_names
 from results import check_output, format_table, write_json
-from vision_transformer import vit_small, vit_tiny
+from selfpatch_head import MultiCropWrapper, SelfPatchHead
+from vision_transformer import DINOHead, vit_small, vit_tiny
 
 
 def options(*words):
@@ -38,6 +39,24 @@ def test_several_files_and_a_baseline(files, capsys):
     assert torch.equal(again[1].model.pos_embed, found[2].model.pos_embed)  # the same untrained network every time
     same, = load_candidates(options("--pretrained_weights", files / "b/model.pth", "--random_weights"))[1:]
     assert same.model.has_class_token and isinstance(same.model.norm, torch.nn.LayerNorm)
+
+
+def test_the_baseline_of_a_selfpatch_run_has_a_head_too(files):
+    """Wherever the run stands among the files; with the run's heads, positives and grid of positions."""
+    backbone = vit_tiny(num_heads=6, img_size=64)
+    wrapper = MultiCropWrapper(backbone, SelfPatchHead(192, 6, 2), DINOHead(192, 8), DINOHead(192, 8))
+    torch.save({"teacher": wrapper.state_dict(), "args": argparse.Namespace(k_num=2), "meta": {"num_heads": 6}},
+               files / "run.pth")
+    words = options("--pretrained_weights", files / "b/model.pth", files / "run.pth", "--random_weights")
+    plain, run, random = load_candidates(words, with_heads=True)
+    assert plain.head is None and run.head.k_num == random.head.k_num == 2
+    assert torch.equal(run.head.norm.weight, wrapper.ca_head.norm.weight)
+    assert random.arch == "vit_tiny" and not random.model.has_class_token
+    assert run.model.num_heads == random.model.num_heads == random.head.cls_blocks[0].attn.num_heads == 6
+    assert run.model.pos_embed.shape == random.model.pos_embed.shape == (1, 16, 192)
+    shapes = [{name: value.shape for name, value in one.head.state_dict().items()} for one in (run, random)]
+    assert shapes[0] == shapes[1] and not random.head.training
+    assert [one.head for one in load_candidates(words)] == [None] * 3  # the dense jobs have no use for heads
 
 
 def test_an_arch_for_each_file(files):

@@ -6,7 +6,7 @@ import pytest
 from dense_data import make_ade20k, make_folders, make_voc, write_pair
 from PIL import Image
 
-from box_data import boxes_of_mask, find_box_data
+from box_data import boxes_of_mask, find_box_data, unique_names
 from errors import ConfigError
 from image_files import load_ids
 from segmentation_data import IGNORE, find_segmentation_data
@@ -41,6 +41,30 @@ def test_folders_of_pairs(tmp_path):
     assert len(data.train) == len(data.val) == 4 and data.num_classes == 3
     with pytest.raises(ConfigError, match="has the id 2, but images has 2 classes"):
         find_segmentation_data(f"folders:{tmp_path / 'images'},{tmp_path / 'masks'}", 2).read(data.val[0])
+
+
+@pytest.mark.parametrize("split, change, says", [
+    ("val", lambda ids: np.full_like(ids, IGNORE), "the 4 masks of val have no pixel that counts .255 is not scored"),
+    ("train", lambda ids: np.full_like(ids, IGNORE), "the 4 masks of train have no pixel that counts"),
+    ("val", lambda ids: ids * 0, "the 4 masks of val have only the class 0 .255 is not scored.*nothing to tell apart"),
+    ("train", lambda ids: np.where(ids, IGNORE, 0).astype(np.uint8), "the 4 masks of train have only the class 0")])
+def test_masks_without_two_classes(tmp_path, split, change, says):
+    data = f"folders:{make_folders(tmp_path)}"
+    for i in range(4):
+        write_pair(tmp_path / f"images/{split}/{i}.jpg", tmp_path / f"masks/{split}/{i}.png", i, change)
+    with pytest.raises(ConfigError, match=says) as error:
+        find_segmentation_data(data, 3)
+    assert "\n" not in str(error.value)
+    write_pair(tmp_path / f"images/{split}/3.jpg", tmp_path / f"masks/{split}/3.png", 3)
+    assert len(find_segmentation_data(data, 3).val) == 4  # one mask is enough
+
+
+def test_two_masks_of_one_name(tmp_path):
+    data = f"folders:{make_folders(tmp_path)}"
+    (tmp_path / "masks/val/1.bmp").write_bytes((tmp_path / "masks/val/1.png").read_bytes())
+    for find in (find_box_data, lambda text: find_segmentation_data(text, 3)):
+        with pytest.raises(ConfigError, match="1.bmp and 1.png are masks of the same name"):
+            find(data)
 
 
 def damage(root, what):
@@ -99,6 +123,32 @@ def test_boxes_of_voc_coco_and_masks(tmp_path):
     assert [image.read_boxes().tolist() for image in coco] == [TRUE_BOXES[:1], []]
     plain = find_box_data(f"images:{tmp_path / 'pairs' / 'images'}")
     assert len(plain) == 8 and plain[0].read_boxes() is None
+
+
+def test_images_of_one_stem_have_names_of_their_own(tmp_path):
+    """Results are kept by name, and pictures written to files of that name."""
+    assert unique_names(["a/x.jpg", "b/x.jpg", "a/x.png", "../c/y.jpg", "/d/y.jpg"]) == [
+        "a/x.jpg", "b/x", "a/x.png", "c/y", "d/y"]
+    folder = make_folders(tmp_path, 2).split(",")[0]
+    (tmp_path / "images/val/1.png").write_bytes((tmp_path / "images/val/1.jpg").read_bytes())
+    names = ["train/0", "train/1", "val/0", "val/1.jpg", "val/1.png"]
+    for data in (f"images:{folder}", f"folders:{folder},{tmp_path / 'masks'}"):
+        assert [image.name for image in find_box_data(data)] == names
+    content = {"images": [{"id": i, "file_name": f"{split}/0.jpg"} for i, split in enumerate(("train", "val"))],
+               "annotations": [{"image_id": 0, "bbox": [8, 8, 32, 32]}]}
+    (tmp_path / "boxes.json").write_text(json.dumps(content))
+    assert [image.name for image in find_box_data(f"coco:{tmp_path / 'boxes.json'},{folder}")] == ["train/0", "val/0"]
+
+
+def test_masks_without_objects(tmp_path):
+    data = f"folders:{make_folders(tmp_path)}"
+    for split in ("train", "val"):
+        for i in range(4):
+            write_pair(tmp_path / f"images/{split}/{i}.jpg", tmp_path / f"masks/{split}/{i}.png", i, np.zeros_like)
+    with pytest.raises(ConfigError, match="has no boxes; 255 is no object.*images:FOLDER works without them"):
+        find_box_data(data)
+    write_pair(tmp_path / "images/val/3.jpg", tmp_path / "masks/val/3.png", 3)
+    assert len(find_box_data(data)) == 8
 
 
 def test_ignored_pixels_have_no_box():
