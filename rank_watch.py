@@ -63,7 +63,7 @@ class RankWatch(threading.Thread):
         work = self.ask_for_failure if is_lost_contact(error) else partial(self.tell_failure, error)
         conversation = threading.Thread(target=work, daemon=True)
         conversation.start()
-        conversation.join(self.notice_after / 3)
+        conversation.join(self.notice_after / 2)
         if is_lost_contact(error) and self.failure:
             raise PeerError(self.failure) from None
 

@@ -1,6 +1,7 @@
 """Linear classification: the heads are SGD's, the features what they say, and the job end to end."""
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -148,10 +149,9 @@ def test_fewer_images_than_a_step_takes(colours, monkeypatch):
 @torch.no_grad()
 def test_kept_crops_come_in_one_order_for_all_processes(colours, tmp_path, monkeypatch):
     """Two processes have together, in every step, the tokens of one; a file that cannot be read is in no step."""
-    (tmp_path / "bad" / "red").mkdir(parents=True)
-    images = open_images(colours / "train", "--data_path", train_transform(16))
-    (tmp_path / "bad" / "red" / "0.png").write_bytes(b"no image")
-    images.samples[6] = (str(tmp_path / "bad" / "red" / "0.png"), 2)
+    shutil.copytree(colours / "train", tmp_path / "bad")
+    images = open_images(tmp_path / "bad", "--data_path", train_transform(16))
+    Path(images.images.location(6)).write_bytes(b"no image")
     model = set_weights(VisionTransformer(16, 8, embed_dim=24, depth=1, num_heads=3), 0).eval()
     feature, found = TokenFeature(ImageFeature(model), 1), {}
     for rank, world_size in ((0, 1), (0, 2), (1, 2)):

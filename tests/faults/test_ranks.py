@@ -100,7 +100,7 @@ from distributed import init_distributed_mode
 from errors import TrainingError
 from rank_watch import RankWatch
 rank = init_distributed_mode("cpu").rank
-with RankWatch(rank, 2, timedelta(minutes=30), notice_after=1):
+with RankWatch(rank, 2, timedelta(minutes=30), notice_after=6):
     if rank == int(sys.argv[1]):
         raise TrainingError("no more images")
     time.sleep(60)
