@@ -48,7 +48,7 @@ class RankWatch(threading.Thread):
         self.watched = range(1, world_size) if rank == 0 else range(1) if rank == world_size - 1 else ()
         self.enabled = world_size > 1 and dist_url == "env://"
         self.ended, self.signs, self.silent = threading.Event(), {}, set()
-        self.last_look, self.failure, self.failure_since = time.monotonic(), "", None
+        self.last_look, self.failure = time.monotonic(), ""
 
     def __enter__(self) -> "RankWatch":
         if self.enabled:
@@ -92,11 +92,15 @@ class RankWatch(threading.Thread):
                 with self.expect_answer():
                     store.set(f"alive/{self.rank}", f"{time.monotonic()} {name_process()}")
                     self.look(store)
-                    self.look_for_failure(store)
+                    self.ask_for_failure(store)
+                if self.failure:
+                    break
                 self.ended.wait(self.notice_after / 6)
         except (RuntimeError, OSError):  # the store has ended
             if not self.ended.is_set() and 0 in self.watched:
                 self.report(f"the store by which the ranks found each other has ended ({store_host()})")
+        if self.failure and not self.ended.wait(self.notice_after):
+            self.end_process()
 
     @contextlib.contextmanager
     def expect_answer(self) -> Iterator[None]:
@@ -139,17 +143,13 @@ class RankWatch(threading.Thread):
                 self.report(f"rank {rank} ({sign.partition(' ')[2]}) has given no sign of life since {since:%H:%M:%S}; "
                            f"the other ranks wait for it, {format_duration(self.timeout)} at most (--dist_timeout)")
 
-    def look_for_failure(self, store: dist.Store) -> None:
-        """End the process if another rank has told its error notice_after seconds ago, and this one is still here."""
-        if self.failure_since is None:
-            self.ask_for_failure(store)
-            self.failure_since = time.monotonic() if self.failure else None
-        elif time.monotonic() - self.failure_since >= self.notice_after and not self.ended.is_set():
-            if is_first_of_machine():
-                self.report(f"error: {self.failure}")
-            for child in multiprocessing.active_children():
-                child.kill()
-            os._exit(TrainingError.status)
+    def end_process(self) -> None:
+        """End a process that does not notice that another rank has ended with an error."""
+        if is_first_of_machine():
+            self.report(f"error: {self.failure}")
+        for child in multiprocessing.active_children():
+            child.kill()
+        os._exit(TrainingError.status)
 
     def report(self, text: str) -> None:
         print(f"{program_name()}: {text}", file=sys.stderr, flush=True)

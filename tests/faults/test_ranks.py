@@ -88,9 +88,12 @@ def test_the_error_of_one_rank_is_told_to_the_other(image_folder, start_without_
     ranks = start_without_launcher("--data_path", tmp_path / "images", NOTICE_AFTER="12")
     assert [job.wait(60) for job in ranks] == [1, 1]
     own, told = ranks[failing].errors(), ranks[1 - failing].errors()
-    assert len(own) == len(told) == 1 and "more than --max_bad_images" in own[0]
-    assert f"error: rank {failing} (process {ranks[failing].process.pid} on " in told[0]
-    assert own[0].split("error: ")[1] in told[0]
+    assert len(own) == 1 and "more than --max_bad_images" in own[0]
+    if failing:
+        assert f"error: rank 1 (process {ranks[1].process.pid} on " in told[0] and len(told) == 1
+        assert own[0].split("error: ")[1] in told[0]
+    else:
+        assert not told  # of a machine, the first rank speaks, and it has
 
 
 BLOCKED = """
