@@ -3,7 +3,7 @@
     python demo.py                  # everything goes to runs/demo; look at runs/demo/before_after.png
 
 The network, vit_pico, and the scenes (demo_scenes.py) are for trying things on a CPU. All figures are of scenes that
-were not trained on, before and after. docs/DEMO.md has them for several seeds, and what did not work.
+were not trained on, before and after; benchmarks/demo_seeds.py has them for several seeds.
 """
 import argparse
 import json
@@ -49,7 +49,7 @@ PALETTE = bytes(DAVIS_PALETTE)
 
 
 def training_scene(seed: int, number: int) -> Scene:
-    return draw_scene(np.random.default_rng((seed, TRAINING, number)), 64, 64, objects=(0, 2), radius=(12, 22),
+    return draw_scene(np.random.default_rng((seed, TRAINING, number)), 64, 64, objects=(0, 1), radius=(10, 18),
                       ground=number % len(NAMES))
 
 
@@ -110,10 +110,11 @@ def run(*words: str | Path) -> None:
 def pretrain(folder: Path, epochs: int, seed: int) -> None:
     run("main_selfpatch.py", "--arch", "vit_pico", "--patch_size", PATCH, "--data_path", folder / "scenes",
         "--output_dir", folder / "vit_pico", "--seed", seed, "--epochs", epochs, "--warmup_epochs", min(1, epochs - 1),
+        "--warmup_teacher_temp", 0.03, "--teacher_temp", 0.03,
         "--batch_size_per_gpu", 32, "--lr", 0.008, "--momentum_teacher", 0.99, "--weight_decay_end", 0.1,
         "--drop_path_rate", 0, "--use_bn_in_head", "true", "--head_hidden_dim", 256, "--out_dim", PROTOTYPES,
-        "--out_dim_selfpatch", PROTOTYPES, "--global_crops_size", 48, "--global_crops_scale", 0.4, 1,
-        "--local_crops_size", 32, "--local_crops_scale", 0.15, 0.4, "--local_crops_number", 2, "--num_workers", 1,
+        "--out_dim_selfpatch", PROTOTYPES, "--global_crops_size", 32, "--global_crops_scale", 0.25, 1,
+        "--local_crops_size", 24, "--local_crops_scale", 0.1, 0.3, "--local_crops_number", 2, "--num_workers", 1,
         "--saveckp_freq", 0)
 
 
@@ -230,8 +231,8 @@ def show(folder: Path, epochs: int, images: int, seed: int) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--output_dir", type=user_path, default=Path("runs/demo"), help="where everything goes")
-    parser.add_argument("--epochs", type=int, default=10, help="passes through the training images")
-    parser.add_argument("--images", type=int, default=2000, help="scenes to train on")
+    parser.add_argument("--epochs", type=int, default=6, help="passes through the training images")
+    parser.add_argument("--images", type=int, default=1000, help="scenes to train on")
     parser.add_argument("--seed", type=int, default=0, help="of all scenes, of the weights and of training")
     args = parser.parse_args()
     try:

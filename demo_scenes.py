@@ -1,11 +1,11 @@
-"""The demo's data: black-and-white scenes of patterned objects on a patterned ground, drawn with their labels.
+"""The demo's data: faintly coloured scenes of patterned objects on a patterned ground, drawn with their labels.
 
     clip = draw_scene(np.random.default_rng(0), 96, 96)         # frames, materials and objects of a still scene
     clip = draw_scene(rng, 320, 240, objects=(2, 3), radius=(34, 52), frames=12, speed=5)
 
-A material is one of eight patterns, of random direction, scale, phase and contrast, slightly bent. Objects overlap,
-are darker towards their rims and cast shadows. All materials of a scene have nearly the same two greys, so neither
-brightness nor colour tells them apart; the pattern does.
+A material is one of eight patterns, of random direction, scale, phase and contrast, slightly bent, with a faint tint.
+Objects overlap, are darker towards their rims and cast shadows. All materials of a scene have nearly the same two
+greys, so brightness does not tell them apart. Pattern and tint do, once changes of brightness are looked through.
 """
 import math
 from collections.abc import Callable
@@ -15,6 +15,7 @@ import cv2
 import numpy as np
 
 WAVELENGTHS = (10, 15)  # pixels from one stripe, dot or brick to the next
+TINT = 0.12  # largest relative difference of a channel from grey
 
 
 # ---------------------------------------------------------------- materials: [size, size] of 0 … 1
@@ -107,6 +108,12 @@ def surface(rng: np.random.Generator, size: int, material: int, greys: tuple[flo
     return ((low + (high - low) * pattern) * light).astype(np.float32)
 
 
+def draw_tints(rng: np.random.Generator) -> np.ndarray:
+    """Factors of red, green and blue for each material in one scene, float32 [materials, 3]."""
+    hues = 2 * math.pi * np.arange(len(MATERIALS)) / len(MATERIALS) + rng.uniform(-0.15, 0.15, len(MATERIALS))
+    return np.float32(1 + TINT * np.cos(hues[:, None] - 2 * math.pi / 3 * np.arange(3)))
+
+
 class Scene(NamedTuple):
     """Frames [T, H, W, 3], and for each pixel its material, an index of NAMES, and its object, 0 the ground; uint8."""
     frames: np.ndarray
@@ -171,7 +178,7 @@ def draw_scene(rng: np.random.Generator, width: int, height: int, objects: tuple
     background = surface(rng, max(width, height), order[0], greys)[:height, :width]
     blobs = [Blob(rng, (width, height), radius, material, greys, speed)
              for material in order[1:1 + rng.integers(objects[0], objects[1] + 1)]]
-    phase, drawn = rng.uniform(0, 2 * math.pi), []
+    phase, tints, drawn = rng.uniform(0, 2 * math.pi), draw_tints(rng), []
     for time in range(frames):
         frame, labels = background.copy(), np.zeros((2, height, width), np.uint8)
         labels[0] = order[0]
@@ -180,5 +187,6 @@ def draw_scene(rng: np.random.Generator, width: int, height: int, objects: tuple
         if light:
             frame *= 0.8 + 0.2 * math.cos(phase + light * time)
         frame += rng.normal(0, 6, frame.shape)
-        drawn.append((np.repeat(frame.clip(0, 255).astype(np.uint8)[..., None], 3, axis=2), *labels))
+        coloured = frame[..., None] * tints[labels[0]]
+        drawn.append((coloured.clip(0, 255).astype(np.uint8), *labels))
     return Scene(*map(np.stack, zip(*drawn, strict=True)))

@@ -192,7 +192,7 @@ class VisionTransformer(nn.Module):
         return tuple(part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in (q, k))
 
 
-def vit_pico(patch_size: int = 8, num_heads: int = 3, img_size: int = 48, **kwargs) -> VisionTransformer:
+def vit_pico(patch_size: int = 8, num_heads: int = 3, img_size: int = 32, **kwargs) -> VisionTransformer:
     """A network to try things with, which trains on a CPU in minutes: 4 blocks 96 wide, 0.5 million parameters.
 
     It is in no paper, and its features are good for small pictures alone. The position embedding is laid out for small
