@@ -11,7 +11,7 @@ from checkpoint_files import CheckpointError, printable
 from checkpoint_networks import Network
 from pickled_classes import StandIn
 
-ARCH_OF_WIDTH = {192: "vit_tiny", 384: "vit_small", 768: "vit_base"}
+ARCH_OF_WIDTH = {96: "vit_pico", 192: "vit_tiny", 384: "vit_small", 768: "vit_base"}
 LARGEST_GRID = 512  # patches per side: images of 8192 pixels with patches of 16
 OWN_WORDS = {"teacher", "student"}  # dictionaries of a run, which its key names already
 

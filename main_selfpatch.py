@@ -84,7 +84,7 @@ def build_run(args: argparse.Namespace, processes: Processes, steps_per_epoch: i
     device, distributed = processes.device, processes.world_size > 1
     networks = build_networks(args.arch, args.patch_size, args.out_dim, args.out_dim_selfpatch, args.k_num,
                               args.norm_last_layer, args.use_bn_in_head, args.drop_path_rate,
-                              use_patches=args.patch_loss_weight > 0)
+                              use_patches=args.patch_loss_weight > 0, head_hidden_dim=args.head_hidden_dim)
     if distributed and args.use_bn_in_head:
         networks = [sync_batchnorms(network, device) for network in networks]
     student, teacher = (network.to(device) for network in networks)
@@ -171,7 +171,8 @@ def open_step_log(run: TrainingRun, loader: CropLoader, log: RunLog, saved_args:
     """steps.jsonl beside log.txt, and the trackers of --log_with."""
     output = log.path.parent
     flops = flops_per_image(run.student_module.backbone, args.local_crops_number, args.global_crops_size,
-                            args.local_crops_size, args.out_dim, args.out_dim_selfpatch, args.patch_loss_weight > 0)
+                            args.local_crops_size, args.out_dim, args.out_dim_selfpatch, args.patch_loss_weight > 0,
+                            args.head_hidden_dim)
     peak = args.peak_tflops * 1e12 * processes.world_size
     return StepLog(output, run, loader, images_per_step(args, processes.world_size),
                    Trackers(chosen_trackers(args), output, saved_args, run.epoch, run.step),

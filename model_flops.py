@@ -1,11 +1,12 @@
 """FLOPs that a training step needs by the model's arithmetic, for model-FLOPs utilisation (MFU)."""
 from torch import nn
 
-HIDDEN, BOTTLENECK = 2048, 256  # of DINOHead
+BOTTLENECK = 256  # of DINOHead
 
 
 def flops_per_image(backbone: nn.Module, local_crops: int, global_size: int = 224, local_size: int = 96,
-                    out_dim: int = 65536, out_dim_selfpatch: int = 4096, use_patches: bool = True) -> float:
+                    out_dim: int = 65536, out_dim_selfpatch: int = 4096, use_patches: bool = True,
+                    hidden_dim: int = 2048) -> float:
     """Model FLOPs per image: the student's forward pass three times (backward is twice as much), the teacher's once.
 
     Multiply and add count as two, and what is computed again or without need does not count.
@@ -14,9 +15,10 @@ def flops_per_image(backbone: nn.Module, local_crops: int, global_size: int = 22
         backbone: a VisionTransformer.
         out_dim, out_dim_selfpatch: prototypes of the image and of the patch head.
         use_patches: False for DINO, whose teacher sees the two global crops alone.
+        hidden_dim: width of the hidden layers of both projection heads.
     """
     D, depth, patch = backbone.embed_dim, len(backbone.blocks), backbone.patch_size
-    projection = 2 * (D * HIDDEN + HIDDEN * HIDDEN + HIDDEN * BOTTLENECK)
+    projection = 2 * (D + hidden_dim + BOTTLENECK) * hidden_dim
 
     def forward(tokens: list[int]) -> float:
         """Backbone, class token and projections of crops with so many patches each, without the image prototypes."""

@@ -28,12 +28,16 @@ def get_args_parser() -> argparse.ArgumentParser:
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument("--arch", default="deit_tiny", choices=list(ARCHS),
-                       help="backbone; deit_* are other names for vit_*. The paper's results are vit_small's")
+                       help="backbone; deit_* are other names for vit_*. The paper's results are vit_small's; "
+                            "vit_pico is for trying, with --patch_size 8 and small crops")
     group.add_argument("--patch_size", default=16, type=int,
                        help="side of a patch in pixels; 8 gives finer features for about 5 times the time and memory")
     group.add_argument("--out_dim", default=65536, type=int,
                        help="prototypes of the image head; many do well on large data, use fewer on small data")
     group.add_argument("--out_dim_selfpatch", default=4096, type=int, help="prototypes of the patch head")
+    group.add_argument("--head_hidden_dim", default=2048, type=int,
+                       help="width of the hidden layers of both projection heads; with vit_pico 256 is enough, and "
+                            "several times as fast")
     group.add_argument("--k_num", default=4, type=int, help="positives of a patch among its 8 neighbours")
     group.add_argument("--norm_last_layer", default=True, type=bool_flag,
                        help="keep the student's prototypes at unit length; false can do better with vit_small, but is "
@@ -210,7 +214,8 @@ def require(condition: bool, message: str) -> None:
 
 # far above what anyone uses, far below what overflows a 64-bit integer or the memory of a list
 LARGEST = {"epochs": 10**6, "batch_size_per_gpu": 10**6, "accum_steps": 10**6, "patch_size": 10**4,
-           "out_dim": 10**8, "out_dim_selfpatch": 10**8, "local_crops_number": 1000, "global_crops_size": 10**4,
+           "out_dim": 10**8, "out_dim_selfpatch": 10**8, "head_hidden_dim": 10**6, "local_crops_number": 1000,
+           "global_crops_size": 10**4,
            "local_crops_size": 10**4, "num_workers": 1000, "seed": 2**63 - 1, "log_every": 10**9, "saveckp_freq": 10**9,
            "save_every_steps": 10**12, "save_every_minutes": 10**6, "freeze_last_layer": 10**9,
            "freeze_backbone_epochs": 10**9, "port": 65535}
@@ -220,8 +225,8 @@ def check_ranges(args: argparse.Namespace) -> None:
     """Each number by itself."""
     for name, largest in LARGEST.items():
         require(getattr(args, name) <= largest, f"--{name} is {getattr(args, name)}: it must be at most {largest}")
-    for name in ("epochs", "batch_size_per_gpu", "patch_size", "out_dim", "out_dim_selfpatch", "log_every",
-                 "accum_steps", "knn_every"):
+    for name in ("epochs", "batch_size_per_gpu", "patch_size", "out_dim", "out_dim_selfpatch", "head_hidden_dim",
+                 "log_every", "accum_steps", "knn_every"):
         require(getattr(args, name) > 0, f"--{name} is {getattr(args, name)}: it must be at least 1")
     for name in ("local_crops_number", "num_workers", "warmup_epochs", "warmup_teacher_temp_epochs", "clip_grad",
                  "patch_loss_weight", "saveckp_freq", "save_every_minutes", "save_every_steps",

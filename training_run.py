@@ -45,7 +45,8 @@ def build_schedules(epochs: int, steps_per_epoch: int, lr: float = 0.0005, min_l
 
 def build_networks(arch: str, patch_size: int = 16, out_dim: int = 65536, out_dim_selfpatch: int = 4096,
                    k_num: int = 4, norm_last_layer: bool = True, use_bn_in_head: bool = False,
-                   drop_path_rate: float = 0.1, use_patches: bool = True) -> tuple[MultiCropWrapper, MultiCropWrapper]:
+                   drop_path_rate: float = 0.1, use_patches: bool = True,
+                   head_hidden_dim: int = 2048) -> tuple[MultiCropWrapper, MultiCropWrapper]:
     """Student, and teacher: a copy with neither stochastic depth nor gradients.
 
     Args:
@@ -55,10 +56,12 @@ def build_networks(arch: str, patch_size: int = 16, out_dim: int = 65536, out_di
         norm_last_layer: freeze the gain of the student's prototypes; the teacher's always is.
         use_patches: False for DINO. The patch head then stays for the checkpoint's layout, but is neither run nor
             trained.
+        head_hidden_dim: width of the hidden layers of both projection heads.
     """
     def wrapper(drop_path_rate: float, norm_last_layer: bool) -> MultiCropWrapper:
         backbone = ARCHS[arch](patch_size=patch_size, drop_path_rate=drop_path_rate)
-        c_head, p_head = (DINOHead(backbone.embed_dim, prototypes, use_bn_in_head, norm_last_layer)
+        c_head, p_head = (DINOHead(backbone.embed_dim, prototypes, use_bn_in_head, norm_last_layer,
+                                   hidden_dim=head_hidden_dim)
                           for prototypes in (out_dim, out_dim_selfpatch))
         if not use_patches:
             p_head.requires_grad_(False)

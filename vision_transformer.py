@@ -192,6 +192,15 @@ class VisionTransformer(nn.Module):
         return tuple(part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in (q, k))
 
 
+def vit_pico(patch_size: int = 8, num_heads: int = 3, img_size: int = 32, **kwargs) -> VisionTransformer:
+    """A network to try things with, which trains on a CPU in minutes: 4 blocks 96 wide, 0.5 million parameters.
+
+    It is in no paper, and its features are good for small pictures alone. The position embedding is laid out for small
+    crops: most of one for 224 pixels would stay as it was drawn.
+    """
+    return VisionTransformer(img_size, patch_size, embed_dim=96, depth=4, num_heads=num_heads, **kwargs)
+
+
 def vit_tiny(patch_size: int = 16, num_heads: int = 3, **kwargs) -> VisionTransformer:
     return VisionTransformer(patch_size=patch_size, embed_dim=192, depth=12, num_heads=num_heads, **kwargs)
 
@@ -204,7 +213,7 @@ def vit_base(patch_size: int = 16, num_heads: int = 12, **kwargs) -> VisionTrans
     return VisionTransformer(patch_size=patch_size, embed_dim=768, depth=12, num_heads=num_heads, **kwargs)
 
 
-ARCHS = {"vit_tiny": vit_tiny, "vit_small": vit_small, "vit_base": vit_base,
+ARCHS = {"vit_pico": vit_pico, "vit_tiny": vit_tiny, "vit_small": vit_small, "vit_base": vit_base,
          "deit_tiny": vit_tiny, "deit_small": vit_small, "deit_base": vit_base}
 
 

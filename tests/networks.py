@@ -29,7 +29,8 @@ def constant_run(student, teacher, dino_loss: DINOLoss, optimizer="sgd", lr=0.1,
 def shrink_job(patch, width=24, depth=3, hidden_dim=32, bottleneck_dim=16):
     """Give the pretraining job a narrow, shallow vit_tiny and narrow heads, by a MonkeyPatch."""
     patch.setitem(ARCHS, "vit_tiny", partial(VisionTransformer, embed_dim=width, depth=depth, num_heads=3))
-    patch.setattr("training_run.DINOHead", partial(DINOHead, hidden_dim=hidden_dim, bottleneck_dim=bottleneck_dim))
+    small = {"hidden_dim": hidden_dim, "bottleneck_dim": bottleneck_dim}
+    patch.setattr("training_run.DINOHead", lambda *args, **kwargs: DINOHead(*args, **kwargs | small))
 
 
 def assert_same(ours, other, where="checkpoint"):

@@ -37,7 +37,7 @@ def state(empty_state):
     (lambda s: s.update({"blocks.0.mlp.fc1.bias": torch.zeros(7)}),
      r"wrong shape \(1\): blocks.0.mlp.fc1.bias is \[7\], expected \[768\]"),
     (lambda s: s.update({"pos_embed": torch.zeros(1, 197, 192)}), r"pos_embed is \[1, 197, 192\], without class token"),
-    (lambda s: s.update({"patch_embed.proj.weight": torch.zeros(100, 3, 16, 16)}), "D one of 192, 384, 768"),
+    (lambda s: s.update({"patch_embed.proj.weight": torch.zeros(100, 3, 16, 16)}), "D one of 96, 192, 384, 768"),
     (lambda s: s.update({"blocks.1.norm2.bias": torch.full((192,), torch.nan)}),
      r"NaN or infinite values \(1\): blocks.1.norm2.bias"),
     (lambda s: s.update({"blocks.1.norm2.bias": torch.zeros(192, dtype=torch.int8)}), "not floating point"),

@@ -55,7 +55,7 @@ def test_home_folder_in_path_options(monkeypatch):
     assert user_path("~/x") == Path("/home/someone/x") and user_path("a~/x") == Path("a~/x")
     folders = []
     monkeypatch.setattr("sys.argv", ["demo.py", "--output_dir=~/demo"])
-    monkeypatch.setattr(demo, "show", lambda folder, epochs: folders.append(folder))
+    monkeypatch.setattr(demo, "show", lambda folder, *_: folders.append(folder))
     assert demo.main() == 0 and folders == [Path("/home/someone/demo")]
     monkeypatch.setattr("sys.argv", ["run_with_submitit.py", "--output_dir=~/runs/two"])
     assert run_with_submitit.get_args().output_dir == "/home/someone/runs/two"
