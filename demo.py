@@ -123,10 +123,11 @@ def pretrain(folder: Path, epochs: int, seed: int) -> None:
 
 
 class Findings(NamedTuple):
-    """Three figures from 0 to 1, and what they are of: materials of the tested images, and masks of the clips."""
+    """Three figures from 0 to 1; materials of the tested images, masks of the clips, and each clip's J & F."""
     figures: dict[str, float]
     materials: np.ndarray
     masks: list[np.ndarray]
+    scores: list[float]
 
 
 @torch.inference_mode()
@@ -141,7 +142,7 @@ def measure(backbone: VisionTransformer, unseen: Unseen) -> Findings:
     masks = [follow(extract, scene) for scene in unseen.clips]
     scores = [np.mean(score_sequence(scene.objects, found)) for scene, found in zip(unseen.clips, masks, strict=True)]
     return Findings({"J&F": float(np.mean(scores)), "mean IoU": mean_iou(confusion.numpy()),
-                     "k-NN": top1[min(NEIGHBOURS, MEMORY)].top1 / 100}, materials.numpy(), masks)
+                     "k-NN": top1[min(NEIGHBOURS, MEMORY)].top1 / 100}, materials.numpy(), masks, scores)
 
 
 def retrieve(features: torch.Tensor, materials: torch.Tensor) -> torch.Tensor:
@@ -185,17 +186,23 @@ def tinted(image: np.ndarray, ids: np.ndarray, size: tuple[int, int]) -> Image.I
 
 
 def draw(folder: Path, unseen: Unseen, before: Findings, after: Findings) -> None:
-    """before_after.png: the clips' last frames, and materials of some images. clip.gif: the first clip."""
-    panels = []
+    """before_after.png: the clips' last frames, and materials of some images. clip.gif: the first clip.
+
+    The images are those whose gain is at the quartiles, so that they are typical.
+    """
+    panels, true = [], unseen.materials[MEMORY:].numpy()
     for number, scene in enumerate(unseen.clips[:3]):
         panels += [(name, tinted(scene.frames[t], masks[t], (320, 240))) for name, t, masks in (
             ("first frame, given", 0, scene.objects), ("last frame, true", -1, scene.objects),
-            ("before training", -1, before.masks[number]), ("after", -1, after.masks[number]))]
-    for i in range(len(unseen.images) - MEMORY)[-3:]:
-        image, true = unseen.images[MEMORY + i], unseen.materials[MEMORY + i].numpy()
-        panels += [(name, tinted(image, ids, (320, 320)).crop((0, 0, 320, 240))) for name, ids in (
-            ("image", 0 * true), ("true materials", 1 + true), ("before training", 1 + before.materials[i]),
-            ("after", 1 + after.materials[i]))]
+            (f"before, J&F {before.scores[number]:.2f}", -1, before.masks[number]),
+            (f"after, J&F {after.scores[number]:.2f}", -1, after.masks[number]))]
+    rights = [(found.materials == true).mean((1, 2)) for found in (before, after)]
+    order = np.argsort(rights[1] - rights[0])
+    for i in order[[3 * len(order) // 4, len(order) // 2, len(order) // 4]]:
+        panels += [(name, tinted(unseen.images[MEMORY + i], ids, (320, 320)).crop((0, 0, 320, 240))) for name, ids in (
+            ("image", 0 * true[i]), ("true materials", 1 + true[i]),
+            (f"before, {rights[0][i]:.0%} right", 1 + before.materials[i]),
+            (f"after, {rights[1][i]:.0%} right", 1 + after.materials[i]))]
     labelled_panels(panels, columns=4).save(folder / "before_after.png")
     scene = unseen.clips[0]
     write_video((labelled_panels([(name, tinted(frame, masks[t], (320, 240))) for name, masks in (

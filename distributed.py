@@ -157,16 +157,12 @@ def join(launch: Launch, backend: str, port: int = 29500, dist_url: str = "env:/
     timer.daemon = True
     timer.start()
     try:
-        store = None
+        meeting = {"init_method": dist_url}
         if dist_url == "env://":
             missing[:] = [0] if launch.rank else []
-            store = connect_store(timeout, server=launch.rank == 0)
-            call_roll(store, launch, timeout, missing)
-            dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.world_size,
-                                    timeout=timeout)
-        else:
-            dist.init_process_group(backend, init_method=dist_url, rank=launch.rank, world_size=launch.world_size,
-                                    timeout=timeout)
+            meeting = {"store": connect_store(timeout, server=launch.rank == 0)}
+            call_roll(meeting["store"], launch, timeout, missing)
+        dist.init_process_group(backend, rank=launch.rank, world_size=launch.world_size, timeout=timeout, **meeting)
     except (RuntimeError, ValueError, OSError) as error:
         waited = datetime.now() - start >= 0.9 * timeout
         first_line = (str(error).splitlines() or [type(error).__name__])[0]

@@ -101,15 +101,13 @@ def train(run: TrainingRun, loader: CropLoader, folder: RunFolder, log: RunLog |
     def probe_due(epoch: int) -> bool:
         return probe is not None and (epoch + 1 == args.epochs or (epoch + 1) % args.knn_every == 0)
 
-    def numbered(epoch: int) -> int | None:
-        return epoch if args.saveckp_freq and epoch % args.saveckp_freq == 0 else None
-
     timeout = timedelta(minutes=args.dist_timeout)
     with Interruption(args.save_every_minutes, timeout) as interruption, \
             RankWatch(processes.rank, processes.world_size, timeout, args.dist_url):
         saver = Saver(run, loader, folder, log, saved_args, interruption, args.save_every_steps)
         if run.epoch and not within and probe_due(run.epoch - 1):
-            evaluate_if_missed(probe, saver, steps, run.epoch == args.epochs, numbered(run.epoch - 1))
+            evaluate_if_missed(probe, saver, steps, run.epoch == args.epochs,
+                               numbered(run.epoch - 1, args.saveckp_freq))
         for epoch in range(run.epoch, args.epochs):
             logger = MetricLogger(window=args.log_every)
             begin_epoch(run, loader, logger, within, args.seed, processes)
@@ -123,13 +121,13 @@ def train(run: TrainingRun, loader: CropLoader, folder: RunFolder, log: RunLog |
             last, stop, row = epoch + 1 == args.epochs, interruption.agree() == STOP, make_row(stats, epoch)
             if log:
                 log.rows.append(row)
-            due = probe_due(epoch)
-            saver.save(stop or last and not due, numbered(epoch))
+            due, copy = probe_due(epoch), numbered(epoch, args.saveckp_freq)
+            saver.save(stop or last and not due, copy)
             on_main_process(lambda: log.write())
             if stop and (due or not last):
                 raise saver.stopped()  # what is due is evaluated when the run goes on
             if due:
-                evaluate(probe, saver, row, last, numbered(epoch))
+                evaluate(probe, saver, row, last, copy)
             if steps:
                 steps.trackers.log_epoch(row, run.step)
             loader.check_bad_images()
@@ -139,6 +137,11 @@ def train(run: TrainingRun, loader: CropLoader, folder: RunFolder, log: RunLog |
                     print(f"warning: {warning}", flush=True)
     if log:
         print(f"done: {args.epochs} epochs, {folder.last}")
+
+
+def numbered(epoch: int, saveckp_freq: int) -> int | None:
+    """The epoch, if a copy of its checkpoint is kept for good."""
+    return epoch if saveckp_freq and epoch % saveckp_freq == 0 else None
 
 
 def evaluate(probe: KnnProbe, saver: Saver, row: dict, last_chance: bool, epoch: int | None) -> None:
