@@ -25,7 +25,9 @@ from named_images import NamedImages, Progress, common_top, in_order, number_cla
 INDEX_VERSION = 1
 ARCHIVE_SUFFIXES = (".zip", ".tar")
 COMPRESSED_TARS = (".tgz", ".tbz", ".tbz2", ".txz", ".tzst", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
-ZIP_METHODS = {zipfile.ZIP_STORED: lambda data: data, zipfile.ZIP_DEFLATED: lambda data: zlib.decompress(data, -15)}
+# by method: from the bytes stored and the size that the directory gives; no more than one byte above it is unpacked
+ZIP_METHODS = {zipfile.ZIP_STORED: lambda data, _: data,
+               zipfile.ZIP_DEFLATED: lambda data, size: zlib.decompressobj(-15).decompress(data, size + 1)}
 OPEN_ARCHIVES = 64  # at a time in a process, which may have 1024 files open by default
 
 
@@ -114,7 +116,7 @@ def read_zip_member(path: str, start: int, stored: int, size: int, method: int, 
     if header[:4] != b"PK\3\4":
         raise ValueError("there is no member of the archive where its directory says")
     name, extra = struct.unpack("<HH", header[26:])
-    data = ZIP_METHODS[method](read_at(path, start + 30 + name + extra, stored))
+    data = ZIP_METHODS[method](read_at(path, start + 30 + name + extra, stored), size)
     if len(data) != size or zlib.crc32(data) != crc:
         raise ValueError("damaged in the archive: wrong checksum")
     return data

@@ -41,7 +41,7 @@ def open_images(paths: str | Path | list[str], option: str = "--data_path") -> N
         reason = images.unread_summary() or f"files ending in {' '.join(IMAGE_SUFFIXES)}"
         if any(images.unread[suffix] for suffix in ARCHIVE_SUFFIXES):
             reason += "; give the archives in it themselves" + ", unpacked from this one" * (opens is ArchiveImages)
-        raise ConfigError(f"{option} {images.root} has no images in it: {reason}")
+        raise ConfigError(f"{option} {images.source} has no images in it: {reason}")
     return images
 
 
@@ -62,9 +62,11 @@ def as_list(paths: str | Path | list[str]) -> list[str]:
 def absolute(path: str) -> str:
     """The path for a process that starts in another folder; names of data sets stay as they are."""
     if path.startswith("hf:"):
-        local = os.path.expanduser(path.removeprefix("hf:"))
-        return f"hf:{os.path.abspath(local)}" if os.path.exists(local) else path
-    return os.path.abspath(path)
+        start, mark, rest = path.removeprefix("hf:").partition(":")
+        local = os.path.expanduser(start)
+        return f"hf:{os.path.abspath(local)}{mark}{rest}" if os.path.exists(local) else path
+    file, mark, argument = path.partition(".py:")
+    return f"{os.path.abspath(file)}{mark}{argument}"
 
 
 def check_paths(paths: str | Path | list[str], option: str = "--data_path") -> Callable[..., NamedImages]:
@@ -189,11 +191,18 @@ def open_list(path: str) -> NamedImages:
             if listed and (label is None) != (listed[0][1] is None):
                 raise ConfigError(f"{path}, line {number}: {'no' if label is None else 'a'} class, unlike the lines "
                                   "before it: give one on every line, or on none")
-            if is_image_name(name) and not any(is_hidden(part) for part in name.split("/") if part not in (".", "..")):
+            if is_hidden(os.path.basename(name)):
+                continue
+            if is_image_name(name):
                 listed.append((name, label))
+            elif formats := unread_formats([name]):
+                unread.update(formats)
             else:
-                unread.update(unread_formats([name]))
-    return listed_images(folder, listed, unread)
+                raise ConfigError(f"{path}, line {number}: {name} is no image, whose name ends in "
+                                  f"{' '.join(IMAGE_SUFFIXES)}: correct the line or remove it")
+    images = listed_images(folder, listed, unread)
+    images.source = path
+    return images
 
 
 def text_lines(path: str) -> Iterator[str]:

@@ -75,13 +75,18 @@ def backbone_state(source: VisionTransformer, grid: int) -> tuple[dict[str, torc
 
 
 def head_state(head: nn.Module, name: str, info: CheckpointInfo) -> tuple[dict[str, torch.Tensor] | None, str]:
-    """A head's weights in a training run of SelfPatch, None where they do not fit, and then the reason in words.
+    """A head's weights in a training run, None where they do not fit, and then the reason in words.
+
+    DINO's only head is the image head.
 
     Raises:
         CheckpointError: they are of the right shapes, but sparse, not floating point or not finite.
     """
-    state = {key.removeprefix(f"{name}."): tensor for key, tensor in info.other_tensors.items()
-             if key.startswith(f"{name}.")}
+    prefix = f"{name}." if info.kind.startswith(OURS) else "head." if name == "c_head" else None
+    state = {key.removeprefix(prefix): tensor for key, tensor in info.other_tensors.items()
+             if prefix and key.startswith(prefix)}
+    if not info.kind.startswith(OURS) and "last_layer.weight_v" not in state:
+        return None, ""  # a classifier, if anything
     expected = head.state_dict()
     if not state:
         return None, ""
@@ -117,7 +122,7 @@ def set_initial_weights(student: MultiCropWrapper, teacher: MultiCropWrapper, so
     taken, fresh = ["backbone" + (f" ({'; '.join(changes)})" if changes else "")], []
     for name in HEADS:
         head = getattr(student, name)
-        state, reason = head_state(head, name, info) if info.kind.startswith(OURS) else (None, "")
+        state, reason = head_state(head, name, info)
         if state is None:
             fresh.append(name + (f" ({reason})" if reason else ""))
         else:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader
 
-from distributed import on_main_process
+from distributed import get_world_size
 from image_features import ImageFeature, eval_transform, open_pair, share_loader
 from knn import knn_accuracy
 from selfpatch_head import MultiCropWrapper
@@ -20,19 +20,18 @@ HELD_OUT = 0.2  # of a folder without train/ and val/: classified by the rest
 
 
 class Interruptible:
-    """The batches of a rank's share of images, with a function called after each, equally often on all ranks."""
+    """The batches of a rank's share of images, with a function called between them, equally often on all ranks."""
 
     def __init__(self, loader: DataLoader, after_batch: Callable[[], None]):
         self.loader, self.dataset, self.after_batch = loader, loader.dataset, after_batch
 
     def __iter__(self) -> Iterator:
-        # rank 0's share is the largest, by one image at most
-        total = -(-on_main_process(lambda: len(self.dataset)) // self.loader.batch_size)
-        batches = iter(self.loader)
-        for _ in range(total):
-            if (batch := next(batches, None)) is not None:
-                yield batch
-            self.after_batch()
+        # of several ranks one may fail within the batches, and then the others would wait for it here
+        self.after_batch()
+        for batch in self.loader:
+            yield batch
+            if get_world_size() == 1:
+                self.after_batch()
 
 
 class KnnProbe:
@@ -60,7 +59,8 @@ class KnnProbe:
         """Accuracies in per cent, and how long they took. Every rank calls it.
 
         Args:
-            after_batch: called after each batch, equally often on all ranks; what it raises ends the evaluation.
+            after_batch: called after each batch, or, with several ranks, before each set of images; what it raises
+                ends the evaluation.
         """
         start = time.monotonic()
         loaders = [Interruptible(loader, after_batch) for loader in self.loaders]

@@ -63,7 +63,7 @@ def build_loader(args: argparse.Namespace, processes: Processes, compiled: bool)
                             choose_augment(args.augment, processes.device))
     if len(dataset) < images_per_step(args, processes.world_size):
         raise ConfigError(
-            f"--data_path {dataset.images.root} has {len(dataset)} images, fewer than the "
+            f"--data_path {dataset.images.source} has {len(dataset)} images, fewer than the "
             f"{images_per_step(args, processes.world_size)} of one step ({args.batch_size_per_gpu} × "
             f"{args.accum_steps} small batches × {processes.world_size} processes): lower --batch_size_per_gpu or "
             "--accum_steps")

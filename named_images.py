@@ -59,6 +59,7 @@ class NamedImages:
     def __init__(self, root: str, names: Iterable[str], classes: Iterable[str] = (),
                  labels: Sequence[int] | torch.Tensor | None = None):
         self.root, self.names, self.classes = root, PackedNames(names), list(classes)
+        self.source = root  # for messages
         self.labels = torch.full((len(self),), -1) if labels is None else torch.as_tensor(labels)
         self.labels = self.labels.to(torch.int32)
         self.unread, self.outside = Counter(), 0

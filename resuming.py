@@ -1,6 +1,7 @@
 """Continuing a run: what its checkpoint holds besides the training state, and whether it is still the same run."""
 import argparse
 import os
+import re
 import zlib
 from pathlib import Path
 
@@ -40,11 +41,11 @@ def plain_args(args: argparse.Namespace, world_size: int, dataset: TrainingImage
 
 
 def describe_images(dataset: TrainingImages) -> str:
-    """Number of images and folders, and a checksum of their names, the same in a folder and in an archive of it."""
+    """Number of images, and a checksum of their names, the same in every form of the data."""
     checksum = 0
     for name in dataset.images.names:
         checksum = zlib.crc32(name.encode(errors="surrogateescape"), checksum)
-    return f"{len(dataset)} images in {len(dataset.classes)} folders, checksum {checksum:08x}"
+    return f"{len(dataset)} images, checksum {checksum:08x}"
 
 
 def with_batch(args: dict) -> dict:
@@ -58,6 +59,8 @@ def differences(ours: dict, theirs: dict) -> dict[str, tuple]:
     def comparable(name: str, value):
         if name == "arch":
             return ARCHS.get(value, value)  # deit_small is vit_small
+        if name == "data" and isinstance(value, str):
+            return re.sub(r" in \d+ folders", "", value)  # as it was written before lists had no folders
         return list(value) if isinstance(value, tuple) else value
 
     ours, theirs = with_batch(ours), with_batch(theirs)

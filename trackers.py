@@ -77,7 +77,10 @@ class Trackers:
         if self.boards:
             self.attempt("tensorboard", lambda: write_scalars(self.boards[kind], values, board_step))
         for name, module in list(self.services.items()):
-            self.attempt(name, lambda module=module: module.log(values, step=step))
+            if name == "wandb":  # which would drop rows of a resumed run whose steps it has had
+                self.attempt(name, lambda module=module: module.log(values | {"trained_steps": step}))
+            else:
+                self.attempt(name, lambda module=module: module.log(values, step=step))
 
     def attempt(self, name: str, action: Callable[[], None]) -> None:
         """Call action; the tracker of that name is given up where it fails."""
@@ -112,4 +115,6 @@ def start_service(name: str, output: Path, options: dict, resumed: bool):
     # trackio knows runs by name alone
     own = {"id": run_id, "dir": str(output)} if name == "wandb" else {}
     module.init(project="selfpatch", name=f"{output.resolve().name}-{run_id}", config=options, resume="allow", **own)
+    if name == "wandb":
+        module.define_metric("*", step_metric="trained_steps")
     return module

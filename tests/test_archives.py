@@ -2,8 +2,10 @@
 import io
 import os
 import shutil
+import struct
 import tarfile
 import zipfile
+import zlib
 
 import pytest
 import torch
@@ -218,3 +220,16 @@ def test_an_archive_without_images_or_with_images_beside_its_folders(image_folde
         archive.write(files(image_folder)[0], "dog/1.jpg")
     images = open_images(tmp_path / "x.zip")
     assert list(images.names) == ["dog/1.jpg"] and "1 beside the class folders" in images.unread_summary()
+
+
+def test_no_more_is_unpacked_than_the_directory_says(tmp_path, monkeypatch):
+    """A member that would fill the memory."""
+    with zipfile.ZipFile(tmp_path / "x.zip", "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("a/1.jpg", bytes(10**7))
+    data = (tmp_path / "x.zip").read_bytes()
+    (tmp_path / "x.zip").write_bytes(data.replace(struct.pack("<I", 10**7), struct.pack("<I", 100)))
+    images, sizes, crc32 = open_images(tmp_path / "x.zip"), [], zlib.crc32
+    monkeypatch.setattr(zlib, "crc32", lambda data: sizes.append(len(data)) or crc32(data))
+    with pytest.raises(UnreadableImage, match="damaged in the archive"):
+        images.read(0)
+    assert all(size <= 101 for size in sizes)

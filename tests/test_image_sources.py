@@ -111,11 +111,27 @@ def test_a_name_with_spaces_is_a_name(image_folder, tmp_path):
 def test_bad_lists_name_the_line(image_folder, tmp_path):
     good = image_folder / "class0" / "00.jpg"
     for text, message in ((f"{good}\n\nclass0/none.jpg 3\n", "line 3: there is no file .*class0/none.jpg 3"),
-                          (f"{good} 1\n{good}\n", "line 2: no class, unlike"), ("\n\n", "has no images in it")):
+                          (f"{good} 1\n{good}\n", "line 2: no class, unlike"),
+                          (f"{good}\nnotes.txt\n", "line 2: notes.txt is no image"), ("\n\n", "has no images in it")):
         (tmp_path / "list.txt").write_text(text)
+        (tmp_path / "notes.txt").touch()
         with pytest.raises(ConfigError, match=message) as error:
             open_images(tmp_path / "list.txt")
-        assert "\n" not in str(error.value) and "list.txt" in str(error.value) or "has no" in str(error.value)
+        assert "\n" not in str(error.value) and "list.txt" in str(error.value)
+
+
+def test_images_below_a_hidden_folder_are_used_where_a_list_names_them(image_folder, tmp_path):
+    shutil.copytree(image_folder, tmp_path / ".cache" / "images")
+    paths = sorted((tmp_path / ".cache" / "images").rglob("*.jpg"))
+    (tmp_path / "list.txt").write_text("".join(f"{path}\n" for path in paths))
+    assert len(open_images(tmp_path / "list.txt")) == 12
+
+
+def test_paths_for_a_process_that_starts_in_another_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "saved").mkdir()
+    assert [absolute(path) for path in ("a", "mine.py:s3://bucket/x", "hf:saved:train", "hf:owner/name")] == [
+        f"{tmp_path}/a", f"{tmp_path}/mine.py:s3://bucket/x", f"hf:{tmp_path}/saved:train", "hf:owner/name"]
 
 
 # ---------------------------------------------------------------- what is none of these

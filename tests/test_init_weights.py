@@ -80,6 +80,17 @@ def test_class_token_network(tmp_path, capsys, img_size, resized):
         torch.testing.assert_close(teacher.backbone.prepare_tokens(IMAGES), source.prepare_tokens(IMAGES)[:, 1:])
 
 
+def test_dinos_head_is_the_image_head(tmp_path):
+    dino_file(tmp_path / "dino.pth")
+    state, head = load(tmp_path / "dino.pth"), set_weights(build_networks("vit_tiny", out_dim=64)[1].c_head, 3)
+    for network in state.values():
+        network.update(under("head.", head.state_dict()))
+    torch.save(state, tmp_path / "dino.pth")
+    student, teacher, line = started(tmp_path / "dino.pth")
+    assert line.endswith("dino.pth; fresh: ca_head, p_head") and "c_head from" in line
+    assert_same(dict(teacher.c_head.state_dict()), dict(head.state_dict()))
+
+
 def test_fresh_heads_are_those_of_a_run_from_scratch(tmp_path):
     dino_file(tmp_path / "dino.pth")
     torch.manual_seed(3)

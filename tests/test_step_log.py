@@ -275,9 +275,13 @@ class Service(ModuleType):
     def init(self, **kwargs):
         self.note("init", kwargs)
 
-    def log(self, values, step):
+    def log(self, values, step=None):
         self.note("log", {})
-        self.rows.append((step, values))
+        assert (self.__name__ == "wandb") == (step is None)  # wandb drops steps below the last one
+        self.rows.append((values.pop("trained_steps") if step is None else step, values))
+
+    def define_metric(self, name, step_metric):
+        assert (name, step_metric) == ("*", "trained_steps")
 
     def finish(self):
         self.note("finish", {})
