@@ -28,6 +28,7 @@ from distributed import together
 from errors import ArgumentParser, ConfigError, run_main, user_path
 from evaluation import Column, Machine, add_evaluation_options, check_options, evaluate_each, finish, start
 from feature_pictures import boxes_over
+from image_features import check_finite
 from image_files import load_rgb
 from model_options import Candidate, load_candidates
 from object_discovery import EPSILON, TAU, box_of, is_found, lost, tokencut
@@ -60,22 +61,26 @@ def prepare(pixels: torch.Tensor, patch_size: int, statistics: tuple) -> torch.T
     return F.pad(image, (0, -image.shape[-1] % patch_size, 0, -image.shape[-2] % patch_size))
 
 
-def discover(model: Backbone, pixels: torch.Tensor, args: argparse.Namespace, machine: Machine) -> dict[str, Box]:
+def discover(model: Backbone, pixels: torch.Tensor, args: argparse.Namespace, machine: Machine,
+             path: Path) -> dict[str, Box]:
     """The box of an image, uint8 [3, H, W], by every method asked for.
 
+    Args:
+        path: of the image, for messages.
+
     Raises:
-        ConfigError: the image has more than MAX_PATCHES patches.
+        ConfigError: the image has more than MAX_PATCHES patches, or a feature is not finite.
     """
     image = prepare(pixels.to(machine.device), model.patch_size, image_statistics(model))
     rows, columns = model.grid_size(image)
     if rows * columns > MAX_PATCHES:
-        raise ConfigError(f"an image of {pixels.shape[2]}×{pixels.shape[1]} has {rows * columns} patches of "
+        raise ConfigError(f"{path}: an image of {pixels.shape[2]}×{pixels.shape[1]} has {rows * columns} patches of "
                           f"{model.patch_size}, more than {MAX_PATCHES}, between which every correlation is needed: "
                           "scale it down")
     with machine.frozen():
         found = model.features(image, args.layer, keys=args.feature == "keys")
-    tokens, grid = getattr(found, args.feature)[0].float(), model.grid_size(image)
-    masks = {}
+    tokens, grid, masks = getattr(found, args.feature)[0].float(), (rows, columns), {}
+    check_finite(tokens, str(path))
     if "lost" in args.method:
         masks["lost"] = lost(tokens, grid)[0]
     if "tokencut" in args.method:
@@ -111,7 +116,7 @@ def discover_share(model: Backbone, images: list[BoxImage], args: argparse.Names
     loader = DataLoader(dataset, None, num_workers=args.num_workers)
     outcome = {}
     for number, pixels, truth in tqdm(loader, desc="images", unit="image", disable=machine.rank > 0):
-        boxes = discover(model, pixels, args, machine)
+        boxes = discover(model, pixels, args, machine, images[number].path)
         known = truth is not None and len(truth) > 0
         outcome[number] = boxes, {name: is_found(box, truth) for name, box in boxes.items()} if known else None
         if draw:

@@ -21,6 +21,7 @@ from collectives import sum_over_processes
 from distributed import together
 from errors import ArgumentParser, ConfigError, TrainingError, run_main
 from evaluation import Column, Machine, add_evaluation_options, check_options, evaluate_each, finish, start
+from image_features import check_finite
 from linear_segmentation import (
     LinearHead,
     build_head,
@@ -143,21 +144,30 @@ def train(model: Backbone, data: SegmentationData, args: argparse.Namespace, mac
 @torch.no_grad()
 def test(model: Backbone, head: LinearHead, data: SegmentationData, args: argparse.Namespace,
          machine: Machine) -> np.ndarray:
-    """The confusion matrix over all test images at full size, int64 [C, C], the same in every process."""
+    """The confusion matrix over all test images at full size, int64 [C, C], the same in every process.
+
+    Raises:
+        ConfigError: an image or mask cannot be read, or a feature is not finite; all processes raise it.
+    """
     window = SIDE // model.patch_size * model.patch_size
 
     def logits_of(images: torch.Tensor) -> torch.Tensor:
         with machine.frozen():
             features = model.features(images, args.layer).patches
+        check_finite(features)
         return head(features).transpose(1, 2).unflatten(2, model.grid_size(images))
 
-    confusion = torch.zeros(data.num_classes, data.num_classes, dtype=torch.long, device=machine.device)
-    loader = DataLoader(TestImages(data, machine), None, num_workers=args.num_workers)
-    for pixels, ids in tqdm(loader, "test", unit="image", disable=machine.rank > 0):
-        image = normalise(pixels.to(machine.device), image_statistics(model))
-        logits = sliding_logits(image, logits_of, data.num_classes, window, STRIDE)
-        confusion += confusion_matrix(ids.to(machine.device), full_size_prediction(logits, ids.shape), data.num_classes)
-    return sum_over_processes(confusion).cpu().numpy()
+    def share() -> torch.Tensor:
+        confusion = torch.zeros(data.num_classes, data.num_classes, dtype=torch.long, device=machine.device)
+        loader = DataLoader(TestImages(data, machine), None, num_workers=args.num_workers)
+        for pixels, ids in tqdm(loader, "test", unit="image", disable=machine.rank > 0):
+            image = normalise(pixels.to(machine.device), image_statistics(model))
+            prediction = full_size_prediction(
+                sliding_logits(image, logits_of, data.num_classes, window, STRIDE), ids.shape)
+            confusion += confusion_matrix(ids.to(machine.device), prediction, data.num_classes)
+        return confusion
+
+    return sum_over_processes(together(share)).cpu().numpy()
 
 
 def evaluate(model: Backbone, data: SegmentationData, args: argparse.Namespace, machine: Machine) -> Column:
