@@ -32,6 +32,7 @@ from image_features import check_finite
 from image_files import load_rgb
 from model_options import Candidate, load_candidates
 from object_discovery import EPSILON, TAU, box_of, is_found, lost, tokencut
+from results import folder_names
 
 METHODS = {"lost": "LOST", "tokencut": "TokenCut"}
 
@@ -194,10 +195,11 @@ def main(args: argparse.Namespace) -> None:
     together(lambda: check_pictures(args.pictures, args.overwrite))
     images = together(lambda: find_box_data(args.data))
     candidates = together(lambda: load_candidates(args, quiet=machine.rank > 0))
-    outcomes = {}
+    names, outcomes = [one.name for one in candidates], {}
+    folders = dict(zip(names, folder_names(names), strict=True))
 
     def evaluate(candidate: Candidate) -> Column:
-        draw = args.pictures and partial(write_picture, args.pictures / candidate.name.replace(os.sep, "_"))
+        draw = args.pictures and partial(write_picture, args.pictures / folders[candidate.name])
         outcomes[candidate.name] = discover_all(candidate.model, images, args, machine, draw)
         return figures(outcomes[candidate.name], args.method)
 

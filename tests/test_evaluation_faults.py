@@ -1,4 +1,5 @@
 """What must not become a figure: features that are not finite, files that cannot be read, names that clash."""
+import argparse
 import shutil
 
 import numpy as np
@@ -11,6 +12,7 @@ import eval_dense_retrieval
 import eval_knn
 import eval_linear
 import eval_linear_segmentation
+from box_data import unique_names
 from dense_retrieval import PatchMemory
 from errors import ConfigError, run_main
 from evaluation import Machine, evaluate_each
@@ -19,6 +21,7 @@ from knn import class_ranks, classify
 from linear_segmentation import LinearHead, window_starts
 from model_options import Candidate, row_names
 from object_discovery import cut_vector, tokencut
+from results import folder_names
 from vision_transformer import vit_tiny
 
 NAN = float("nan")
@@ -102,9 +105,25 @@ def test_nothing_to_classify():
 
 def test_names_are_unique():
     assert row_names(["a/w.pth", "b/w.pth"]) == ["a/w.pth", "b/w.pth"]
-    for paths in (["w.pth", "w.pth"], ["random"], ["random", "random", "x"]):
+    for paths in (["w.pth", "w.pth"], ["random"], ["random", "random", "x"], ["x.pth", "x.pth", "x.pth (2)"]):
         names = row_names(paths)
         assert len({*names, "random"}) == len(paths) + 1
+    assert row_names(["x.pth", "x.pth", "x.pth (2)"]) == ["x.pth", "x.pth (3)", "x.pth (2)"]
+
+
+def test_folders_are_unique_and_stay_where_they_belong(tmp_path):
+    assert folder_names(["a_ck.pth", "a/ck.pth", "random"]) == ["a_ck.pth", "a_ck.pth (2)", "random"]
+    assert folder_names(["..", ".", "../.."]) == ["backbone", "backbone (2)", ".._.."]
+    candidates = [Candidate(name, None, None) for name in ("a_ck.pth", "a/ck.pth", "..")]
+    args = argparse.Namespace(dump_features=tmp_path, overwrite=False)
+    folders = eval_knn.dump_folders(args, candidates)
+    assert {folder.parent for folder in folders.values()} == {tmp_path} and len(set(folders.values())) == 3
+    assert eval_knn.dump_folders(args, candidates[:1]) == {"a_ck.pth": tmp_path}
+
+
+def test_images_have_names_of_their_own():
+    assert unique_names(["a.jpg", "a.png", "a.jpg.png"]) == ["a.jpg", "a.png", "a.jpg (2)"]
+    assert unique_names(["../a.jpg", "a.jpg"]) == ["a.jpg", "a.jpg (2)"]
 
 
 def test_an_image_of_one_patch():
