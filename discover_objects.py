@@ -26,7 +26,17 @@ from backbones import Backbone, image_statistics, normalise
 from box_data import HELP, BoxImage, find_box_data
 from distributed import together
 from errors import ArgumentParser, ConfigError, run_main, user_path
-from evaluation import Column, Machine, add_evaluation_options, check_options, evaluate_each, finish, start
+from evaluation import (
+    Column,
+    Machine,
+    add_evaluation_options,
+    add_patch_feature,
+    check_options,
+    evaluate_each,
+    finish,
+    patch_features,
+    start,
+)
 from feature_pictures import boxes_over
 from image_features import check_finite
 from image_files import load_rgb
@@ -78,9 +88,7 @@ def discover(model: Backbone, pixels: torch.Tensor, args: argparse.Namespace, ma
         raise ConfigError(f"{path}: an image of {pixels.shape[2]}×{pixels.shape[1]} has {rows * columns} patches of "
                           f"{model.patch_size}, more than {MAX_PATCHES}, between which every correlation is needed: "
                           "scale it down")
-    with machine.frozen():
-        found = model.features(image, args.layer, keys=args.feature == "keys")
-    tokens, grid, masks = getattr(found, args.feature)[0].float(), (rows, columns), {}
+    tokens, grid, masks = patch_features(model, image, args, machine)[0].float(), (rows, columns), {}
     check_finite(tokens, str(path))
     if "lost" in args.method:
         masks["lost"] = lost(tokens, grid)[0]
@@ -176,8 +184,7 @@ def get_args_parser() -> ArgumentParser:
     parser = ArgumentParser(description="Object discovery with LOST and TokenCut")
     parser.add_argument("--data", required=True, help=HELP)
     parser.add_argument("--method", nargs="+", choices=list(METHODS), default=list(METHODS), help="default: both")
-    parser.add_argument("--feature", choices=["keys", "patches"], default="keys",
-                        help="of a patch: keys of the block's attention (published), or its output")
+    add_patch_feature(parser, "keys")
     parser.add_argument("--tau", type=float, default=TAU, help="TokenCut's cosine above which patches are connected")
     parser.add_argument("--epsilon", type=float, default=EPSILON, help="TokenCut's weight of other edges")
     parser.add_argument("--pictures", type=user_path, metavar="FOLDER",
@@ -190,7 +197,7 @@ def main(args: argparse.Namespace) -> None:
     """Raises ConfigError for options, data or checkpoints that cannot be used."""
     check_options(args)
     if not (0 < args.epsilon < math.inf and -1 < args.tau < 1):
-        raise ConfigError(f"--tau {args.tau:g} --epsilon {args.epsilon:g}: give a cosine, and more than 0")
+        raise ConfigError(f"--tau {args.tau:g} --epsilon {args.epsilon:g}: give a cosine, and more than 0 and finite")
     machine = start(args)
     together(lambda: check_pictures(args.pictures, args.overwrite))
     images = together(lambda: find_box_data(args.data))

@@ -20,7 +20,18 @@ from backbones import Backbone, image_statistics, normalise
 from collectives import sum_over_processes
 from distributed import together
 from errors import ArgumentParser, ConfigError, TrainingError, run_main
-from evaluation import Column, Machine, add_evaluation_options, check_options, evaluate_each, finish, start
+from evaluation import (
+    Column,
+    Machine,
+    add_evaluation_options,
+    add_patch_feature,
+    check_options,
+    evaluate_each,
+    finish,
+    patch_features,
+    patch_width,
+    start,
+)
 from image_features import check_finite
 from linear_segmentation import (
     LinearHead,
@@ -112,7 +123,7 @@ def train(model: Backbone, data: SegmentationData, args: argparse.Namespace, mac
         TrainingError: the loss is not finite.
     """
     size = SIDE // model.patch_size * model.patch_size
-    head = build_head(model.embed_dim, data.num_classes, machine.device, args.seed)
+    head = build_head(patch_width(model, args, machine), data.num_classes, machine.device, args.seed)
     optimizer = torch.optim.AdamW(head.parameters(), weight_decay=args.weight_decay)
     warmup = round(args.iterations * PUBLISHED_WARMUP / PUBLISHED_STEPS) if args.warmup is None else args.warmup
     schedule = cosine_schedule(args.lr, 0.0, args.iterations, warmup, WARMUP_START)
@@ -122,8 +133,7 @@ def train(model: Backbone, data: SegmentationData, args: argparse.Namespace, mac
         for step, (pixels, ids) in enumerate(progress):
             pixels, ids = (part.to(machine.device, non_blocking=True) for part in (pixels, ids))
             images = normalise(pixels, image_statistics(model))
-            with machine.frozen():
-                features = model.features(images, args.layer).patches
+            features = patch_features(model, images, args, machine)
             kept = kept_channels(head, len(images), int(np.random.SeedSequence([args.seed, step]).generate_state(1)[0]))
             loss = segmentation_loss(head(features, kept), ids, model.grid_size(images))
             optimizer.zero_grad()
@@ -152,8 +162,7 @@ def test(model: Backbone, head: LinearHead, data: SegmentationData, args: argpar
     window = SIDE // model.patch_size * model.patch_size
 
     def logits_of(images: torch.Tensor) -> torch.Tensor:
-        with machine.frozen():
-            features = model.features(images, args.layer).patches
+        features = patch_features(model, images, args, machine)
         check_finite(features)
         return head(features).transpose(1, 2).unflatten(2, model.grid_size(images))
 
@@ -190,6 +199,7 @@ def get_args_parser() -> ArgumentParser:
     training.add_argument("--lr", type=float, default=1e-3, help="of AdamW, after the warm-up; a cosine leads to 0")
     training.add_argument("--weight_decay", type=float, default=1e-3)
     training.add_argument("--warmup", type=int, help="steps of the warm-up; default: 1500 of 40000, in proportion")
+    add_patch_feature(parser, "patches")
     add_evaluation_options(parser)
     return parser
 
@@ -199,7 +209,9 @@ def main(args: argparse.Namespace) -> None:
     check_options(args, iterations=1, batch_size=2)
     if not (0 < args.lr < math.inf and 0 <= args.weight_decay < math.inf and (args.warmup or 0) >= 0):
         raise ConfigError(f"--lr {args.lr:g} --weight_decay {args.weight_decay:g} --warmup {args.warmup}: give a "
-                          "learning rate above 0, and nothing negative")
+                          "learning rate above 0, and nothing negative or infinite")
+    if (args.warmup or 0) > args.iterations:
+        raise ConfigError(f"--warmup {args.warmup} is more than --iterations {args.iterations}: give at most that")
     machine = start(args)
     data = together(lambda: find_segmentation_data(args.data, args.num_classes))
     if args.batch_size % machine.world_size:
