@@ -20,6 +20,7 @@ import numpy as np
 from davis_data import VOID, read_mask
 from errors import ConfigError
 from image_files import IMAGE_SUFFIXES, is_image_name, walk
+from results import tell_apart
 from segmentation_data import check_sizes, existing_folder, find_pairs, read_list
 
 HELP = "voc:FOLDER, coco:JSON,IMAGES, folders:IMAGES,MASKS (boxes around the masks) or images:FOLDER (no boxes)"
@@ -68,12 +69,13 @@ def find_box_data(text: str) -> list[BoxImage]:
 def unique_names(paths: Sequence[str | Path]) -> list[str]:
     """A name for each image by its relative path: without the suffix, unless another image differs in that alone.
 
-    No name leads out of a folder that it is used in: leading / and .. are left out.
+    Names that would still be the same are numbered (see results.tell_apart). No name leads out of a folder that
+    it is used in: leading / and .. are left out.
     """
     plain = [PurePosixPath(*(part for part in PurePosixPath(path).parts if part not in ("/", ".."))) for path in paths]
     names = [str(path.with_suffix("")) for path in plain]
     count = Counter(names)
-    return [name if count[name] == 1 else str(path) for name, path in zip(names, plain, strict=True)]
+    return tell_apart([name if count[name] == 1 else str(path) for name, path in zip(names, plain, strict=True)])
 
 
 def _voc(place: str) -> list[BoxImage]:

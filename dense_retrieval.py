@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from collectives import gather, sum_over_processes
 from distributed import get_rank, get_world_size
 from errors import ConfigError
+from image_features import check_finite
 from nearest_neighbours import BANK_ROWS, QUERY_ROWS, nearest
 
 NEIGHBOURS, TEMPERATURE = 30, 0.02
@@ -101,8 +102,10 @@ class PatchMemory:
         """Add rows: features [R, D] of any length, and their soft labels [R, C].
 
         Raises:
+            ConfigError: a feature is not finite.
             ValueError: there is no room for them.
         """
+        check_finite(features)
         end = self._rows + len(features)
         if end > len(self._features):
             raise ValueError(f"{end} rows in a memory for {len(self._features)}")
@@ -122,8 +125,12 @@ class PatchMemory:
 
         Returns:
             float32 [Q, C], rows sum to 1.
+
+        Raises:
+            ConfigError: a feature is not finite; all processes raise it.
         """
         queries = gather(F.normalize(queries.float(), dim=-1)).flatten(0, 1)
+        check_finite(queries)  # of all processes, so that none is left waiting for one that has raised
         votes = sum_over_processes(self._vote(queries, neighbours, temperature, query_rows, memory_rows))
         return votes.chunk(get_world_size())[get_rank()]
 

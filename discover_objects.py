@@ -26,11 +26,23 @@ from backbones import Backbone, image_statistics, normalise
 from box_data import HELP, BoxImage, find_box_data
 from distributed import together
 from errors import ArgumentParser, ConfigError, run_main, user_path
-from evaluation import Column, Machine, add_evaluation_options, check_options, evaluate_each, finish, start
+from evaluation import (
+    Column,
+    Machine,
+    add_evaluation_options,
+    add_patch_feature,
+    check_options,
+    evaluate_each,
+    finish,
+    patch_features,
+    start,
+)
 from feature_pictures import boxes_over
+from image_features import check_finite
 from image_files import load_rgb
 from model_options import Candidate, load_candidates
 from object_discovery import EPSILON, TAU, box_of, is_found, lost, tokencut
+from results import folder_names
 
 METHODS = {"lost": "LOST", "tokencut": "TokenCut"}
 
@@ -60,22 +72,24 @@ def prepare(pixels: torch.Tensor, patch_size: int, statistics: tuple) -> torch.T
     return F.pad(image, (0, -image.shape[-1] % patch_size, 0, -image.shape[-2] % patch_size))
 
 
-def discover(model: Backbone, pixels: torch.Tensor, args: argparse.Namespace, machine: Machine) -> dict[str, Box]:
+def discover(model: Backbone, pixels: torch.Tensor, args: argparse.Namespace, machine: Machine,
+             path: Path) -> dict[str, Box]:
     """The box of an image, uint8 [3, H, W], by every method asked for.
 
+    Args:
+        path: of the image, for messages.
+
     Raises:
-        ConfigError: the image has more than MAX_PATCHES patches.
+        ConfigError: the image has more than MAX_PATCHES patches, or a feature is not finite.
     """
     image = prepare(pixels.to(machine.device), model.patch_size, image_statistics(model))
     rows, columns = model.grid_size(image)
     if rows * columns > MAX_PATCHES:
-        raise ConfigError(f"an image of {pixels.shape[2]}×{pixels.shape[1]} has {rows * columns} patches of "
+        raise ConfigError(f"{path}: an image of {pixels.shape[2]}×{pixels.shape[1]} has {rows * columns} patches of "
                           f"{model.patch_size}, more than {MAX_PATCHES}, between which every correlation is needed: "
                           "scale it down")
-    with machine.frozen():
-        found = model.features(image, args.layer, keys=args.feature == "keys")
-    tokens, grid = getattr(found, args.feature)[0].float(), model.grid_size(image)
-    masks = {}
+    tokens, grid, masks = patch_features(model, image, args, machine)[0].float(), (rows, columns), {}
+    check_finite(tokens, str(path))
     if "lost" in args.method:
         masks["lost"] = lost(tokens, grid)[0]
     if "tokencut" in args.method:
@@ -111,7 +125,7 @@ def discover_share(model: Backbone, images: list[BoxImage], args: argparse.Names
     loader = DataLoader(dataset, None, num_workers=args.num_workers)
     outcome = {}
     for number, pixels, truth in tqdm(loader, desc="images", unit="image", disable=machine.rank > 0):
-        boxes = discover(model, pixels, args, machine)
+        boxes = discover(model, pixels, args, machine, images[number].path)
         known = truth is not None and len(truth) > 0
         outcome[number] = boxes, {name: is_found(box, truth) for name, box in boxes.items()} if known else None
         if draw:
@@ -170,8 +184,7 @@ def get_args_parser() -> ArgumentParser:
     parser = ArgumentParser(description="Object discovery with LOST and TokenCut")
     parser.add_argument("--data", required=True, help=HELP)
     parser.add_argument("--method", nargs="+", choices=list(METHODS), default=list(METHODS), help="default: both")
-    parser.add_argument("--feature", choices=["keys", "patches"], default="keys",
-                        help="of a patch: keys of the block's attention (published), or its output")
+    add_patch_feature(parser, "keys")
     parser.add_argument("--tau", type=float, default=TAU, help="TokenCut's cosine above which patches are connected")
     parser.add_argument("--epsilon", type=float, default=EPSILON, help="TokenCut's weight of other edges")
     parser.add_argument("--pictures", type=user_path, metavar="FOLDER",
@@ -184,15 +197,16 @@ def main(args: argparse.Namespace) -> None:
     """Raises ConfigError for options, data or checkpoints that cannot be used."""
     check_options(args)
     if not (0 < args.epsilon < math.inf and -1 < args.tau < 1):
-        raise ConfigError(f"--tau {args.tau:g} --epsilon {args.epsilon:g}: give a cosine, and more than 0")
+        raise ConfigError(f"--tau {args.tau:g} --epsilon {args.epsilon:g}: give a cosine, and more than 0 and finite")
     machine = start(args)
     together(lambda: check_pictures(args.pictures, args.overwrite))
     images = together(lambda: find_box_data(args.data))
     candidates = together(lambda: load_candidates(args, quiet=machine.rank > 0))
-    outcomes = {}
+    names, outcomes = [one.name for one in candidates], {}
+    folders = dict(zip(names, folder_names(names), strict=True))
 
     def evaluate(candidate: Candidate) -> Column:
-        draw = args.pictures and partial(write_picture, args.pictures / candidate.name.replace(os.sep, "_"))
+        draw = args.pictures and partial(write_picture, args.pictures / folders[candidate.name])
         outcomes[candidate.name] = discover_all(candidate.model, images, args, machine, draw)
         return figures(outcomes[candidate.name], args.method)
 

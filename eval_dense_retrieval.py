@@ -22,7 +22,18 @@ from collectives import sum_over_processes
 from dense_retrieval import NEIGHBOURS, TEMPERATURE, PatchMemory, label_map, patch_labels, sample_patches
 from distributed import together
 from errors import ArgumentParser, ConfigError, run_main
-from evaluation import Column, Machine, add_evaluation_options, check_options, evaluate_each, finish, start
+from evaluation import (
+    Column,
+    Machine,
+    add_evaluation_options,
+    add_patch_feature,
+    check_options,
+    evaluate_each,
+    finish,
+    patch_features,
+    patch_width,
+    start,
+)
 from model_options import load_candidates
 from nearest_neighbours import BANK_ROWS
 from segmentation_data import HELP, Pair, SegmentationData, find_segmentation_data
@@ -123,11 +134,11 @@ def build_memory(model: Backbone, data: SegmentationData, args: argparse.Namespa
     bounds = [samples * rank // machine.world_size for rank in (machine.rank, machine.rank + 1)]
     size = image_size(model.patch_size)
     rows = min(args.memory_size // samples, (size // model.patch_size)**2)
-    memory = PatchMemory(rows * (bounds[1] - bounds[0]), model.embed_dim, data.num_classes, machine.device)
+    width = patch_width(model, args, machine)
+    memory = PatchMemory(rows * (bounds[1] - bounds[0]), width, data.num_classes, machine.device)
     dataset = MemoryImages(data, size, statistics, range(*bounds), args.seed)
     for images, ids, repeats, numbers in batches(dataset, args, machine, "memory"):
-        with machine.frozen():
-            features = model.features(images, args.layer).patches
+        features = patch_features(model, images, args, machine)
         ids = torch.where(ids == IGNORE, 0, ids)  # as published: what is not scored is class 0 in the memory
         for one, labels, repeat, number in zip(features, patch_labels(ids, data.num_classes, model.patch_size),
                                                repeats.tolist(), numbers.tolist(), strict=True):
@@ -149,8 +160,7 @@ def score(model: Backbone, data: SegmentationData, args: argparse.Namespace, mac
     dataset = TestImages(data, image_size(model.patch_size), statistics, pairs[machine.rank::machine.world_size])
     confusion = torch.zeros(data.num_classes, data.num_classes, dtype=torch.long, device=machine.device)
     for images, ids in batches(dataset, args, machine, "test"):
-        with machine.frozen():
-            features = model.features(images, args.layer).patches
+        features = patch_features(model, images, args, machine)
         votes = memory.vote(features.flatten(0, 1), args.neighbours, args.temperature, memory_rows=args.memory_rows)
         for one, truth in zip(votes.unflatten(0, (len(images), *model.grid_size(images))), ids, strict=True):
             confusion += confusion_matrix(truth, label_map(one, truth.shape), data.num_classes)
@@ -185,6 +195,7 @@ def get_args_parser() -> ArgumentParser:
     protocol.add_argument("--temperature", type=float, default=TEMPERATURE, help="of the votes' softmax")
     protocol.add_argument("--hungarian", action="store_true",
                           help="also the published program's figure, which renames predicted classes to fit best")
+    add_patch_feature(protocol, "patches")
     add_evaluation_options(parser, 8)
     parser.add_argument("--memory_rows", type=int, default=BANK_ROWS, help="patches compared at once; less needs less "
                                                                            "memory, and changes no figure")

@@ -30,7 +30,7 @@ from evaluation import (
 from image_features import KINDS, ImageFeature, LabelledImages, eval_transform, open_pair, share_loader
 from knn import KS, TEMPERATURE, Accuracy, KnnResult, knn_classification
 from model_options import Candidate, check_image_size, load_candidates
-from results import format_table, write_json
+from results import folder_names, format_table, write_json
 
 DUMPED = ("trainfeat.pth", "trainlabels.pth", "testfeat.pth", "testlabels.pth")
 
@@ -59,8 +59,9 @@ def dump_folders(args: argparse.Namespace, candidates: list[Candidate]) -> dict[
     """
     if not args.dump_features:
         return {}
-    folders = {one.name: args.dump_features / (one.name.replace(os.sep, "_") if len(candidates) > 1 else "")
-               for one in candidates}
+    names = [one.name for one in candidates]
+    parts = folder_names(names) if len(names) > 1 else [""]
+    folders = {name: args.dump_features / part for name, part in zip(names, parts, strict=True)}
     for path in (folder / name for folder in folders.values() for name in DUMPED):
         if path.exists() and not args.overwrite:
             raise ConfigError(f"--dump_features: {path} exists: give another folder, or --overwrite")

@@ -20,7 +20,19 @@ from backbones import Backbone, image_statistics, normalise
 from collectives import sum_over_processes
 from distributed import together
 from errors import ArgumentParser, ConfigError, TrainingError, run_main
-from evaluation import Column, Machine, add_evaluation_options, check_options, evaluate_each, finish, start
+from evaluation import (
+    Column,
+    Machine,
+    add_evaluation_options,
+    add_patch_feature,
+    check_options,
+    evaluate_each,
+    finish,
+    patch_features,
+    patch_width,
+    start,
+)
+from image_features import check_finite
 from linear_segmentation import (
     LinearHead,
     build_head,
@@ -111,7 +123,7 @@ def train(model: Backbone, data: SegmentationData, args: argparse.Namespace, mac
         TrainingError: the loss is not finite.
     """
     size = SIDE // model.patch_size * model.patch_size
-    head = build_head(model.embed_dim, data.num_classes, machine.device, args.seed)
+    head = build_head(patch_width(model, args, machine), data.num_classes, machine.device, args.seed)
     optimizer = torch.optim.AdamW(head.parameters(), weight_decay=args.weight_decay)
     warmup = round(args.iterations * PUBLISHED_WARMUP / PUBLISHED_STEPS) if args.warmup is None else args.warmup
     schedule = cosine_schedule(args.lr, 0.0, args.iterations, warmup, WARMUP_START)
@@ -121,8 +133,7 @@ def train(model: Backbone, data: SegmentationData, args: argparse.Namespace, mac
         for step, (pixels, ids) in enumerate(progress):
             pixels, ids = (part.to(machine.device, non_blocking=True) for part in (pixels, ids))
             images = normalise(pixels, image_statistics(model))
-            with machine.frozen():
-                features = model.features(images, args.layer).patches
+            features = patch_features(model, images, args, machine)
             kept = kept_channels(head, len(images), int(np.random.SeedSequence([args.seed, step]).generate_state(1)[0]))
             loss = segmentation_loss(head(features, kept), ids, model.grid_size(images))
             optimizer.zero_grad()
@@ -143,21 +154,29 @@ def train(model: Backbone, data: SegmentationData, args: argparse.Namespace, mac
 @torch.no_grad()
 def test(model: Backbone, head: LinearHead, data: SegmentationData, args: argparse.Namespace,
          machine: Machine) -> np.ndarray:
-    """The confusion matrix over all test images at full size, int64 [C, C], the same in every process."""
+    """The confusion matrix over all test images at full size, int64 [C, C], the same in every process.
+
+    Raises:
+        ConfigError: an image or mask cannot be read, or a feature is not finite; all processes raise it.
+    """
     window = SIDE // model.patch_size * model.patch_size
 
     def logits_of(images: torch.Tensor) -> torch.Tensor:
-        with machine.frozen():
-            features = model.features(images, args.layer).patches
+        features = patch_features(model, images, args, machine)
+        check_finite(features)
         return head(features).transpose(1, 2).unflatten(2, model.grid_size(images))
 
-    confusion = torch.zeros(data.num_classes, data.num_classes, dtype=torch.long, device=machine.device)
-    loader = DataLoader(TestImages(data, machine), None, num_workers=args.num_workers)
-    for pixels, ids in tqdm(loader, "test", unit="image", disable=machine.rank > 0):
-        image = normalise(pixels.to(machine.device), image_statistics(model))
-        logits = sliding_logits(image, logits_of, data.num_classes, window, STRIDE)
-        confusion += confusion_matrix(ids.to(machine.device), full_size_prediction(logits, ids.shape), data.num_classes)
-    return sum_over_processes(confusion).cpu().numpy()
+    def share() -> torch.Tensor:
+        confusion = torch.zeros(data.num_classes, data.num_classes, dtype=torch.long, device=machine.device)
+        loader = DataLoader(TestImages(data, machine), None, num_workers=args.num_workers)
+        for pixels, ids in tqdm(loader, "test", unit="image", disable=machine.rank > 0):
+            image = normalise(pixels.to(machine.device), image_statistics(model))
+            prediction = full_size_prediction(
+                sliding_logits(image, logits_of, data.num_classes, window, STRIDE), ids.shape)
+            confusion += confusion_matrix(ids.to(machine.device), prediction, data.num_classes)
+        return confusion
+
+    return sum_over_processes(together(share)).cpu().numpy()
 
 
 def evaluate(model: Backbone, data: SegmentationData, args: argparse.Namespace, machine: Machine) -> Column:
@@ -180,6 +199,7 @@ def get_args_parser() -> ArgumentParser:
     training.add_argument("--lr", type=float, default=1e-3, help="of AdamW, after the warm-up; a cosine leads to 0")
     training.add_argument("--weight_decay", type=float, default=1e-3)
     training.add_argument("--warmup", type=int, help="steps of the warm-up; default: 1500 of 40000, in proportion")
+    add_patch_feature(parser, "patches")
     add_evaluation_options(parser)
     return parser
 
@@ -189,7 +209,9 @@ def main(args: argparse.Namespace) -> None:
     check_options(args, iterations=1, batch_size=2)
     if not (0 < args.lr < math.inf and 0 <= args.weight_decay < math.inf and (args.warmup or 0) >= 0):
         raise ConfigError(f"--lr {args.lr:g} --weight_decay {args.weight_decay:g} --warmup {args.warmup}: give a "
-                          "learning rate above 0, and nothing negative")
+                          "learning rate above 0, and nothing negative or infinite")
+    if (args.warmup or 0) > args.iterations:
+        raise ConfigError(f"--warmup {args.warmup} is more than --iterations {args.iterations}: give at most that")
     machine = start(args)
     data = together(lambda: find_segmentation_data(args.data, args.num_classes))
     if args.batch_size % machine.world_size:

@@ -9,6 +9,7 @@ from typing import NamedTuple, TypeVar
 import torch
 import torch.distributed as dist
 
+from backbones import Backbone
 from distributed import get_rank, init_distributed_mode, is_distributed, keep_freed_memory
 from errors import ConfigError, user_path
 from image_features import ImageFeature
@@ -44,6 +45,13 @@ def add_evaluation_options(parser: argparse.ArgumentParser, batch_size: int | No
     add_run_options(parser.add_argument_group("running"), batch_size)
 
 
+def add_patch_feature(parser: argparse.ArgumentParser, default: str) -> None:
+    """Add --feature, which patch_features looks at."""
+    parser.add_argument("--feature", choices=["keys", "patches"], default=default,
+                        help="of a patch: keys of the block's attention, or its output; default, as published: "
+                             f"{default}")
+
+
 def check_options(args: argparse.Namespace, positive: Sequence[str] = (), **least: int) -> None:
     """Raise ConfigError if a number is under its least value, or the output cannot be written.
 
@@ -58,7 +66,7 @@ def check_options(args: argparse.Namespace, positive: Sequence[str] = (), **leas
     for name in positive:
         for value in as_list(getattr(args, name)):
             if not 0 < value < math.inf:
-                raise ConfigError(f"--{name} {value:g}: give more than 0")
+                raise ConfigError(f"--{name} {value:g}: give more than 0" + (", and finite" if value > 0 else ""))
     check_output(args.output, args.overwrite)
 
 
@@ -92,6 +100,21 @@ def start(args: argparse.Namespace) -> Machine:
         keep_freed_memory()
     return Machine(processes.rank, processes.world_size, processes.device,
                    pick_dtype(args.precision, processes.device))
+
+
+def patch_features(model: Backbone, images: torch.Tensor, args: argparse.Namespace, machine: Machine) -> torch.Tensor:
+    """Features [B, N, D] of the patches of normalised images [B, 3, H, W]: those of --feature and --layer."""
+    with machine.frozen():
+        found = model.features(images, args.layer, keys=args.feature == "keys")
+    return getattr(found, args.feature)
+
+
+def patch_width(model: Backbone, args: argparse.Namespace, machine: Machine) -> int:
+    """D of patch_features: keys of grouped-query attention are narrower than the network."""
+    if args.feature == "patches":
+        return model.embed_dim
+    image = torch.zeros(1, 3, 2 * model.patch_size, 2 * model.patch_size, device=machine.device)
+    return patch_features(model, image, args, machine).shape[2]
 
 
 def image_feature(candidate: Candidate, args: argparse.Namespace, dtype: torch.dtype) -> ImageFeature:

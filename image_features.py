@@ -234,7 +234,12 @@ def extract(feature: Callable[[torch.Tensor], torch.Tensor], loader: DataLoader,
     return Extracted(features[:start], labels[:start], unreadable)
 
 
-def check_finite(features: torch.Tensor) -> None:
-    """Raise ConfigError if a feature is NaN or infinite: comparisons with NaN would count as hits."""
+def check_finite(features: torch.Tensor, image: str = "") -> None:
+    """Raise ConfigError if a feature is NaN or infinite: comparisons with NaN would count as hits.
+
+    Args:
+        image: for the message: which image they are of, if it is known.
+    """
     if not features.isfinite().all():
-        raise ConfigError("some features are NaN or infinite: use --precision fp32, or another checkpoint")
+        raise ConfigError((f"{image}: " if image else "") + "some features are NaN or infinite: use --precision fp32, "
+                          "or another checkpoint")

@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
 from collectives import gather, gather_rows, sum_over_processes
-from distributed import together
+from distributed import get_rank, get_world_size, together
 from errors import ConfigError
 from image_features import Extracted, ImageFeature, extract
-from nearest_neighbours import search
+from nearest_neighbours import nearest
 
 KS = (10, 20, 100, 200)
 TEMPERATURE = 0.07
@@ -44,18 +44,24 @@ def neighbours(queries: torch.Tensor, bank: torch.Tensor, labels: torch.Tensor, 
                **chunks: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosines and classes [Q, k] of each query's neighbours in the bank of all processes, nearest first.
 
+    Of equal cosines, the row of the lowest number comes first: row i of process r of R has the number i · R + r, as
+    the images that it is made from have, up to those that cannot be read.
+
     Args:
         queries: [Q, D], the same in every process.
         bank, labels: [M, D] and [M], this process's share; k is at most the sum of all M.
         chunks: query_rows and bank_rows of search.
     """
-    cosines, rows = search(queries, bank, k, **chunks)
-    classes = labels[rows]
+    cosines, rows = nearest(queries, bank, k, **chunks)
+    if get_world_size() == 1:
+        return cosines, labels[rows]
     missing = k - cosines.shape[1]  # a share may have fewer than k rows
-    cosines, classes = F.pad(cosines, (0, missing), value=-torch.inf), F.pad(classes, (0, missing))
-    cosines, classes = (gather(part).transpose(0, 1).flatten(1) for part in (cosines, classes))  # [Q, processes · k]
-    cosines, order = cosines.topk(k, dim=1)
-    return cosines, classes.gather(1, order)
+    parts = (F.pad(cosines, (0, missing), value=-torch.inf), F.pad(labels[rows], (0, missing)),
+             F.pad(rows * get_world_size() + get_rank(), (0, missing)))
+    cosines, classes, numbers = (gather(part).transpose(0, 1).flatten(1) for part in parts)  # [Q, processes · k]
+    order = numbers.argsort(dim=1)
+    order = order.gather(1, cosines.gather(1, order).argsort(dim=1, descending=True, stable=True))[:, :k]
+    return cosines.gather(1, order), classes.gather(1, order)
 
 
 def class_ranks(cosines: torch.Tensor, classes: torch.Tensor, truth: torch.Tensor, num_classes: int,

@@ -37,6 +37,8 @@ class Interruptible:
 class KnnProbe:
     """Classifies images by their 20 nearest neighbours (see knn.py), features being SelfPatch's class token.
 
+    Where there are fewer than 20 images to compare with, all of them are the neighbours.
+
     Args:
         folder: with train/ and val/ in it, each with class folders; or class folders, of whose images every fifth is
             classified by the others.

@@ -310,8 +310,8 @@ def test_heads(heads: list[Heads], loader: DataLoader, feature: TokenFeature, de
     Raises:
         ConfigError: none of the images can be read, or a feature is not finite.
     """
-    hits = torch.zeros(len(heads), len(heads[0].lrs), 2, device=device, dtype=torch.float64)
-    count, unreadable = torch.zeros(1, device=device, dtype=torch.float64), set()
+    hits = torch.zeros(len(heads), len(heads[0].lrs), 2, device=device, dtype=torch.long)
+    count, unreadable = torch.zeros(1, device=device, dtype=torch.long), set()
     for tokens, labels in tqdm(tokens_of(loader, feature, device, unreadable), "test images", len(loader), unit="batch",
                                disable=not progress):
         count += len(labels)
@@ -322,7 +322,8 @@ def test_heads(heads: list[Heads], loader: DataLoader, feature: TokenFeature, de
             hits[i] += torch.stack([(better < 1).sum(0), (better < 5).sum(0)], dim=1)
     if not sum_over_processes(count):
         raise ConfigError("none of the test images can be read")
-    return list(100 * sum_over_processes(hits) / count), sorted(unreadable)
+    # divided on the CPU: MPS has no float64
+    return list(100 * sum_over_processes(hits).cpu().double() / count.cpu()), sorted(unreadable)
 
 
 test_heads.__test__ = False  # not a test of pytest's

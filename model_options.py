@@ -10,6 +10,7 @@ import torch
 from backbones import PREFIX, Backbone, check_layer, load_any_with_info
 from checkpoints import CheckpointInfo, build_head
 from errors import ConfigError
+from results import tell_apart
 from selfpatch_head import SelfPatchHead
 from vision_transformer import ARCHS
 
@@ -164,5 +165,4 @@ def row_names(paths: list[str]) -> list[str]:
         names = [os.sep.join(part[-count:]) for part in parts]
         if len({*names, "random"}) == len(names) + 1:  # "random" is the untrained network's
             return names
-    names = list(paths)
-    return [name if name not in names[:i] + ["random"] else f"{name} ({i + 1})" for i, name in enumerate(names)]
+    return tell_apart(paths, ["random"])

@@ -1,10 +1,32 @@
 """What an evaluation hands over: one printed table, and a JSON file, written whole, that replaces none silently."""
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from errors import ConfigError
+
+
+def tell_apart(names: Sequence[str], taken: Iterable[str] = ()) -> list[str]:
+    """The names in their order, where one that an earlier name has, or that is taken, gets " (2)", " (3)", … after it.
+
+    All results differ; a name that is given once and not taken stays as it is.
+    """
+    used, given, found = set(taken), set(names), []
+    for name in names:
+        number, unique = 1, name
+        while unique in used or number > 1 and unique in given:
+            number += 1
+            unique = f"{name} ({number})"
+        used.add(unique)
+        found.append(unique)
+    return found
+
+
+def folder_names(names: Sequence[str]) -> list[str]:
+    """Names of folders for the rows of a table, all within one folder: without separators, and neither . nor .."""
+    plain = [name.replace(os.sep, "_") for name in names]
+    return tell_apart(["backbone" if name in ("", os.curdir, os.pardir) else name for name in plain])
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

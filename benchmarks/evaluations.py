@@ -27,7 +27,7 @@ from backbones import normalise
 from distributed import keep_freed_memory, pick_device
 from errors import ArgumentParser, ConfigError, run_main, user_path
 from image_features import ImageFeature, extract, open_images, share_loader
-from knn import search
+from nearest_neighbours import search
 from results import check_output, format_table, write_json
 from vision_transformer import ARCHS
 

@@ -48,6 +48,16 @@ def test_untrained_features_tell_colours_apart(folders, tmp_path, small_network,
     assert "exists: give another name, or --overwrite" in capsys.readouterr().err
 
 
+def test_keys(folders, tmp_path, small_network):
+    output = tmp_path / "out.json"
+    words = ("--data", f"folders:{folders}", "--num_classes", 3, *UNTRAINED, "--memory_size", 4000, "--output", output)
+    found = []
+    for feature in ("keys", "patches"):
+        assert run_job(job, *words, "--overwrite", "--feature", feature) is None
+        found += figures(output).values()
+    assert found[0] != found[1] and found[0]["mean IoU, all classes"] > 0.6
+
+
 def test_samples_depend_on_their_number_alone(folders):
     data = find_segmentation_data(f"folders:{folders}", 3)
     whole = job.MemoryImages(data, 64, STATISTICS, range(8), 0)
@@ -108,6 +118,7 @@ def test_ignored_pixels_are_class_0_in_the_memory(tmp_path, small_network, monke
 @pytest.mark.parametrize("options, says", [
     (["--memory_size", 7], "--memory_size 7 is less than one patch of each of 4 images in --passes 2: give 8 or more"),
     (["--temperature", 0], "--temperature 0: give more than 0"),
+    (["--temperature", "inf"], "--temperature inf: give more than 0, and finite"),
     (["--neighbours", 0], "--neighbours 0: give 1 or more"),
     (["--layer", 99], "--layer 99"), (["--output", "nowhere/x.json"], "nowhere is not a folder")])
 def test_refusals(folders, capsys, options, says):

@@ -1,20 +1,28 @@
 """What must not become a figure: features that are not finite, files that cannot be read, names that clash."""
+import argparse
 import shutil
 
 import numpy as np
 import pytest
 import torch
+from dense_data import make_folders, run_job
 
+import discover_objects
 import eval_dense_retrieval
 import eval_knn
 import eval_linear
+import eval_linear_segmentation
+from box_data import unique_names
+from dense_retrieval import PatchMemory
 from errors import ConfigError, run_main
-from evaluation import evaluate_each
+from evaluation import Machine, evaluate_each
 from image_features import check_finite
 from knn import class_ranks, classify
-from linear_segmentation import window_starts
+from linear_segmentation import LinearHead, window_starts
 from model_options import Candidate, row_names
 from object_discovery import cut_vector, tokencut
+from results import folder_names
+from vision_transformer import vit_tiny
 
 NAN = float("nan")
 
@@ -24,6 +32,43 @@ def test_features_that_are_not_finite_are_an_error_and_no_hits():
         check_finite(torch.tensor([1.0, NAN]))
     ranks = class_ranks(torch.full((3, 2), NAN), torch.zeros(3, 2, dtype=torch.long), torch.tensor([0, 1, 2]), 4)
     assert (ranks > 0).all()
+
+
+def test_memory_and_queries_that_are_not_finite():
+    memory, rows = PatchMemory(8, 4, 2), torch.ones(3, 4)
+    bad = torch.tensor([[1.0, NAN, 1.0, 1.0], [1.0, float("inf"), 1.0, 1.0]])
+    memory.add(rows, torch.eye(2)[[0, 1, 1]])
+    for one in bad:
+        with pytest.raises(ConfigError, match="^some features are NaN or infinite"):
+            memory.add(one[None], torch.eye(2)[:1])
+        with pytest.raises(ConfigError, match="^some features are NaN or infinite"):
+            memory.vote(torch.stack([rows[0], one]))
+    assert len(memory) == 3
+
+
+@pytest.mark.parametrize("job", [eval_dense_retrieval, eval_linear_segmentation, discover_objects])
+def test_a_dense_job_whose_features_are_not_finite(job, tmp_path, monkeypatch, capsys):
+    folders, network = make_folders(tmp_path, 2), vit_tiny(32)
+    with torch.no_grad():  # weights are finite, as those of a checkpoint must be; their products are not
+        network.blocks[-1].norm1.weight[0], network.blocks[-1].attn.qkv.weight[network.embed_dim, 0] = 1e38, 1e4
+    torch.save(network.state_dict(), tmp_path / "large.pth")
+    words = ["--data", f"folders:{folders}", "--pretrained_weights", tmp_path / "large.pth", "--num_workers", 0,
+             "--device", "cpu"]
+    if job is not discover_objects:
+        words += ["--num_classes", 3]
+    if job is eval_linear_segmentation:  # training would find it by the loss
+        monkeypatch.setattr(job, "train", lambda model, data, *_: LinearHead(model.embed_dim, data.num_classes).eval())
+    assert run_job(job, *words) == 2
+    err = capsys.readouterr().err
+    assert "some features are NaN or infinite" in err
+    assert job is not discover_objects or f"{tmp_path}/images/train/0.jpg: some" in err
+
+
+def test_an_image_of_too_many_patches_is_named(monkeypatch):
+    monkeypatch.setattr(discover_objects, "MAX_PATCHES", 5)
+    with pytest.raises(ConfigError, match="^photos/a.jpg: an image of 96×64 has 6 patches of 32, more than 5"):
+        discover_objects.discover(vit_tiny(32), torch.zeros(3, 64, 96, dtype=torch.uint8), None,
+                                  Machine(0, 1, torch.device("cpu"), torch.float32), "photos/a.jpg")
 
 
 def test_votes_at_a_low_temperature():
@@ -60,9 +105,25 @@ def test_nothing_to_classify():
 
 def test_names_are_unique():
     assert row_names(["a/w.pth", "b/w.pth"]) == ["a/w.pth", "b/w.pth"]
-    for paths in (["w.pth", "w.pth"], ["random"], ["random", "random", "x"]):
+    for paths in (["w.pth", "w.pth"], ["random"], ["random", "random", "x"], ["x.pth", "x.pth", "x.pth (2)"]):
         names = row_names(paths)
         assert len({*names, "random"}) == len(paths) + 1
+    assert row_names(["x.pth", "x.pth", "x.pth (2)"]) == ["x.pth", "x.pth (3)", "x.pth (2)"]
+
+
+def test_folders_are_unique_and_stay_where_they_belong(tmp_path):
+    assert folder_names(["a_ck.pth", "a/ck.pth", "random"]) == ["a_ck.pth", "a_ck.pth (2)", "random"]
+    assert folder_names(["..", ".", "../.."]) == ["backbone", "backbone (2)", ".._.."]
+    candidates = [Candidate(name, None, None) for name in ("a_ck.pth", "a/ck.pth", "..")]
+    args = argparse.Namespace(dump_features=tmp_path, overwrite=False)
+    folders = eval_knn.dump_folders(args, candidates)
+    assert {folder.parent for folder in folders.values()} == {tmp_path} and len(set(folders.values())) == 3
+    assert eval_knn.dump_folders(args, candidates[:1]) == {"a_ck.pth": tmp_path}
+
+
+def test_images_have_names_of_their_own():
+    assert unique_names(["a.jpg", "a.png", "a.jpg.png"]) == ["a.jpg", "a.png", "a.jpg (2)"]
+    assert unique_names(["../a.jpg", "a.jpg"]) == ["a.jpg", "a.jpg (2)"]
 
 
 def test_an_image_of_one_patch():

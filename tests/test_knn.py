@@ -7,8 +7,8 @@ from davis_folder import free_port
 from golden_rules import load, rand
 
 from collectives import gather_rows
-from knn import Accuracy, bank_bytes, bank_dtype, class_ranks, classify, search
-from nearest_neighbours import BANK_ROWS, QUERY_ROWS
+from knn import Accuracy, bank_bytes, bank_dtype, class_ranks, classify, neighbours
+from nearest_neighbours import BANK_ROWS, QUERY_ROWS, nearest, search
 
 
 def golden_data(salt):
@@ -40,6 +40,23 @@ def test_search_is_the_plain_product_and_top_k(dtype):
         torch.testing.assert_close(products, expected.values)
         assert torch.equal(rows, expected.indices)
     assert search(queries, bank, 500)[0].shape == (23, 150)
+
+
+def tied_data():
+    """A bank whose rows have up to eight copies of other classes, and queries."""
+    bank, queries = (F.normalize(torch.randn(n, 24, generator=torch.Generator().manual_seed(n)), dim=1)
+                     for n in (12, 40))
+    return queries, bank.repeat(8, 1)[torch.randperm(96, generator=torch.Generator().manual_seed(0))], torch.arange(96)
+
+
+def test_ties_do_not_depend_on_chunks():
+    queries, bank, labels = tied_data()
+    expected = neighbours(queries, bank, labels, 20)
+    tied = expected[0][:, 1:] == expected[0][:, :-1]
+    assert tied.any() and (expected[1].diff(dim=1)[tied] > 0).all()
+    for chunks in ({"query_rows": 7, "bank_rows": 11}, {"bank_rows": 1}, {"query_rows": 1}):
+        for ours, theirs in zip(neighbours(queries, bank, labels, 20, **chunks), expected, strict=True):
+            assert torch.equal(ours, theirs)
 
 
 def test_votes_are_weighted():
@@ -79,11 +96,20 @@ def test_half_precision_changes_hardly_anything():
         assert isinstance(half[k], Accuracy) and abs(exact[k].top1 - half[k].top1) <= 0.5
 
 
+def one_process(queries, bank, labels, k):
+    cosines, rows = nearest(queries, bank, k)
+    return cosines, labels[rows]
+
+
 def share_of_three(rank, port, queries, truth, bank, labels, path):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=3)
     queries, truth = gather_rows(queries[rank::3]), gather_rows(truth[rank::3])
     found = classify(queries, truth, bank[rank::3], labels[rank::3], 7, (1, 20, 200))
+    tied = tied_data()
+    for ours, theirs in zip(neighbours(tied[0], tied[1][rank::3], tied[2][rank::3], 20),
+                            one_process(*tied, 20), strict=True):
+        assert torch.equal(ours, theirs)
     if rank == 2:
         torch.save({k: list(accuracy) for k, accuracy in found.items()}, path)
     dist.destroy_process_group()

@@ -109,6 +109,13 @@ def test_job_learns_colours(folders, tmp_path, small_network, capsys):
     assert network["figures"]["mean IoU, all classes"] > 0.6  # class 0 alone: under 0.3
 
 
+def test_keys(folders, tmp_path, small_network):
+    output = tmp_path / "out.json"
+    assert run_job(job, *options(folders, output, "--iterations", 25, "--feature", "keys")) is None
+    (network,) = json.loads(output.read_text())["networks"]
+    assert network["figures"]["mean IoU, all classes"] > 0.6
+
+
 def test_workers_change_nothing(folders, tmp_path, small_network):
     found = []
     for workers in (0, 2):
@@ -121,6 +128,7 @@ def test_workers_change_nothing(folders, tmp_path, small_network):
 @pytest.mark.parametrize("more, says", [(["--iterations", 0], "--iterations 0: give 1 or more"),
                                         (["--lr", 0], "--lr 0 --weight_decay 0.001"),
                                         (["--weight_decay", "nan"], "--weight_decay nan --warmup None: give"),
+                                        (["--iterations", 5, "--warmup", 6], "--warmup 6 is more than --iterations 5"),
                                         (["--batch_size", 1], "--batch_size 1: give 2 or more")])
 def test_refusals(folders, tmp_path, capsys, more, says):
     assert run_job(job, *options(folders, tmp_path / "out.json", *more)) == 2
