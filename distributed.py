@@ -284,6 +284,7 @@ def together(function: Callable[[], T]) -> T:
         error = next((one for one in errors if one), None)
         if error:
             error.every_rank, error.on_all_ranks = False, True
+            time.sleep(0.5)  # a process that ends now would reset connections from which others still receive
     if error:
         raise error
     return result

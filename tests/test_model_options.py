@@ -82,7 +82,7 @@ def test_refused(words, says):
 def test_unknown_arch_is_refused_by_the_parser(capsys):
     with pytest.raises(SystemExit):
         options("--random_weights", "--arch", "resnet50")
-    assert "'resnet50' is neither vit_tiny, " in capsys.readouterr().err
+    assert "'resnet50' is neither vit_pico, " in capsys.readouterr().err
 
 
 def test_row_names_tell_files_apart():
