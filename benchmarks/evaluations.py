@@ -5,7 +5,8 @@
     python benchmarks/evaluations.py --device cuda --batch_size 256 --workers 16
 
 search: the k most similar of some rows for some queries, by knn.neighbours with the bank as the job keeps it, and by a
-single product and topk in float32, which holds all scores at once. Both run in turn, --rounds times; the ratio is of medians.
+single product and topk in float32, which holds all scores at once. Both run in turn, --rounds times; the ratio is of
+medians.
 extraction: from uint8 tensors to features by image_features.extract, beside forward passes of the same network on one
 batch that is already normalised; with --data_path also from JPEGs, decoding included.
 
