@@ -5,6 +5,7 @@ anew when the archive's size or time of change is another. Names in an archive a
 """
 import contextlib
 import os
+import socket
 import struct
 import tarfile
 import zipfile
@@ -250,7 +251,7 @@ def read_kept_index(kept: str, stamp: list[int]) -> Index | None:
 
 def keep_index(kept: str, index: Index, stamp: list[int]) -> None:
     """Write an index whole or not at all; where the folder cannot be written to, go on without."""
-    temporary = f"{kept}.{os.getpid()}.tmp"
+    temporary = f"{kept}.{socket.gethostname()}.{os.getpid()}.tmp"
     names = "".join(f"{name}\0" for name in index.names).encode(errors="surrogateescape")
     suffixes = sorted(index.unread)
     try:

@@ -38,7 +38,7 @@ from knn_probe import KnnProbe
 from loader import CropLoader
 from logger import RunLog
 from losses import DINOLoss
-from model_flops import flops_per_image
+from model_flops import flops_per_image, peak_tflops
 from optim import build_optimizer
 from options import check_args, get_args_parser
 from resuming import compare_ranks, plain_args, resume
@@ -173,7 +173,8 @@ def open_step_log(run: TrainingRun, loader: CropLoader, log: RunLog, saved_args:
     flops = flops_per_image(run.student_module.backbone, args.local_crops_number, args.global_crops_size,
                             args.local_crops_size, args.out_dim, args.out_dim_selfpatch, args.patch_loss_weight > 0,
                             args.head_hidden_dim)
-    peak = args.peak_tflops * 1e12 * processes.world_size
+    half = run.dtype != torch.float32
+    peak = (args.peak_tflops or half * peak_tflops(processes.device)) * 1e12 * processes.world_size
     return StepLog(output, run, loader, images_per_step(args, processes.world_size),
                    Trackers(chosen_trackers(args), output, saved_args, run.epoch, run.step),
                    mfu_per_rate=flops / peak if peak else None, keep_older=bool(log.older))

@@ -1,7 +1,21 @@
 """FLOPs that a training step needs by the model's arithmetic, for model-FLOPs utilisation (MFU)."""
+import re
+
+import torch
 from torch import nn
 
 BOTTLENECK = 256  # of DINOHead
+# TFLOP/s of dense bfloat16 or float16 products by the data sheet, by a part of torch's name for the GPU; first match
+PEAK_TFLOPS = {"H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "A100": 312, "L40S": 362, "L4": 121,
+               "A40": 150, "A10": 125, "V100": 125, "T4": 65}
+
+
+def peak_tflops(device: torch.device) -> float:
+    """What a GPU can do at most in half precision; 0 for a CPU and for one that is not in PEAK_TFLOPS."""
+    if device.type != "cuda":
+        return 0
+    words = torch.cuda.get_device_name(device)
+    return next((peak for name, peak in PEAK_TFLOPS.items() if re.search(rf"\b{name}\b", words)), 0)
 
 
 def flops_per_image(backbone: nn.Module, local_crops: int, global_size: int = 224, local_size: int = 96,

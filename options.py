@@ -148,7 +148,8 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--tensorboard", action="store_true", help="short for --log_with tensorboard")
     group.add_argument("--peak_tflops", default=0, type=float,
                        help="what one device can do in the run's precision, 10^12 operations a second, as its data "
-                            "sheet or benchmarks/train_step.py says: steps.jsonl then has the share that is used (MFU)")
+                            "sheet or benchmarks/train_step.py says: steps.jsonl then has the share that is used "
+                            "(MFU). 0: the data sheet's, for GPUs that model_flops.py knows")
     group.add_argument("--seed", default=0, type=int, help="of weights, order of images and crops")
     group.add_argument("--max_bad_images", default=0.001, type=float,
                        help="largest share of the images that may be unreadable; each is replaced by the next one, and "

@@ -10,7 +10,8 @@ from pathlib import Path
 def whole_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder to write to, which replaces folder at the end and is removed if anything fails.
 
-    What folder held before is removed only once the new one is in its place.
+    What folder held before is removed only once the new one is in its place. A process that is killed between the two
+    renames leaves it as .NAME.PID.old.
     """
     folder = Path(os.path.realpath(folder))  # of a link, what it leads to
     temporary, replaced = (folder.with_name(f".{folder.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))

@@ -21,7 +21,7 @@ from fused_loss import FusedDINOLoss
 from loader import DataWait
 from logger import MetricLogger
 from main_selfpatch import train_dino
-from model_flops import flops_per_image
+from model_flops import flops_per_image, peak_tflops
 from step_log import StepLog, rows_until
 from trackers import Trackers, check_trackers, chosen_trackers
 from vision_transformer import ARCHS
@@ -349,3 +349,11 @@ def test_tensorboard_has_steps_beside_epochs(two_epochs):
 def test_a_peak_is_a_number_from_0(image_folder, tmp_path, words, says):
     with pytest.raises(ConfigError, match=says):
         train_dino(options("--data_path", image_folder, "--output_dir", tmp_path, *words))
+
+
+@pytest.mark.parametrize("name, peak", [("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA L40S", 362),
+                                        ("NVIDIA A100-SXM4-40GB", 312), ("NVIDIA A10G", 0), ("NVIDIA L4", 121),
+                                        ("Tesla V100-SXM2-16GB", 125)])
+def test_peaks_of_gpus_by_name(monkeypatch, name, peak):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
+    assert peak_tflops(torch.device("cuda", 0)) == peak and peak_tflops(torch.device("cpu")) == 0
