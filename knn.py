@@ -17,7 +17,7 @@ from collectives import gather, gather_rows, sum_over_processes
 from distributed import get_rank, get_world_size, together
 from errors import ConfigError
 from image_features import Extracted, ImageFeature, extract
-from nearest_neighbours import ordered_search
+from nearest_neighbours import nearest, ordered_search
 
 KS = (10, 20, 100, 200)
 TEMPERATURE = 0.07
@@ -52,7 +52,9 @@ def neighbours(queries: torch.Tensor, bank: torch.Tensor, labels: torch.Tensor, 
         bank, labels: [M, D] and [M], this process's share; k is at most the sum of all M.
         chunks: query_rows and bank_rows of search.
     """
-    cosines, rows = ordered_search(queries, bank, k, **chunks)
+    # cosines of different shares can only be compared where all are exact
+    find = ordered_search if get_world_size() == 1 else nearest
+    cosines, rows = find(queries, bank, k, **chunks)
     if get_world_size() == 1:
         return cosines, labels[rows]
     missing = k - cosines.shape[1]  # a share may have fewer than k rows

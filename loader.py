@@ -3,7 +3,6 @@
 A worker that is killed is replaced, and the batches that it would have given come out the same; one that gives nothing
 for too long is an error that names the file it was reading.
 """
-import contextlib
 import multiprocessing.connection
 import signal
 import threading
@@ -21,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_co
 from data import TrainingImages
 from device_augmentations import DeviceAugmentation, RandomCrops
 from errors import TrainingError
+from time_limit import TimeLimit, time_limit
 
 # those that ask a run to end; SIGUSR1 and SIGUSR2 are what Slurm and submitit send before the time is up
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
@@ -161,29 +161,10 @@ class TooManyBadImages(TrainingError):
     """More images than --max_bad_images allows cannot be read."""
 
 
-class TimeLimit(BaseException):
-    """The time is over. Not an Exception, which a reader of images could take for an unreadable file."""
-
-
-@contextlib.contextmanager
-def time_limit(seconds: float) -> Iterator[None]:
-    """Raise TimeLimit if what is done within takes longer; 0, or another thread than the main one, for no limit.
-
-    By an alarm, since what a stopped worker blocks is a read from a socket.
-    """
-    def end(*_) -> None:
-        raise TimeLimit
-
-    if not seconds or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    handler = signal.signal(signal.SIGALRM, end)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, handler)
+def ended_workers() -> Iterator:
+    """The batches of workers of which one has ended as they were started."""
+    raise WorkerDied("a data worker was ended as it started")
+    yield
 
 
 def raise_for_exit(workers: list[BaseProcess]) -> None:
@@ -301,7 +282,12 @@ class CropLoader:
         states = [self.worker_states.get((self.first + i) % count) for i in range(count)]
         self.batches.worker_init_fn = partial(init_worker, first_batch=self.first, states=states)
         others, handler = set(multiprocessing.active_children()), signal.getsignal(signal.SIGCHLD)
-        batches = iter(self.batches)
+        try:
+            batches = iter(self.batches)
+        except RuntimeError as error:  # torch's handler, if a worker ends before the last one has started
+            if "DataLoader worker" not in str(error):
+                raise
+            batches = ended_workers()
         self.workers = [child for child in multiprocessing.active_children() if child not in others]
         if threading.current_thread() is threading.main_thread():
             # torch's handler would raise in the middle of a step; without it, a death is found by next_batch
