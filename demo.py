@@ -34,6 +34,7 @@ from patch_features import PatchFeatures
 from propagation_bounds import propagate
 from results import format_table
 from segmentation_metrics import confusion_matrix, mean_iou
+from utils import fix_random_seeds
 from vision_transformer import VisionTransformer, vit_pico
 
 ROOT = Path(__file__).resolve().parent
@@ -105,6 +106,12 @@ def run(*words: str | Path) -> None:
     """
     print(f"\n$ python {' '.join(map(str, words))}", flush=True)
     subprocess.run([sys.executable, str(ROOT / words[0]), *map(str, words[1:])], check=True)
+
+
+def initial_backbone(seed: int) -> VisionTransformer:
+    """The network with the weights that training with this seed begins with."""
+    fix_random_seeds(seed)
+    return vit_pico(PATCH)
 
 
 def pretrain(folder: Path, epochs: int, seed: int) -> None:
@@ -222,8 +229,7 @@ def show(folder: Path, epochs: int, images: int, seed: int) -> None:
     start = time.time()
     make_images(folder / "scenes", images, seed)
     unseen = make_unseen(seed)
-    torch.manual_seed(seed)  # the weights that training begins with
-    before = measure(vit_pico(PATCH), unseen)
+    before = measure(initial_backbone(seed), unseen)
     pretrain(folder, epochs, seed)
     after = measure(load_backbone(folder / "vit_pico"), unseen)
     report_losses(folder / "vit_pico" / "log.txt")

@@ -22,16 +22,16 @@ HELD_OUT = 0.2  # of a folder without train/ and val/: classified by the rest
 class Interruptible:
     """The batches of a rank's share of images, with a function called between them, equally often on all ranks."""
 
-    def __init__(self, loader: DataLoader, after_batch: Callable[[], None]):
-        self.loader, self.dataset, self.after_batch = loader, loader.dataset, after_batch
+    def __init__(self, loader: DataLoader, check: Callable[[], None]):
+        self.loader, self.dataset, self.check = loader, loader.dataset, check
 
     def __iter__(self) -> Iterator:
         # of several ranks one may fail within the batches, and then the others would wait for it here
-        self.after_batch()
+        self.check()
         for batch in self.loader:
             yield batch
             if get_world_size() == 1:
-                self.after_batch()
+                self.check()
 
 
 class KnnProbe:
@@ -57,15 +57,15 @@ class KnnProbe:
         self.device, self.dtype = torch.device(device), dtype
         self.loaders = [share_loader(images, batch_size, num_workers, self.device.type == "cuda") for images in pair]
 
-    def __call__(self, teacher: MultiCropWrapper, after_batch: Callable[[], None] = lambda: None) -> dict[str, float]:
+    def __call__(self, teacher: MultiCropWrapper, check: Callable[[], None] = lambda: None) -> dict[str, float]:
         """Accuracies in per cent, and how long they took. Every rank calls it.
 
         Args:
-            after_batch: called after each batch, or, with several ranks, before each set of images; what it raises
-                ends the evaluation.
+            check: called after each batch, or, with several ranks, before each set of images; what it raises ends the
+                evaluation.
         """
         start = time.monotonic()
-        loaders = [Interruptible(loader, after_batch) for loader in self.loaders]
+        loaders = [Interruptible(loader, check) for loader in self.loaders]
         feature = ImageFeature(teacher.backbone, "head", head=teacher.ca_head, dtype=self.dtype)
         accuracy = next(iter(knn_accuracy(feature, *loaders, ks=[K], device=self.device).values()))
         return {"knn_top1": accuracy.top1, "knn_top5": accuracy.top5, "knn_seconds": time.monotonic() - start}

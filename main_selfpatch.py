@@ -42,7 +42,7 @@ from model_flops import flops_per_image, peak_tflops
 from optim import build_optimizer
 from options import check_args, get_args_parser
 from resuming import compare_ranks, plain_args, resume
-from run_folder import RunFolder
+from run_folder import RunFolder, numbered
 from selfpatch_head import MultiCropWrapper  # noqa: F401
 from settings import choose_augment, choose_compile, choose_loss, choose_precision
 from step_log import StepLog
@@ -160,9 +160,9 @@ def begin(run: TrainingRun, loader: CropLoader, folder: RunFolder, weights: tupl
         line = together(lambda: set_initial_weights(run.student_module, run.teacher, *weights))
         if is_main_process():
             print(line)
-    done, freq = run.epoch - 1, args.saveckp_freq
-    if path == folder.last and freq and done >= 0 and done % freq == 0 and not within:
-        on_main_process(lambda: folder.copy_if_missing(done))  # killed before it was written
+    copy = numbered(run.epoch - 1, args.saveckp_freq)
+    if path == folder.last and copy is not None and not within:
+        on_main_process(lambda: folder.copy_if_missing(copy))  # killed before it was written
     return saved_log, within
 
 

@@ -72,8 +72,9 @@ class RankWatch(threading.Thread):
         with contextlib.suppress(RuntimeError, OSError):  # the store has ended
             store = connect_store(timedelta(seconds=self.notice_after))
             store.compare_set("failed", "", f"rank {self.rank} ({name_process()}) has ended: {printable(error)}")
-            others = [f"knows/{rank}" for rank in range(self.world_size) if rank != self.rank]
-            while self.rank == 0 and not store_is_torchruns() and not store.check(others):
+            store.set(f"knows/{self.rank}", "")  # it may not be the only one to fail
+            everyone = [f"knows/{rank}" for rank in range(self.world_size)]
+            while self.rank == 0 and not store_is_torchruns() and not store.check(everyone):
                 time.sleep(0.1)
 
     def ask_for_failure(self, store: dist.Store | None = None) -> None:

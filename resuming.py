@@ -170,7 +170,7 @@ def resume(run: TrainingRun, loader: CropLoader, folder: RunFolder, path: Path |
         raise ConfigError(f"--epochs {args.epochs}, but {path} is in epoch {run.epoch} already: give more --epochs, or "
                           "another --output_dir")
     log = {"resumed": run.step > 0, "start_epoch": run.epoch, "rows": state.get("log"),
-           "older": state.get("older_log", (0, 0))}
+           "older": state.get("older_log", [0, 0])}
     return log, {"ranks": state["ranks"]} if "ranks" in state else {}
 
 
@@ -185,10 +185,11 @@ def check_types(state: dict, path: Path) -> None:
             isinstance(rank, dict) and isinstance(rank.get("loader"), dict) and isinstance(rank.get("meters"), dict)
             for rank in ranks)
 
+    older = state.get("older_log", [0, 0])
     sound = {"args": isinstance(state.get("args"), dict | argparse.Namespace | None), "log": rows_ok(state.get("log")),
              "ranks": ranks_ok(state.get("ranks")),
              "step_of_epoch": isinstance(state.get("step_of_epoch", 0), int) and state.get("step_of_epoch", 0) >= 0,
-             "older_log": [type(number) for number in state.get("older_log", (0, 0))] == [int, int]}
+             "older_log": isinstance(older, list) and [type(number) for number in older] == [int, int]}
     if wrong := [name for name, is_sound in sound.items() if not is_sound]:
         raise ConfigError(f"{path}: its {wrong[0]} is not what a training run writes: give another --output_dir")
 

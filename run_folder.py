@@ -32,6 +32,11 @@ except ImportError:  # Windows: without a lock
 LEFTOVER = re.compile(r"\.(checkpoint\d*\.pth|previous\.pth|nan\.pth|log\.txt|steps\.jsonl)\.\d+\.tmp")
 
 
+def numbered(epoch: int, saveckp_freq: int) -> int | None:
+    """The epoch, if a copy of its checkpoint is kept for good; none is of -1, before the first epoch."""
+    return epoch if saveckp_freq and epoch >= 0 and epoch % saveckp_freq == 0 else None
+
+
 class RunFolder:
     """The folder of one run. All but check and add_bad_images is for rank 0 alone."""
 
@@ -205,7 +210,7 @@ class RunFolder:
         path, encoding = self.path / "bad_images.txt", {"encoding": "utf-8", "errors": "surrogateescape"}
         try:
             text = path.read_text(**encoding) if path.is_file() else ""
-            new = sorted(errors.difference(text.splitlines()))
+            new = sorted(errors.difference(text.split("\n")))
             # added in one piece, since several ranks may do so at once
             with open(path, "a", **encoding) as file:
                 file.write("\n" * bool(text and text[-1] != "\n") + "".join(f"{line}\n" for line in new))

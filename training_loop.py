@@ -14,7 +14,7 @@ from loader import CropLoader, TooManyBadImages
 from logger import MetricLogger, RunLog, make_row
 from rank_watch import RankWatch
 from resuming import begin_epoch, epoch_state
-from run_folder import RunFolder
+from run_folder import RunFolder, numbered
 from step_log import StepLog
 from stopping import STOP, Interruption
 from training_run import TrainingRun
@@ -137,11 +137,6 @@ def train(run: TrainingRun, loader: CropLoader, folder: RunFolder, log: RunLog |
                     print(f"warning: {warning}", flush=True)
     if log:
         print(f"done: {args.epochs} epochs, {folder.last}")
-
-
-def numbered(epoch: int, saveckp_freq: int) -> int | None:
-    """The epoch, if a copy of its checkpoint is kept for good."""
-    return epoch if saveckp_freq and epoch % saveckp_freq == 0 else None
 
 
 def evaluate(probe: KnnProbe, saver: Saver, row: dict, last_chance: bool, epoch: int | None) -> None:

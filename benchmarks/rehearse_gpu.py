@@ -30,7 +30,7 @@ from vision_transformer import ARCHS
 
 GIB = 2**30
 CARDS = (16, 24, 40, 80, 141)  # GB on the label of T4 and V100, 3090 and A10, A100, A100 and H100, H200
-CONTEXT = 0.6  # GiB that the driver, kernels and workspaces take of a card beside the tensors
+CONTEXT = 0.6  # GiB, assumed: what the driver, kernels and workspaces take of a card beside the tensors
 RECIPE = 1024  # images of a step
 
 
@@ -110,7 +110,7 @@ def memory_line(args: argparse.Namespace, **changes) -> tuple[float, float]:
 
 def largest_batch(fixed: float, slope: float, gigabytes: int) -> int:
     """Images that fit a card with so many GB, a multiple of 8 above 8 and at most the recipe's; 0 for none."""
-    # a label of 16 to 80 GB means GiB, less about 1 % that error correction or the driver keeps
+    # a label of 16 to 141 GB is taken for GiB, of which 2 % are left for error correction and the driver
     images = int((gigabytes * 0.98 - CONTEXT - fixed) / slope)
     return min(images - images % 8 if images >= 8 else max(images, 0), RECIPE)
 

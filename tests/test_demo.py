@@ -5,11 +5,15 @@ import sys
 import numpy as np
 import pytest
 import torch
+from networks import assert_same
 from PIL import Image
 
 import demo
 from checkpoints import load_backbone
 from demo_scenes import MATERIALS, NAMES, draw_scene
+from distributed import Processes
+from main_selfpatch import build_run, get_args_parser
+from utils import fix_random_seeds
 from vision_transformer import vit_pico
 
 
@@ -43,6 +47,15 @@ def test_seeds_and_purposes_have_scenes_of_their_own():
     drawn = [draw(seed, 0).frames[0, :64, :64].tobytes() for seed in (0, 1)
              for draw in (demo.training_scene, demo.unseen_scene, demo.clip)]
     assert len(set(drawn)) == 6
+
+
+def test_the_untrained_network_is_the_one_that_training_begins_with():
+    """As the job builds it."""
+    args = get_args_parser().parse_args(["--arch", "vit_pico", "--patch_size", "8", "--out_dim", "16", "--seed", "3",
+                                         "--out_dim_selfpatch", "16", "--head_hidden_dim", "16"])
+    fix_random_seeds(args.seed)
+    run = build_run(args, Processes(), steps_per_epoch=10)
+    assert_same(dict(demo.initial_backbone(3).state_dict()), dict(run.student.backbone.state_dict()))
 
 
 def test_perfect_features_get_perfect_figures(monkeypatch):

@@ -35,11 +35,11 @@ def test_what_happens_in_it_costs_no_epoch(image_folder, tmp_path, monkeypatch, 
     train_dino(options(*words, "--output_dir", tmp_path / "whole"))
     evaluate, calls = KnnProbe.__call__, []
 
-    def fail_once(probe, teacher, after_batch):
+    def fail_once(probe, teacher, check):
         calls.append(probe)
         if len(calls) == 2:
             raise fault
-        return evaluate(probe, teacher, after_batch)
+        return evaluate(probe, teacher, check)
 
     monkeypatch.setattr(KnnProbe, "__call__", fail_once)
     words += ["--output_dir", tmp_path / "run"]

@@ -162,3 +162,29 @@ def test_a_rank_that_stays_stopped_is_an_error_after_the_timeout(start_without_l
     ranks[stopped].process.send_signal(signal.SIGSTOP)
     other = ranks[1 - stopped]
     assert other.wait(90) == 1 and "lost contact with another process" in other.errors()[-1]
+
+
+BOTH = """
+import sys
+from datetime import timedelta
+from distributed import init_distributed_mode
+from errors import TrainingError, run_main
+from rank_watch import RankWatch
+def main():
+    with RankWatch(init_distributed_mode("cpu").rank, 2, timedelta(minutes=30)):
+        raise TrainingError("the loss is not finite")
+run_main(main)
+"""
+
+
+def test_ranks_that_fail_alike_do_not_wait_for_each_other():
+    env = {**os.environ, "WORLD_SIZE": "2", "MASTER_PORT": free_port(), "MASTER_ADDR": "127.0.0.1"}
+    start = time.monotonic()
+    ranks = [subprocess.Popen([sys.executable, "-c", BOTH], cwd=SCRIPT.parents[2], text=True, stderr=subprocess.PIPE,
+                              env=env | {"RANK": rank, "LOCAL_RANK": rank}) for rank in ("0", "1")]
+    try:
+        assert all("the loss is not finite" in process.communicate(timeout=60)[1] for process in ranks)
+    finally:
+        for process in ranks:
+            process.kill()
+    assert time.monotonic() - start < 25  # half of the 60 s after which a silent rank is named would be 30

@@ -96,7 +96,8 @@ def test_errors_reach_other_ranks_whole(tmp_path):
 
 
 @pytest.mark.parametrize("change", [{"args": "x"}, {"log": [{}]}, {"log": 5}, {"step_of_epoch": "x"},
-                                    {"step_of_epoch": -1}, {"ranks": [{}]}, {"ranks": 5}, {"epoch": None},
+                                    {"step_of_epoch": -1}, {"ranks": [{}]}, {"ranks": 5}, {"older_log": 5},
+                                    {"older_log": ["x"]}, {"epoch": None},
                                     {"student": 3}, {"optimizer": {}}, {"dino_loss": {"center": torch.zeros(2)}}])
 def test_checkpoints_of_other_shapes_are_one_line(two_epochs, tmp_path, words, change):
     torch.save(load(two_epochs / "checkpoint0000.pth") | change, tmp_path / "checkpoint.pth")
