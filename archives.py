@@ -94,13 +94,14 @@ def read_at(path: str, start: int, count: int) -> bytes:
         ValueError: it ends before.
     """
     try:
-        data = os.pread(open_archive(path).fileno(), count, start)
+        descriptor = open_archive(path).fileno()
+        # first, since memory for all of it would be taken, whatever a damaged directory says
+        if start + count > os.fstat(descriptor).st_size:
+            raise ValueError("the archive has become shorter since it was indexed, or its directory is damaged")
+        return os.pread(descriptor, count, start)
     except OSError:
         open_archive.cache_clear()  # a file server that was away may know the open file no longer
         raise
-    if len(data) < count:
-        raise ValueError("the archive has become shorter since it was indexed")
-    return data
 
 
 def read_tar_member(path: str, start: int, stored: int, *_) -> bytes:

@@ -144,6 +144,13 @@ def test_a_damaged_member_is_replaced_and_named(archive):
     assert loader.bad_images.pop().startswith(f"cannot read the image {archive}/train/{images.name(3)} (")
 
 
+def test_a_size_beyond_the_archive_takes_no_memory(archive):
+    images = open_images(archive)
+    images.places[0, 1] = 2**50
+    with pytest.raises(UnreadableImage, match="its directory is damaged"):
+        images.read(0)
+
+
 def test_an_archive_that_becomes_shorter_while_it_is_read(archive):
     images = open_images(archive)
     archives.open_archive.cache_clear()

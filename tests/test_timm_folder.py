@@ -3,6 +3,7 @@ import argparse
 import errno
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -65,6 +66,16 @@ def test_local_dir_gives_the_same_features(tmp_path, capsys, make):
     assert line == f"load it with: timm.create_model('local-dir:{tmp_path}/vit', pretrained=True)"
     assert sorted(os.listdir(tmp_path / "vit")) == sorted([CARD, CONFIG, WEIGHTS])
     assert_same_features(f"local-dir:{tmp_path}/vit", source)
+
+
+@needs_local_dir
+def test_the_readmes_line_loads_the_weights(tmp_path, run_file, monkeypatch):
+    convert_file(run_file, tmp_path / "vit", "timm")
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    model = eval(re.search(r"timm\.create_model\('local-dir:vit'[^)]*\)", readme)[0])
+    assert torch.equal(model.blocks[0].norm1.weight, torch.load(run_file, weights_only=False)["teacher"][
+        "backbone.blocks.0.norm1.weight"])
 
 
 @needs_local_dir
