@@ -1,14 +1,15 @@
 """The picture of visualize.py that shows how runs went: curves from log.txt and steps.jsonl."""
 import argparse
+import importlib.util
 import json
 import math
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from errors import ConfigError
-from line_charts import LINE_COLOURS, Panel, line_charts
 from logger import parse_row
 from results import check_png
 from step_log import rows_until
@@ -24,6 +25,19 @@ CURVES = (("loss", "loss", "train_loss", ""),
           ("images/s", "images_per_second", "", ""),
           ("share of time that waited for data", "data_wait", "", ""),
           ("k-NN top-1, %", "", "knn_top1", ""))
+
+
+COLOURS = 10  # of matplotlib's cycle
+
+
+class Panel(NamedTuple):
+    """One chart: for each run a line, points [N, 2] of epoch and value (None where it has none), and dashed levels.
+
+    levels: value -> label.
+    """
+    title: str
+    lines: list[np.ndarray | None]
+    levels: dict[float, str]
 
 
 def read_run(folder: Path) -> tuple[list[dict], list[dict]]:
@@ -79,10 +93,45 @@ def make_panels(runs: list[tuple[list[dict], list[dict]]]) -> list[Panel]:
     return panels
 
 
+def draw_panels(panels: list[Panel], labels: list[str]):
+    """A matplotlib Figure of the panels, three in a row, below one legend.
+
+    Args:
+        labels: of the runs, in the order of each panel's lines.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    columns = min(3, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(4.8 * columns, 3 * rows + 0.4), layout="constrained")
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axis, panel in zip(axes, panels, strict=False):
+        axis.set_title(panel.title, loc="left", fontsize="medium")
+        axis.grid(color="0.87")
+        for i, line in enumerate(panel.lines):
+            if line is not None:
+                # earlier lines are wider, and show beneath later ones that are equal; few points can each be seen
+                width = 1.5 + 1.5 * min(len(panel.lines) - 1 - i, 3)
+                axis.plot(*line.T, f"C{i}", linewidth=width, marker="o" if len(line) <= 30 else "", markersize=3)
+        for level, label in panel.levels.items():
+            axis.axhline(level, color="0.4", linestyle="--", linewidth=1)
+            axis.annotate(label, (1, level), xycoords=axis.get_yaxis_transform(), ha="right", va="top")
+    for axis in axes[len(panels):]:
+        axis.set_axis_off()
+    for axis in axes[max(len(panels) - columns, 0):len(panels)]:
+        axis.set_xlabel("epoch")
+    figure.legend([Line2D([], [], color=f"C{i}") for i in range(len(labels))], labels, loc="outside upper left",
+                  ncols=len(labels), frameon=False)
+    return figure
+
+
 def draw_curves(args: argparse.Namespace) -> None:
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError("visualize.py curves needs the package matplotlib: pip install matplotlib")
     output = check_png(args.output, args.overwrite)
-    if len(args.runs) > len(LINE_COLOURS):
-        raise ConfigError(f"{len(args.runs)} runs: give at most {len(LINE_COLOURS)}, or their colours repeat")
+    if len(args.runs) > COLOURS:
+        raise ConfigError(f"{len(args.runs)} runs: give at most {COLOURS}, or their colours repeat")
     labels = args.labels or [Path(run).resolve().name for run in args.runs]
     if len(labels) != len(args.runs):
         raise ConfigError(f"--labels: {len(labels)} given for {len(args.runs)} runs")
@@ -90,7 +139,7 @@ def draw_curves(args: argparse.Namespace) -> None:
     panels = make_panels(runs)
     if not panels:
         raise ConfigError(f"{', '.join(args.runs)}: no losses or rates in log.txt or steps.jsonl")
-    line_charts(panels, labels, "epoch").save(output)
+    draw_panels(panels, labels).savefig(output, dpi=150)
     print(f"wrote {output}: " + ", ".join(f"{label} ({len(steps)} rows of steps, {len(epochs)} of epochs)" for
                                           label, (steps, epochs) in zip(labels, runs, strict=True)))
 
