@@ -1,6 +1,7 @@
 """Pictures of patch features: principal components as colours, similarity to one patch, boxes."""
 import math
 
+import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -43,14 +44,10 @@ def upper_side(values: torch.Tensor) -> torch.Tensor:
     The mean as a cut would go through the noise of the larger side where the other one is small. The outermost 2 % of
     the values at either end count as the next ones, as a few patches far from all others are no side.
     """
-    values = values.double()
-    values = values.clamp(values.quantile(0.02), values.quantile(0.98))
-    ordered, lower = values.sort().values, torch.arange(1, len(values), device=values.device)
-    if not len(lower):
-        return torch.zeros_like(values, dtype=torch.bool)
-    upper, sums = len(values) - lower, ordered.cumsum(0)
-    means = sums[:-1] / lower, (sums[-1] - sums[:-1]) / upper
-    return values > ordered[(lower * upper * (means[1] - means[0])**2).argmax()]
+    low, high = (values.double().quantile(q) for q in (0.02, 0.98))
+    levels = ((values - low) / (high - low).clamp(min=1e-12)).clamp(0, 1).mul(255).round().byte().cpu().numpy()
+    cut, _ = cv2.threshold(levels, 0, 255, cv2.THRESH_OTSU)
+    return torch.from_numpy(levels > cut).to(values.device)
 
 
 def border_patches(grid: tuple[int, int]) -> torch.Tensor:
