@@ -49,9 +49,9 @@ def chunk_loss(student: torch.Tensor, teacher: torch.Tensor,
         target = torch.cat([p.flip(0), p.sum(0, keepdim=True).expand(len(student) - 2, -1, -1)])
     log_q = F.log_softmax(student, -1, dtype=torch.float32)
     loss = -(target * log_q).sum()
-    num_targets = torch.ones_like(log_q[:, :1, :1])  # n above, [V, 1, 1]
-    num_targets[len(p):] = len(p)
-    return loss, (num_targets * log_q.exp() - target).to(student.dtype), p.sum((0, 1))
+    q = log_q.exp()
+    q[len(p):] *= len(p)  # n above
+    return loss, (q - target).to(student.dtype), p.sum((0, 1))
 
 
 class FusedCrossEntropy(torch.autograd.Function):
@@ -65,6 +65,8 @@ class FusedCrossEntropy(torch.autograd.Function):
         dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else z.dtype
         with torch.autocast(device_type, enabled=False):
             w, teacher_w, center = prototypes.to(dtype), teacher.prototypes.to(dtype), center / temp
+            # divide the factors, not the logits: they are far fewer, and still in float32
+            x, y = ((t / tau).to(dtype) for t, tau in ((z, student_temp), (teacher.z, temp)))
             grad_z, grad_w = torch.empty_like(z), None
             loss, assignments = z.new_zeros(()), z.new_zeros(len(prototypes))
             # chunks of equal size, so that compiled code sees at most two shapes in each of its calls
@@ -72,9 +74,7 @@ class FusedCrossEntropy(torch.autograd.Function):
             num_chunks = -(-views * samples * len(prototypes) // max_logits)
             chunk_size = -(-samples // num_chunks)
             for rows in (slice(start, start + chunk_size) for start in range(0, samples, chunk_size)):
-                # divide the factors, not the logits: they are far fewer, and still in float32
-                x, y = ((t[:, rows] / tau).to(dtype) for t, tau in ((z, student_temp), (teacher.z, temp)))
-                part, grad, p_sum = chunk_loss(F.linear(x, w), F.linear(y, teacher_w), center)
+                part, grad, p_sum = chunk_loss(F.linear(x[:, rows], w), F.linear(y[:, rows], teacher_w), center)
                 loss += part
                 assignments += p_sum
                 grad_z[:, rows] = grad @ w

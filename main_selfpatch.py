@@ -44,7 +44,7 @@ from options import check_args, get_args_parser
 from resuming import compare_ranks, plain_args, resume
 from run_folder import RunFolder, numbered
 from selfpatch_head import MultiCropWrapper  # noqa: F401
-from settings import choose_augment, choose_compile, choose_loss, choose_precision
+from settings import choose_augment, choose_compile, choose_loss, choose_packing, choose_precision
 from step_log import StepLog
 from trackers import Trackers, chosen_trackers
 from training_loop import train
@@ -84,7 +84,8 @@ def build_run(args: argparse.Namespace, processes: Processes, steps_per_epoch: i
     device, distributed = processes.device, processes.world_size > 1
     networks = build_networks(args.arch, args.patch_size, args.out_dim, args.out_dim_selfpatch, args.k_num,
                               args.norm_last_layer, args.use_bn_in_head, args.drop_path_rate,
-                              use_patches=args.patch_loss_weight > 0, head_hidden_dim=args.head_hidden_dim)
+                              use_patches=args.patch_loss_weight > 0, head_hidden_dim=args.head_hidden_dim,
+                              pack_crops=choose_packing(args.pack_crops, device))
     if distributed and args.use_bn_in_head:
         networks = [sync_batchnorms(network, device) for network in networks]
     student, teacher = (network.to(device) for network in networks)

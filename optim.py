@@ -73,8 +73,14 @@ def clip_gradients(model: nn.Module, clip: float, norms: torch.Tensor | None = N
     """
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     norms = torch.stack(torch._foreach_norm(grads)) if norms is None else norms
-    factors = (clip / (norms + 1e-6)).clamp(max=1)
-    torch._foreach_mul_(grads, list(factors.unbind()))
+    factors = (clip / (norms + 1e-6)).clamp(max=1).unbind()
+    if norms.device.type == "cpu":
+        torch._foreach_mul_(grads, list(factors))
+        return
+    # a grouped product takes tensors of the same shapes: one pass over memory more, and 200 launches less
+    sizes = [grad.numel() for grad in grads]
+    factors = torch.cat([factor.expand(size) for factor, size in zip(factors, sizes, strict=True)]).split(sizes)
+    torch._foreach_mul_([grad.view(-1) for grad in grads], factors)
 
 
 def cancel_gradients_last_layer(epoch: int, model: nn.Module, freeze_last_layer: int) -> None:

@@ -268,16 +268,25 @@ class MultiCropWrapper(nn.Module):
 
     def features(self, crops: list[torch.Tensor]) -> list[tuple[torch.Tensor, tuple[int, int]]]:
         """Backbone features [V_r·B, N_r, D] of each run of V_r equally sized crops, and the grid of their patches."""
-        batches = [torch.cat(list(run)) for _, run in groupby(crops, key=lambda crop: crop.shape)]
-        return [(self.backbone(images), self.backbone.grid_size(images)) for images in batches]
+        return [(self.backbone(images), self.backbone.grid_size(images)) for images in self.batches(crops)]
+
+    @staticmethod
+    def batches(crops: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Each run of V_r equally sized crops as one tensor [V_r·B, 3, H_r, W_r]."""
+        return [torch.cat(list(run)) for _, run in groupby(crops, key=lambda crop: crop.shape)]
 
     def project(self, tokens: list[torch.Tensor]) -> CropLogits:
         """Tokens [V_r·B, 1 + N_r, D] of each resolution -> logits, with one pass of each projection head."""
-        image = self.c_head.factors(torch.cat([t[:, 0] for t in tokens]))
+        image = torch.cat([t[:, 0] for t in tokens])
         if not self.use_patches:
-            return CropLogits(image, [])
-        shapes = [(len(t), t.shape[1] - 1) for t in tokens]
-        z, prototypes = self.p_head.factors(torch.cat([t[:, 1:].flatten(0, 1) for t in tokens]))
-        parts = z.split([rows * patches for rows, patches in shapes])
+            return CropLogits(self.c_head.factors(image), [])
+        patches = torch.cat([t[:, 1:].flatten(0, 1) for t in tokens])
+        return self.logits(image, patches, [(len(t), t.shape[1] - 1) for t in tokens])
+
+    def logits(self, image: torch.Tensor, patches: torch.Tensor, shapes: list[tuple[int, int]]) -> CropLogits:
+        """Logits of image tokens [I, D], and of patches [T, D], of which shapes has images and patches of each."""
+        image = self.c_head.factors(image)
+        z, prototypes = self.p_head.factors(patches)
+        parts = z.split([images * patches for images, patches in shapes])
         return CropLogits(image, [Logits(part.unflatten(0, shape), prototypes)
                                   for part, shape in zip(parts, shapes, strict=True)])

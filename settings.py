@@ -50,6 +50,14 @@ def choose_compile(choice: str, device: torch.device) -> bool:
     return not missing
 
 
+def choose_packing(choice: str, device: torch.device) -> bool:
+    """Whether all crops go through the networks in one pass, by --pack_crops; auto does on CUDA, to save launches.
+
+    On a CPU, samples that stochastic depth drops are not computed, which one pass could not do.
+    """
+    return device.type == "cuda" if choice == "auto" else choice == "on"
+
+
 def choose_loss(fused_loss: str, loss_class: type[DINOLoss] | None) -> type[DINOLoss]:
     """The class of the loss, by --fused_loss; a class of the caller's own is used as it is."""
     if loss_class is None:

@@ -16,6 +16,7 @@ from errors import ConfigError
 from losses import DINOLoss
 from optim import load_optimizer
 from schedules import Schedule, cosine_schedule
+from packed_crops import PackedMultiCropWrapper
 from selfpatch_head import MultiCropWrapper, SelfPatchHead
 from vision_transformer import ARCHS, DINOHead
 
@@ -46,7 +47,7 @@ def build_schedules(epochs: int, steps_per_epoch: int, lr: float = 0.0005, min_l
 def build_networks(arch: str, patch_size: int = 16, out_dim: int = 65536, out_dim_selfpatch: int = 4096,
                    k_num: int = 4, norm_last_layer: bool = True, use_bn_in_head: bool = False,
                    drop_path_rate: float = 0.1, use_patches: bool = True,
-                   head_hidden_dim: int = 2048) -> tuple[MultiCropWrapper, MultiCropWrapper]:
+                   head_hidden_dim: int = 2048, pack_crops: bool = False) -> tuple[MultiCropWrapper, MultiCropWrapper]:
     """Student, and teacher: a copy with neither stochastic depth nor gradients.
 
     Args:
@@ -57,6 +58,7 @@ def build_networks(arch: str, patch_size: int = 16, out_dim: int = 65536, out_di
         use_patches: False for DINO. The patch head then stays for the checkpoint's layout, but is neither run nor
             trained.
         head_hidden_dim: width of the hidden layers of both projection heads.
+        pack_crops: one pass for all resolutions, see packed_crops.py.
     """
     def wrapper(drop_path_rate: float, norm_last_layer: bool) -> MultiCropWrapper:
         backbone = ARCHS[arch](patch_size=patch_size, drop_path_rate=drop_path_rate)
@@ -65,8 +67,9 @@ def build_networks(arch: str, patch_size: int = 16, out_dim: int = 65536, out_di
                           for prototypes in (out_dim, out_dim_selfpatch))
         if not use_patches:
             p_head.requires_grad_(False)
-        return MultiCropWrapper(backbone, SelfPatchHead(backbone.embed_dim, backbone.num_heads, k_num), c_head, p_head,
-                                use_patches)
+        wrapper_class = PackedMultiCropWrapper if pack_crops else MultiCropWrapper
+        return wrapper_class(backbone, SelfPatchHead(backbone.embed_dim, backbone.num_heads, k_num), c_head, p_head,
+                             use_patches)
 
     student, teacher = wrapper(drop_path_rate, norm_last_layer), wrapper(0.0, True).requires_grad_(False)
     teacher.load_state_dict(student.state_dict())

@@ -74,7 +74,7 @@ class VisionTransformer(nn.Module):
                  drop_path_rate: float = 0.0, class_token: bool = False, final_norm: bool = False):
         super().__init__()
         self.embed_dim = self.num_features = embed_dim
-        self.patch_size, self.num_heads = patch_size, num_heads
+        self.patch_size, self.num_heads, self.drop_path_rate = patch_size, num_heads, drop_path_rate
         norm_layer = partial(nn.LayerNorm, eps=1e-6)
         self.patch_embed = PatchEmbed(None, patch_size, in_chans, embed_dim)  # no fixed image size
         num_patches = (img_size // patch_size) ** 2

@@ -75,6 +75,7 @@ class Way:
             "--local_crops_number", str(args.local_crops_number), "--precision", args.precision,
             "--compile", args.compile, "--device", args.device, "--freeze_last_layer", "0",
             "--accum_steps", str(getattr(args, "accum_steps", 1))])
+        options.pack_crops = "off" if "backbone" in self.plain else getattr(args, "pack_crops", "auto")
         options.checkpoint_activations = args.checkpoint_activations and not self.plain
         if as_published:
             options.compile = "off"

@@ -1,0 +1,265 @@
+"""MultiCropWrapper in half as many launches on a GPU: what works token by token sees the tokens of all crops together.
+
+    packed = packed_features(backbone, [global_crops, local_crops])     # tokens [T, D] of all images
+    image_tokens, targets = packed_targets(head, packed)                # [I, D], [T, D]
+
+The functions are those of vision_transformer.py and selfpatch_head.py, which are the ones to read and to change.
+Attention stays within an image, so it runs once per resolution (as in DINOv3). The weights of a block are cast to
+autocast's precision by one launch instead of one each.
+"""
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from timm.layers import Attention, Mlp
+from timm.models.vision_transformer import Block
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from selfpatch_head import ClassAttention, MultiCropWrapper, SelfPatchHead
+from vision_transformer import CropLogits, VisionTransformer
+
+Weights = dict[nn.Linear, tuple[torch.Tensor, torch.Tensor]]
+
+
+class Packed(NamedTuple):
+    """Tokens [T, D] of I images, image by image; by resolution the number of images, and rows and columns of tokens."""
+    tokens: torch.Tensor
+    images: list[int]
+    grids: list[tuple[int, int]]
+
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        """Images of each resolution, and tokens of each image."""
+        return [(images, rows * columns) for images, (rows, columns) in zip(self.images, self.grids, strict=True)]
+
+    @property
+    def sizes(self) -> list[int]:
+        """Tokens of each resolution."""
+        return [images * tokens for images, tokens in self.shapes]
+
+    def split(self, tokens: torch.Tensor) -> list[torch.Tensor]:
+        """Rows [T, D'] -> [images, tokens of an image, D'] of each resolution, which are views."""
+        return [part.unflatten(0, shape) for part, shape in zip(tokens.split(self.sizes), self.shapes, strict=True)]
+
+
+class CastTogether(torch.autograd.Function):
+    """Tensors in another dtype, and their gradients back in their own, by one launch each."""
+
+    @staticmethod
+    def forward(ctx, dtype: torch.dtype, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.dtypes = [t.dtype for t in tensors]
+        ctx.set_materialize_grads(False)
+        cast = [torch.empty_like(t, dtype=dtype) for t in tensors]
+        torch._foreach_copy_(cast, tensors)
+        return tuple(cast)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        cast = [None if g is None else torch.empty_like(g, dtype=dtype)
+                for g, dtype in zip(grads, ctx.dtypes, strict=True)]
+        if given := [(c, g) for c, g in zip(cast, grads, strict=True) if g is not None]:
+            torch._foreach_copy_(*map(list, zip(*given, strict=True)))
+        return None, *cast
+
+
+def autocast_dtype(x: torch.Tensor) -> torch.dtype:
+    """The dtype that products of x come out in."""
+    enabled = torch.is_autocast_enabled(x.device.type)
+    return torch.get_autocast_dtype(x.device.type) if enabled else x.dtype
+
+
+def cast_weights(module: nn.Module, x: torch.Tensor) -> Weights:
+    """Weight and bias of all Linear layers in a module, in the dtype that products with x take place in."""
+    layers = [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
+    weights = [weight for layer in layers for weight in (layer.weight, layer.bias)]
+    if autocast_dtype(x) != weights[0].dtype and not torch.compiler.is_compiling():  # the compiler merges casts itself
+        weights = CastTogether.apply(autocast_dtype(x), *weights)
+    return {layer: tuple(weights[2 * i:2 * i + 2]) for i, layer in enumerate(layers)}
+
+
+# ---------------------------------------------------------------- backbone
+
+def packed_features(backbone: VisionTransformer, batches: Sequence[torch.Tensor]) -> Packed:
+    """What the backbone makes of each batch of images [B_r, 3, H_r, W_r], for a backbone without class token."""
+    embedded = [backbone.prepare_tokens(images) for images in batches]
+    packed = Packed(torch.cat([tokens.flatten(0, 1) for tokens in embedded]), [len(images) for images in batches],
+                    [backbone.grid_size(images) for images in batches])
+    x = packed.tokens
+    for block, scales in zip(backbone.blocks, branch_scales(backbone, packed), strict=True):
+        if backbone.checkpoint_activations and torch.is_grad_enabled():
+            x = checkpoint(packed_block, block, x, packed, scales, use_reentrant=False)
+        else:
+            x = packed_block(block, x, packed, scales)
+    return packed._replace(tokens=backbone.norm(x))
+
+
+def packed_block(block: Block, x: torch.Tensor, packed: Packed, scales: torch.Tensor | None = None) -> torch.Tensor:
+    """A block on tokens x [T, D]; scales [2, T, 1] of its two branches, None for 1."""
+    weights = cast_weights(block, x)
+    attended = packed_attention(block.attn, block.norm1(x), packed, weights)
+    x = x + (attended if scales is None else attended * scales[0])
+    mixed = packed_mlp(block.mlp, block.norm2(x), weights)
+    return x + (mixed if scales is None else mixed * scales[1])
+
+
+def packed_attention(attn: Attention, x: torch.Tensor, packed: Packed, weights: Weights) -> torch.Tensor:
+    """Self-attention within each image, on tokens x [T, D] of all images."""
+    outputs = []
+    for qkv in packed.split(F.linear(x, *weights[attn.qkv])):
+        q, k, v = qkv.unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind()  # [images, heads, tokens, d]
+        outputs.append(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2).flatten(0, 1))
+    return F.linear(torch.cat(outputs), *weights[attn.proj])
+
+
+def packed_mlp(mlp: Mlp, x: torch.Tensor, weights: Weights) -> torch.Tensor:
+    return F.linear(mlp.act(F.linear(x, *weights[mlp.fc1])), *weights[mlp.fc2])
+
+
+def branch_scales(backbone: VisionTransformer, packed: Packed) -> list[torch.Tensor | None]:
+    """Stochastic depth drawn for all blocks at once: [2, T, 1] for the branches of each, or None where it drops nothing.
+
+    A branch of an image is scaled by 0 if it is dropped, else by 1 / (1 - rate), in the dtype of its output, as by timm.
+    """
+    depth, rate, device = len(backbone.blocks), backbone.drop_path_rate, packed.tokens.device
+    if not rate or not backbone.training:
+        return [None] * depth
+    keep = (1 - torch.linspace(0, rate, depth, device=device))[:, None, None]
+    by_image = (torch.bernoulli(keep.expand(-1, 2, sum(packed.images))) / keep).to(autocast_dtype(packed.tokens))
+    by_token = [part[..., None].expand(-1, -1, -1, tokens).flatten(2)
+                for part, (_, tokens) in zip(by_image.split(packed.images, dim=2), packed.shapes, strict=True)]
+    return [None, *torch.cat(by_token, dim=2)[1:, ..., None]]  # the first block's rate is 0
+
+
+# ---------------------------------------------------------------- SelfPatch head
+
+def packed_student(head: SelfPatchHead, packed: Packed) -> tuple[torch.Tensor, torch.Tensor]:
+    """What head(x) gives for each resolution: class tokens [I, D], patches [T, D]."""
+    return packed_class_tokens(head, packed), head.norm(packed.tokens)
+
+
+def packed_class_tokens(head: SelfPatchHead, packed: Packed) -> torch.Tensor:
+    """What head.image_token(x) gives for each resolution, [I, D]."""
+    c = head.cls_token[:, 0].expand(sum(packed.images), -1)
+    for block in head.cls_blocks:
+        weights = cast_weights(block, packed.tokens)
+        u = block.norm1(packed.tokens).to(autocast_dtype(packed.tokens))
+        c = c + attend_absorbed(block.attn, block.norm1(c), u, packed, weights)
+        c = c + packed_mlp(block.mlp, block.norm2(c), weights)
+    return head.norm(c)
+
+
+def attend_absorbed(attn: ClassAttention, c: torch.Tensor, u: torch.Tensor, packed: Packed,
+                    weights: Weights) -> torch.Tensor:
+    """ClassAttention.attend_absorbed of class tokens c [I, D] over themselves and the patches u [T, D] -> [I, D]."""
+    (K, k_bias), (V, v_bias) = ((w.unflatten(0, (attn.num_heads, -1)), b) for w, b in (weights[attn.k], weights[attn.v]))
+    q = F.linear(c, *weights[attn.q]).unflatten(-1, (attn.num_heads, -1))
+    scale, constant = q.shape[-1] ** -0.5, (q * k_bias.view_as(q[0])).sum(-1, keepdim=True)
+    q = torch.einsum("bhd,hdD->bhD", q, K)
+    own, mixed = (q * c[:, None]).sum(-1, keepdim=True) + constant, []
+    for q, own, constant, c, u in zip(*(t.split(packed.images) for t in (q, own, constant, c)), packed.split(u),
+                                      strict=True):
+        p = (torch.cat([own, q @ u.mT + constant], dim=-1) * scale).softmax(-1)
+        mixed.append(p[..., 1:] @ u + p[..., :1] * c[:, None])
+    mixed = torch.einsum("bhD,hdD->bhd", torch.cat(mixed), V).flatten(1) + v_bias
+    return F.linear(mixed, *weights[attn.proj])
+
+
+def packed_targets(head: SelfPatchHead, packed: Packed) -> tuple[torch.Tensor, torch.Tensor]:
+    """What head.targets(x, grid) gives for each resolution: class tokens [I, D], each patch's target [T, D]."""
+    x, images = packed.tokens, sum(packed.images)
+    positives = packed_positives(packed, head.k_num)
+    c = head.cls_token[:, 0]  # one row for all, class tokens of images and then of patches, until they have attended
+    for block in head.cls_blocks:
+        weights, u = cast_weights(block, x), block.norm1(x)
+        keys, values = (F.linear(u, *weights[layer]) for layer in (block.attn.k, block.attn.v))
+        c = c + attend_projected(block.attn, block.norm1(c), keys, values, positives, packed, weights)
+        c = c + packed_mlp(block.mlp, block.norm2(c), weights)
+    return head.norm(c).split([images, len(x)])
+
+
+def attend_projected(attn: ClassAttention, c: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
+                     positives: torch.Tensor, packed: Packed, weights: Weights) -> torch.Tensor:
+    """ClassAttention.attend_projected for all images, and for the positives of all patches.
+
+    Args:
+        c: class tokens [I + T, D], or [1, D] for one that is the same everywhere.
+        keys, values: of all patches, [T, D].
+        positives: rows of these, [T, k].
+
+    Returns:
+        [I + T, D].
+    """
+    q, k, v = (F.linear(c, *weights[layer]).expand(sum(packed.images) + len(keys), -1)
+               .split([*packed.images, len(keys)]) for layer in (attn.q, attn.k, attn.v))
+    keys, values = [*packed.split(keys), keys[positives]], [*packed.split(values), values[positives]]
+    mixed = [attend_one(*(t.unflatten(-1, (attn.num_heads, -1)) for t in tensors))
+             for tensors in zip(q, k, v, keys, values, strict=True)]
+    return F.linear(torch.cat(mixed).flatten(1), *weights[attn.proj])
+
+
+def attend_one(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keys: torch.Tensor,
+               values: torch.Tensor) -> torch.Tensor:
+    """Attention of one query over its own key and others: q, k, v [B, heads, d], keys, values [B, M, heads, d]."""
+    scores = torch.cat([(q * k).sum(-1)[:, None], (q[:, None] * keys).sum(-1)], dim=1)
+    p = (scores * q.shape[-1] ** -0.5).softmax(1)[..., None]
+    return p[:, 0] * v + (p[:, 1:] * values).sum(1)
+
+
+def packed_positives(packed: Packed, k_num: int) -> torch.Tensor:
+    """positive_matching in all images at once, as rows of the tokens: [T, k_num]."""
+    rows = neighbour_rows(packed)
+    x = F.normalize(packed.tokens.float(), dim=-1)
+    first_half = (x[:, None] * x[rows[:, :4]]).sum(-1)
+    # similarity is symmetric: to the neighbour in direction j as that one's in the opposite direction, 7 - j
+    opposite = rows[:, 4:] * 4 + torch.arange(3, -1, -1, device=rows.device)
+    similarity = torch.cat([first_half, first_half.flatten()[opposite]], dim=1)
+    return rows.gather(1, similarity.topk(k_num, dim=1).indices)
+
+
+def neighbour_rows(packed: Packed) -> torch.Tensor:
+    """Rows of each token's 8 neighbours on a torus, [T, 8], in neighbour_similarity's order."""
+    device, start, parts = packed.tokens.device, 0, []
+    cell = torch.arange(8, device=device)
+    cell = cell + (cell >= 4)  # 0 … 8 in the 3×3 window, whose cell 4 is the token itself
+    for images, (rows, columns) in zip(packed.images, packed.grids, strict=True):
+        token = torch.arange(rows * columns, device=device)[:, None]
+        row, column = (token // columns + cell // 3 - 1) % rows, (token % columns + cell % 3 - 1) % columns
+        first = start + rows * columns * torch.arange(images, device=device)[:, None, None]
+        parts.append((first + row * columns + column).flatten(0, 1))
+        start += images * rows * columns
+    return torch.cat(parts)
+
+
+# ---------------------------------------------------------------- both
+
+class PackedMultiCropWrapper(MultiCropWrapper):
+    """MultiCropWrapper with one pass of everything over all resolutions; its state dict is the same.
+
+    Args:
+        backbone: a VisionTransformer without class token.
+        ca_head: one that overrides the plain methods is called on each resolution.
+    """
+
+    def packed_features(self, crops: list[torch.Tensor]) -> Packed:
+        return packed_features(self.backbone, self.batches(crops))
+
+    def features(self, crops: list[torch.Tensor]) -> list[tuple[torch.Tensor, tuple[int, int]]]:
+        packed = self.packed_features(crops)
+        return list(zip(packed.split(packed.tokens), packed.grids, strict=True))
+
+    def forward(self, crops: list[torch.Tensor]) -> CropLogits:
+        if not self.ca_head.fast:
+            return super().forward(crops)
+        packed = self.packed_features(crops)
+        if not self.use_patches:
+            return CropLogits(self.c_head.factors(packed_class_tokens(self.ca_head, packed)), [])
+        return self.logits(*packed_student(self.ca_head, packed), packed.shapes)
+
+    def targets(self, crops: list[torch.Tensor]) -> CropLogits:
+        if not self.ca_head.fast or not self.use_patches:
+            return super().targets(crops)
+        packed = self.packed_features(crops)
+        return self.logits(*packed_targets(self.ca_head, packed), packed.shapes)
