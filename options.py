@@ -107,8 +107,8 @@ def add_optimisation_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--compile", default="auto", choices=["auto", "on", "off"],
                        help="compile the networks and the loss; auto: on CUDA. The first steps then take minutes")
     group.add_argument("--pack_crops", default="auto", choices=["auto", "on", "off"],
-                       help="one pass of the networks over the crops of all sizes, in half as many launches, instead of "
-                            "one for each size; auto: on CUDA")
+                       help="one pass of the networks over the crops of all sizes, with half as many launches, instead "
+                            "of one for each size; auto: on CUDA")
     group.add_argument("--checkpoint_activations", action="store_true",
                        help="keep one tensor per block of the student's backbone and recompute the rest: less memory "
                             "for one more forward pass")

@@ -109,7 +109,7 @@ def packed_attention(attn: Attention, x: torch.Tensor, packed: Packed, weights: 
     """Self-attention within each image, on tokens x [T, D] of all images."""
     outputs = []
     for qkv in packed.split(F.linear(x, *weights[attn.qkv])):
-        q, k, v = qkv.unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind()  # [images, heads, tokens, d]
+        q, k, v = qkv.unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)  # [images, heads, tokens, d] each
         outputs.append(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2).flatten(0, 1))
     return F.linear(torch.cat(outputs), *weights[attn.proj])
 
@@ -119,9 +119,9 @@ def packed_mlp(mlp: Mlp, x: torch.Tensor, weights: Weights) -> torch.Tensor:
 
 
 def branch_scales(backbone: VisionTransformer, packed: Packed) -> list[torch.Tensor | None]:
-    """Stochastic depth drawn for all blocks at once: [2, T, 1] for the branches of each, or None where it drops nothing.
+    """Stochastic depth of all blocks, drawn at once: [2, T, 1] for the branches of each, None where none is dropped.
 
-    A branch of an image is scaled by 0 if it is dropped, else by 1 / (1 - rate), in the dtype of its output, as by timm.
+    A branch of an image is scaled by 0 if it is dropped, else by 1 / (1 - rate), in its output's dtype, as by timm.
     """
     depth, rate, device = len(backbone.blocks), backbone.drop_path_rate, packed.tokens.device
     if not rate or not backbone.training:
@@ -154,17 +154,25 @@ def packed_class_tokens(head: SelfPatchHead, packed: Packed) -> torch.Tensor:
 def attend_absorbed(attn: ClassAttention, c: torch.Tensor, u: torch.Tensor, packed: Packed,
                     weights: Weights) -> torch.Tensor:
     """ClassAttention.attend_absorbed of class tokens c [I, D] over themselves and the patches u [T, D] -> [I, D]."""
-    (K, k_bias), (V, v_bias) = ((w.unflatten(0, (attn.num_heads, -1)), b) for w, b in (weights[attn.k], weights[attn.v]))
-    q = F.linear(c, *weights[attn.q]).unflatten(-1, (attn.num_heads, -1))
-    scale, constant = q.shape[-1] ** -0.5, (q * k_bias.view_as(q[0])).sum(-1, keepdim=True)
-    q = torch.einsum("bhd,hdD->bhD", q, K)
-    own, mixed = (q * c[:, None]).sum(-1, keepdim=True) + constant, []
-    for q, own, constant, c, u in zip(*(t.split(packed.images) for t in (q, own, constant, c)), packed.split(u),
-                                      strict=True):
-        p = (torch.cat([own, q @ u.mT + constant], dim=-1) * scale).softmax(-1)
-        mixed.append(p[..., 1:] @ u + p[..., :1] * c[:, None])
-    mixed = torch.einsum("bhD,hdD->bhd", torch.cat(mixed), V).flatten(1) + v_bias
+    heads = (attn.num_heads, -1)
+    (K, k_bias), (V, v_bias) = weights[attn.k], weights[attn.v]
+    q = F.linear(c, *weights[attn.q]).unflatten(-1, heads)
+    q = q * q.shape[-1] ** -0.5
+    bias = (q * k_bias.unflatten(0, heads)).sum(-1, keepdim=True)
+    q = torch.einsum("bhd,hdD->bhD", q, K.unflatten(0, heads))
+    mixed = [mix_absorbed(*tensors) for tensors in
+             zip(*(t.split(packed.images) for t in (q, bias, c[:, None])), packed.split(u), strict=True)]
+    mixed = torch.einsum("bhD,hdD->bhd", torch.cat(mixed), V.unflatten(0, heads)).flatten(1) + v_bias
     return F.linear(mixed, *weights[attn.proj])
+
+
+def mix_absorbed(q: torch.Tensor, bias: torch.Tensor, c: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    """The class token c [B, 1, D] and patches u [B, N, D], mixed by the attention of q [B, heads, D] -> like q.
+
+    bias [B, heads, 1] of all scores of a head, which changes nothing: it is there for the gradient of the key's bias.
+    """
+    p = torch.cat([(q * c).sum(-1, keepdim=True), q @ u.mT], dim=-1).add(bias).softmax(-1)
+    return p[..., 1:] @ u + p[..., :1] * c
 
 
 def packed_targets(head: SelfPatchHead, packed: Packed) -> tuple[torch.Tensor, torch.Tensor]:

@@ -15,8 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 from errors import ConfigError
 from losses import DINOLoss
 from optim import load_optimizer
-from schedules import Schedule, cosine_schedule
 from packed_crops import PackedMultiCropWrapper
+from schedules import Schedule, cosine_schedule
 from selfpatch_head import MultiCropWrapper, SelfPatchHead
 from vision_transformer import ARCHS, DINOHead
 

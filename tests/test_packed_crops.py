@@ -1,0 +1,152 @@
+"""One pass over the crops of all sizes, against the plain form: a pass for each size."""
+import pytest
+import torch
+from golden_rules import assert_close, load, rand, set_weights
+from networks import small_wrapper
+
+from optim import scale_together
+from packed_crops import (
+    CastTogether,
+    Packed,
+    PackedMultiCropWrapper,
+    branch_scales,
+    packed_block,
+    packed_positives,
+    packed_student,
+    packed_targets,
+)
+from selfpatch_head import SelfPatchHead, positive_matching
+
+DEVICES = ["cpu", *["cuda"] * torch.cuda.is_available()]
+
+
+def pair(use_patches=True, device="cpu", drop_path_rate=0.0):
+    """The plain wrapper and the packed one, with the same weights."""
+    plain = small_wrapper(use_patches=use_patches, drop_path_rate=drop_path_rate)
+    packed = PackedMultiCropWrapper(plain.backbone, plain.ca_head, plain.c_head, plain.p_head, use_patches)
+    return plain.to(device), packed.to(device)
+
+
+def make_crops(device="cpu"):
+    return [torch.randn(3, 3, *size, device=device) for size in [(40, 32)] * 2 + [(24, 32)] * 3]
+
+
+def dense(logits):
+    return [logits.image.dense(), *[part.dense() for part in logits.patches]]
+
+
+def gradients(network, crops, method):
+    network.zero_grad()
+    sum((i + 1) * out.float().pow(3).sum() for i, out in enumerate(dense(getattr(network, method)(crops)))).backward()
+    return [p.grad for p in network.parameters() if p.requires_grad]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("use_patches", [True, False], ids=["selfpatch", "dino"])
+@pytest.mark.parametrize("method", ["forward", "targets"])
+@pytest.mark.parametrize("dtype, rtol", [(torch.float32, 1e-4), (torch.bfloat16, 0.03)])
+def test_logits_and_gradients_are_those_of_a_pass_for_each_size(device, use_patches, method, dtype, rtol):
+    plain, packed = pair(use_patches, device)
+    crops = make_crops(device)
+    with torch.autocast(device, torch.bfloat16, enabled=dtype == torch.bfloat16):
+        ours, expected = dense(getattr(packed, method)(crops)), dense(getattr(plain, method)(crops))
+        assert len(ours) == len(expected) == 1 + 2 * use_patches
+        for a, b in zip(ours, expected, strict=True):
+            assert (a - b).norm() < rtol * b.norm()
+        grads, expected = ([g.clone() for g in gradients(network, crops, method) if g is not None]
+                           for network in (packed, plain))
+    assert len(grads) == len(expected)
+    largest = max(g.norm() for g in expected)
+    for a, b in zip(grads, expected, strict=True):
+        assert a.dtype == torch.float32 and (a - b).norm() < rtol * max(b.norm(), 0.01 * largest)
+
+
+def test_the_state_dict_is_the_same():
+    plain, packed = pair()
+    assert packed.state_dict().keys() == plain.state_dict().keys()
+
+
+def test_recomputed_activations_give_the_same_gradients():
+    _, packed = pair(drop_path_rate=0.5)
+    crops, grads = make_crops(), []
+    for packed.backbone.checkpoint_activations in (False, True):
+        torch.manual_seed(0)
+        grads.append([g.clone() for g in gradients(packed, crops, "forward")])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_a_head_with_its_own_summary_is_used():
+    class Mean(SelfPatchHead):
+        def summarise(self, x):
+            return x.mean(1)
+
+    plain, packed = pair()
+    plain.ca_head.__class__ = Mean  # which is the packed wrapper's head as well
+    crops = make_crops()
+    for method in ("forward", "targets"):
+        for a, b in zip(dense(getattr(packed, method)(crops)), dense(getattr(plain, method)(crops)), strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("n, side, k", [(196, 14, 1), (196, 14, 4), (196, 14, 8), (36, 6, 4)])
+@torch.no_grad()
+def test_golden_selfpatch_head(n, side, k):
+    golden = load("selfpatch_head.npz")
+    head = set_weights(SelfPatchHead(192, 3, k), golden["salt"]).eval()
+    x = rand(n, 2, n, 192, salt=golden["salt"])
+    packed = Packed(x.flatten(0, 1), [2], [(side, side)])
+    parts = {f"loc_k{k}_n{n}": packed_targets(head, packed), f"noloc_n{n}": packed_student(head, packed)}
+    for key, (c, patches) in parts.items():
+        out = torch.cat([c[:, None], patches.unflatten(0, (2, n))], dim=1)
+        if key != f"noloc_n{n}" or k == 4:
+            assert_close(out[:, ::3] if n == 196 else out, golden[key])
+
+
+def test_positives_are_rows_of_the_image_that_the_patch_is_in():
+    packed = Packed(torch.randn(2 * 20 + 3 * 12, 8), [2, 3], [(5, 4), (3, 4)])
+    rows, start = packed_positives(packed, 4), 0
+    for x, grid in zip(packed.split(packed.tokens), packed.grids, strict=True):
+        for image in x:
+            expected = positive_matching(image[None], grid, 4)[0] + start
+            assert torch.equal(rows[start:start + len(image)], expected)
+            start += len(image)
+    assert start == len(rows)
+
+
+def test_stochastic_depth_drops_branches_of_whole_images_at_the_blocks_rates():
+    _, packed_network = pair(drop_path_rate=0.4)
+    packed = Packed(torch.randn(2000 * 5 + 3000 * 2, 24), [2000, 3000], [(5, 1), (1, 2)])
+    first, scales = branch_scales(packed_network.backbone, packed)
+    assert first is None and scales.shape == (2, 16000, 1)
+    assert scales.unique().tolist() == pytest.approx([0, 1 / 0.6])
+    by_image = [part.unflatten(1, shape)[..., 0] for part, shape in
+                zip(scales.split(packed.sizes, dim=1), packed.shapes, strict=True)]
+    assert all((part == part[..., :1]).all() for part in by_image)
+    kept = torch.cat([part[..., 0] for part in by_image], dim=1) > 0
+    assert kept.float().mean(1).tolist() == pytest.approx([0.6, 0.6], abs=0.03)
+    assert (kept[0] != kept[1]).any()
+    assert branch_scales(packed_network.backbone.eval(), packed) == [None, None]
+
+
+def test_a_dropped_branch_leaves_an_image_as_it_was():
+    block = small_wrapper().backbone.blocks[0]
+    packed = Packed(torch.randn(2 * 6, 24), [2], [(2, 3)])
+    scales = torch.tensor([1.0, 0.0]).repeat_interleave(6)[None, :, None].expand(2, -1, -1)
+    out = packed_block(block, packed.tokens, packed, scales)
+    torch.testing.assert_close(out[:6], block(packed.tokens[None, :6])[0])
+    assert torch.equal(out[6:], packed.tokens[6:])
+
+
+def test_casting_together_gives_gradients_in_the_dtype_of_each():
+    tensors = [torch.randn(3, 2, requires_grad=True), torch.randn(4), torch.randn(5, requires_grad=True)]
+    a, b, unused = CastTogether.apply(torch.bfloat16, *tensors)
+    assert {a.dtype, b.dtype, unused.dtype} == {torch.bfloat16} and torch.equal(a, tensors[0].bfloat16())
+    (2 * a).sum().backward()
+    assert torch.equal(tensors[0].grad, torch.full((3, 2), 2.0)) and tensors[1].grad is tensors[2].grad is None
+
+
+def test_scaling_together():
+    tensors, factors = [torch.randn(3, 2), torch.randn(()), torch.randn(5)], torch.tensor([0.5, 1.0, 0.25])
+    expected = [tensor * factor for tensor, factor in zip(tensors, factors, strict=True)]
+    scale_together(tensors, factors)
+    assert all(torch.equal(a, b) for a, b in zip(tensors, expected, strict=True))
