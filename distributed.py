@@ -228,6 +228,8 @@ def first_slurm_host() -> str:
 def pick_device(name: str = "auto", local_rank: int = 0) -> torch.device:
     """The device called auto, cuda, cuda:1, cpu or mps; plain cuda is the local rank's own GPU.
 
+    On a GPU float32 is float32, without TF32, until allow_tf32 says otherwise.
+
     Raises:
         ConfigError: there is no such device.
     """
@@ -244,12 +246,18 @@ def pick_device(name: str = "auto", local_rank: int = 0) -> torch.device:
             raise ConfigError(f"--device {name}: this process needs GPU {index}, but torch sees {gpus}: "
                               "start as many processes as there are GPUs, or use --device cpu", every_rank=True)
         torch.cuda.set_device(index)
+        allow_tf32(False)
         return torch.device("cuda", index)
     if name == "mps" and not torch.backends.mps.is_available():
         raise ConfigError("--device mps: torch sees no Apple GPU here, use --device cpu")
     if name not in ("mps", "cpu"):
         raise ConfigError(f"--device {name}: there is no such device: use auto, cuda, cuda:1, cpu or mps")
     return torch.device(name)
+
+
+def allow_tf32(allowed: bool) -> None:
+    """Whether float32 products and convolutions on a GPU may round their inputs to 10 bits of mantissa."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
 
 
 def is_distributed() -> bool:

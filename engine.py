@@ -46,9 +46,11 @@ def train_step(run: TrainingRun, batches: Iterable[list[torch.Tensor]]) -> Losse
         wait = isinstance(run.student, DistributedDataParallel) and i < run.accum_steps
         with run.student.no_sync() if wait else nullcontext():
             batch_losses, means = small_batch_losses(run, crops)
+            center_means.append(means)
+            if i == run.accum_steps:
+                move_centers = run.dino_loss.start_update(center_means)
             run.scaler.scale(batch_losses.total / run.accum_steps).backward()
         losses.append(torch.stack(batch_losses).detach())
-        center_means.append(means)
     if len(losses) != run.accum_steps:
         raise ValueError(f"{len(losses)} small batches for a step of {run.accum_steps}")
     losses = Losses(*torch.stack(losses).mean(0))
@@ -56,7 +58,7 @@ def train_step(run: TrainingRun, batches: Iterable[list[torch.Tensor]]) -> Losse
     run.scaler.unscale_(run.optimizer)
     norms = run.gradient_norms = gradient_norms(run.student)
     finite = check_step(run, losses, norms)
-    update_centers(run, center_means, finite)
+    update_centers(run, move_centers, finite)
     if run.clip_grad:
         clip_gradients(run.student, run.clip_grad, norms)
     cancel_gradients_last_layer(run.epoch, run.student, run.freeze_last_layer)
@@ -69,13 +71,13 @@ def train_step(run: TrainingRun, batches: Iterable[list[torch.Tensor]]) -> Losse
     return losses
 
 
-def update_centers(run: TrainingRun, means: list[list[torch.Tensor]], finite: torch.Tensor) -> None:
+def update_centers(run: TrainingRun, move_centers: Callable[[], None], finite: torch.Tensor) -> None:
     """Move the loss's centres, unless the step was not finite."""
     if run.reads_are_free and not run.scaler.is_enabled():
-        run.dino_loss.update_centers(means)
+        move_centers()
         return
     before = [center.clone() for center in run.dino_loss.buffers()]
-    run.dino_loss.update_centers(means)
+    move_centers()
     for center, old in zip(run.dino_loss.buffers(), before, strict=True):
         center.copy_(torch.where(finite, center, old))
 

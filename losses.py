@@ -11,7 +11,8 @@ With V views (crops) of each of B images, the two global ones first, and logits 
 The centres C keep the teacher from giving all samples the same prototype, and the low temperature τ_t keeps it from
 spreading each sample evenly over all prototypes.
 """
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -150,10 +151,32 @@ class DINOLoss(nn.Module):
         Args:
             batch_means: what batch_means gave for each small batch of the step; averaged here, and over all ranks.
         """
+        self.move_centers(*self.sum_means(batch_means))
+
+    def start_update(self, batch_means: Sequence[list[torch.Tensor]]) -> Callable[[], None]:
+        """update_centers in two parts: the exchange with other ranks begins here, the function returned is the rest.
+
+        What lies between them (a backward pass) does not wait for the exchange.
+        """
+        if type(self).update_centers is not DINOLoss.update_centers:  # a variant's own
+            return partial(self.update_centers, batch_means)
+        return partial(self.move_centers, *self.sum_means(batch_means))
+
+    @torch.no_grad()
+    def sum_means(self, batch_means: Sequence[list[torch.Tensor]]) -> tuple[list[torch.Tensor], dist.Work | None]:
+        """The means of a step, being summed over all ranks by one exchange, which is to be waited for."""
+        means = [torch.stack(means).mean(0) for means in zip(*batch_means, strict=True)]
+        if get_world_size() == 1:
+            return means, None
+        sums = torch.cat([mean.flatten() for mean in means])
+        exchange = dist.all_reduce(sums, async_op=True)
+        return [part.view_as(mean) for part, mean in
+                zip(sums.split([mean.numel() for mean in means]), means, strict=True)], exchange
+
+    @torch.no_grad()
+    def move_centers(self, sums: list[torch.Tensor], exchange: dist.Work | None) -> None:
+        if exchange:
+            exchange.wait()
         # without a patch loss there are no patch means, and the patch centre is unchanged
-        for center, means in zip((self.center, self.patch_center), zip(*batch_means, strict=True), strict=False):
-            mean = torch.stack(means).mean(0)
-            if get_world_size() > 1:
-                dist.all_reduce(mean)
-                mean = mean / get_world_size()
-            center.lerp_(mean, 1 - self.center_momentum)
+        for center, total in zip((self.center, self.patch_center), sums, strict=False):
+            center.lerp_(total / get_world_size() if exchange else total, 1 - self.center_momentum)

@@ -13,12 +13,15 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+from torch.nn.parallel import DistributedDataParallel
 
 from augmentations import DataAugmentationDINO  # noqa: F401 (DINO's users import it from here)
 from batchnorm import sync_batchnorms
 from data import build_dataset
 from distributed import (
     Processes,
+    allow_tf32,
     init_distributed_mode,
     is_distributed,
     is_lost_contact,
@@ -78,6 +81,15 @@ def build_probe(args: argparse.Namespace, processes: Processes) -> KnnProbe | No
                     choose_precision(args.precision, args.use_fp16, processes.device))
 
 
+def share_gradients(student: nn.Module, device: torch.device, reduce_dtype: str = "fp32") -> DistributedDataParallel:
+    """The student with gradients that are averaged over all processes, sent as reduce_dtype (fp32 or bf16) says."""
+    student = DistributedDataParallel(student, device_ids=[device] if device.type == "cuda" else None,
+                                      gradient_as_bucket_view=True)
+    if reduce_dtype == "bf16":
+        student.register_comm_hook(None, bf16_compress_hook)
+    return student
+
+
 def build_run(args: argparse.Namespace, processes: Processes, steps_per_epoch: int, compiled: bool = False,
               loss_class: type[DINOLoss] = FusedDINOLoss) -> TrainingRun:
     """Networks, loss, optimiser and schedules of the options, at step 0, on the device."""
@@ -101,8 +113,7 @@ def build_run(args: argparse.Namespace, processes: Processes, steps_per_epoch: i
         for part in (student, teacher, *[dino_loss] * isinstance(dino_loss, FusedDINOLoss)):
             part.compile(dynamic=False)  # the two resolutions never change
     if distributed:
-        student = nn.parallel.DistributedDataParallel(
-            student, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
+        student = share_gradients(student, device, args.reduce_dtype)
     schedules = build_schedules(args.epochs, steps_per_epoch,
                                 args.lr * images_per_step(args, processes.world_size) / 256, args.min_lr,
                                 args.warmup_epochs, args.weight_decay, args.weight_decay_end, args.momentum_teacher)
@@ -118,6 +129,7 @@ def pretrain(args: argparse.Namespace, loss_class: type[DINOLoss] | None = None)
     processes = init_distributed_mode(args.device, args.local_rank, args.port, args.dist_url,
                                       timedelta(minutes=args.dist_timeout))
     compiled = choose_compile(args.compile, processes.device)
+    allow_tf32(args.precision == "tf32")
     folder = RunFolder(args.output_dir)
     continues = on_main_process(folder.has_run)
     # before the images are listed, which can take minutes
