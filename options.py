@@ -13,7 +13,7 @@ from resuming import FIXED
 from run_folder import RunFolder
 from trackers import TRACKERS, check_trackers, chosen_trackers
 from utils import bool_flag
-from vision_transformer import ARCHS
+from vision_transformer import ARCHS, RECOMPUTED
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -112,9 +112,10 @@ def add_optimisation_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--pack_crops", default="auto", choices=["auto", "on", "off"],
                        help="one pass of the networks over the crops of all sizes, with half as many launches, instead "
                             "of one for each size; auto: on CUDA")
-    group.add_argument("--checkpoint_activations", action="store_true",
-                       help="keep one tensor per block of the student's backbone and recompute the rest: less memory "
-                            "for one more forward pass")
+    group.add_argument("--checkpoint_activations", default="", nargs="?", const="block", choices=RECOMPUTED,
+                       help="recompute in the backward pass, instead of keeping, what the student's backbone computes "
+                            "within its blocks: all of it, or in attention or mlp only. Less memory for a part of "
+                            "another forward pass")
 
 
 def add_crop_options(parser: argparse.ArgumentParser) -> None:

@@ -15,10 +15,9 @@ import torch.nn.functional as F
 from timm.layers import Attention, Mlp
 from timm.models.vision_transformer import Block
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from selfpatch_head import ClassAttention, MultiCropWrapper, SelfPatchHead
-from vision_transformer import CropLogits, VisionTransformer
+from vision_transformer import CropLogits, VisionTransformer, recomputing
 
 Weights = dict[nn.Linear, tuple[torch.Tensor, torch.Tensor]]
 
@@ -89,19 +88,22 @@ def packed_features(backbone: VisionTransformer, batches: Sequence[torch.Tensor]
                     [backbone.grid_size(images) for images in batches])
     x = packed.tokens
     for block, scales in zip(backbone.blocks, branch_scales(backbone, packed), strict=True):
-        if backbone.checkpoint_activations and torch.is_grad_enabled():
-            x = checkpoint(packed_block, block, x, packed, scales, use_reentrant=False)
-        else:
-            x = packed_block(block, x, packed, scales)
+        x = packed_block(block, x, packed, scales, backbone.checkpoint_activations)
     return packed._replace(tokens=backbone.norm(x))
 
 
-def packed_block(block: Block, x: torch.Tensor, packed: Packed, scales: torch.Tensor | None = None) -> torch.Tensor:
-    """A block on tokens x [T, D]; scales [2, T, 1] of its two branches, None for 1."""
+def packed_block(block: Block, x: torch.Tensor, packed: Packed, scales: torch.Tensor | None = None,
+                 recompute: str = "") -> torch.Tensor:
+    """A block on tokens x [T, D]; scales [2, T, 1] of its two branches, None for 1; recompute as in run_block."""
+    if recompute == "block":
+        return recomputing(packed_block, True)(block, x, packed, scales)
     weights = cast_weights(block, x)
-    attended = packed_attention(block.attn, block.norm1(x), packed, weights)
+    attend = recomputing(lambda x: packed_attention(block.attn, block.norm1(x), packed, weights),
+                         recompute == "attention")
+    mix = recomputing(lambda x: packed_mlp(block.mlp, block.norm2(x), weights), recompute == "mlp")
+    attended = attend(x)
     x = x + (attended if scales is None else attended * scales[0])
-    mixed = packed_mlp(block.mlp, block.norm2(x), weights)
+    mixed = mix(x)
     return x + (mixed if scales is None else mixed * scales[1])
 
 

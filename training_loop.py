@@ -1,5 +1,8 @@
 """The epochs of a run: training, saving, evaluating, logging, and the end when one is asked for."""
 import argparse
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 
@@ -18,6 +21,25 @@ from run_folder import RunFolder, numbered
 from step_log import StepLog
 from stopping import STOP, Interruption
 from training_run import TrainingRun
+
+COLLECT_EVERY = 100  # steps
+
+
+@contextmanager
+def rare_collection() -> Iterator[None]:
+    """No collection of garbage by Python within, but what after_step asks for at the same steps of all ranks.
+
+    Otherwise each rank would stop for it at moments of its own, and the others would wait. What exists already is not
+    looked at again.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.unfreeze()
 
 
 class Saver:
@@ -52,11 +74,13 @@ class Saver:
         self.interruption.saved()
 
     def after_step(self, logger: MetricLogger) -> None:
-        """Save if it is time.
+        """Save, and collect garbage, if it is time.
 
         Raises:
             RunStopped: the run was asked to end, and has saved.
         """
+        if self.run.step % COLLECT_EVERY == 0:
+            gc.collect()
         agreed = self.interruption.agree()
         if agreed or (self.every_steps and self.run.step % self.every_steps == 0):
             logger.read()
@@ -102,7 +126,7 @@ def train(run: TrainingRun, loader: CropLoader, folder: RunFolder, log: RunLog |
         return probe is not None and (epoch + 1 == args.epochs or (epoch + 1) % args.knn_every == 0)
 
     timeout = timedelta(minutes=args.dist_timeout)
-    with Interruption(args.save_every_minutes, timeout) as interruption, \
+    with rare_collection(), Interruption(args.save_every_minutes, timeout) as interruption, \
             RankWatch(processes.rank, processes.world_size, timeout, args.dist_url):
         saver = Saver(run, loader, folder, log, saved_args, interruption, args.save_every_steps)
         if run.epoch and not within and probe_due(run.epoch - 1):

@@ -35,16 +35,34 @@ def add_branch(x: torch.Tensor, branch: Callable, drop_rate: float) -> torch.Ten
     return x.index_add(0, kept, branch(x.index_select(0, kept)).to(x.dtype), alpha=1 / keep_prob)
 
 
-def run_block(block: Block, tokens: torch.Tensor) -> torch.Tensor:
+RECOMPUTED = ("block", "attention", "mlp")
+
+
+def recomputing(function: Callable, chosen: bool) -> Callable:
+    """The function; if chosen, what it computes on the way is not kept for the backward pass, but computed again."""
+    return partial(checkpoint, function, use_reentrant=False) if chosen and torch.is_grad_enabled() else function
+
+
+def run_block(block: Block, tokens: torch.Tensor, recompute: str = "") -> torch.Tensor:
     """Apply a block to tokens [B, N, D].
 
     On a CPU, samples that stochastic depth drops are not computed; on a GPU, choosing them would be a host sync.
+
+    Args:
+        recompute: one of RECOMPUTED, empty for nothing.
     """
+    if recompute == "block":
+        return recomputing(run_block, True)(block, tokens)
     rate = getattr(block.drop_path1, "drop_prob", 0.0) if block.training else 0.0
-    if not rate or tokens.device.type != "cpu" or torch.compiler.is_compiling():
+    chooses = rate and tokens.device.type == "cpu" and not torch.compiler.is_compiling()
+    if not chooses and not recompute:
         return block(tokens)
-    tokens = add_branch(tokens, lambda x: block.attn(block.norm1(x)), rate)
-    return add_branch(tokens, lambda x: block.mlp(block.norm2(x)), rate)
+    attend = recomputing(lambda x: block.attn(block.norm1(x)), recompute == "attention")
+    mix = recomputing(lambda x: block.mlp(block.norm2(x)), recompute == "mlp")
+    if chooses:
+        return add_branch(add_branch(tokens, attend, rate), mix, rate)
+    tokens = tokens + block.drop_path1(attend(tokens))
+    return tokens + block.drop_path2(mix(tokens))
 
 
 class Features(NamedTuple):
@@ -88,7 +106,7 @@ class VisionTransformer(nn.Module):
         if class_token:
             trunc_normal_(self.cls_token, std=0.02)
         self.apply(init_weights)
-        self.checkpoint_activations = False  # True: store block inputs only, and recompute in the backward pass
+        self.checkpoint_activations = ""  # one of RECOMPUTED, to save memory in training
 
     def grid_size(self, x: torch.Tensor) -> tuple[int, int]:
         """Rows and columns of patches in images x [B, 3, H, W]."""
@@ -132,9 +150,7 @@ class VisionTransformer(nn.Module):
         return tokens[:, self.num_prefix_tokens:]
 
     def _run(self, block: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
-        if self.checkpoint_activations and torch.is_grad_enabled():
-            return checkpoint(run_block, block, tokens, use_reentrant=False)
-        return run_block(block, tokens)
+        return run_block(block, tokens, self.checkpoint_activations)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Images [B, 3, H, W] -> patch features [B, N, D], N = ⌊H/p⌋·⌊W/p⌋, row by row."""

@@ -26,7 +26,7 @@ from train_step import Way
 import engine
 from distributed import get_world_size, is_main_process
 from errors import ConfigError, run_main
-from vision_transformer import ARCHS
+from vision_transformer import ARCHS, RECOMPUTED
 
 GIB = 2**30
 CARDS = (16, 24, 40, 80, 141)  # GB on the label of T4 and V100, 3090 and A10, A100, A100 and H100, H200
@@ -124,7 +124,7 @@ def fits(args: argparse.Namespace) -> list[dict]:
         for patch_size in (16, 8):
             for checkpointing in (False, True):
                 fixed, slope = memory_line(args, arch=arch, patch_size=patch_size,
-                                           checkpoint_activations=checkpointing)
+                                           checkpoint_activations="block" if checkpointing else "")
                 batches = {card: largest_batch(fixed, slope, card) for card in CARDS}
                 rows.append({"arch": arch, "patch_size": patch_size, "checkpoint_activations": checkpointing,
                              "fixed_gib": fixed, "gib_per_image": slope, "batches": batches})
@@ -150,7 +150,7 @@ def main() -> None:
     parser.add_argument("--local_crops_number", default=8, type=int)
     parser.add_argument("--precision", default="bf16", choices=["fp32", "bf16", "fp16"])
     parser.add_argument("--compile", default="off", choices=["on", "off"])
-    parser.add_argument("--checkpoint_activations", action="store_true")
+    parser.add_argument("--checkpoint_activations", default="", nargs="?", const="block", choices=RECOMPUTED)
     parser.add_argument("--no_plain", action="store_true", help="leave out the published order of work")
     parser.add_argument("--fits", action="store_true", help="the largest batch by arch, patch size and card instead")
     parser.add_argument("--json", type=os.path.expanduser, help="also write the figures to this file")

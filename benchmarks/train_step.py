@@ -30,7 +30,7 @@ from fused_loss import FusedDINOLoss
 from model_flops import flops_per_image
 from optim import get_params_groups
 from options import get_args_parser as pretraining_options
-from vision_transformer import ARCHS
+from vision_transformer import ARCHS, RECOMPUTED
 
 GLOBAL, LOCAL = 224, 96
 
@@ -76,7 +76,7 @@ class Way:
             "--compile", args.compile, "--device", args.device, "--freeze_last_layer", "0",
             "--accum_steps", str(getattr(args, "accum_steps", 1))])
         options.pack_crops = "off" if "backbone" in self.plain else getattr(args, "pack_crops", "auto")
-        options.checkpoint_activations = args.checkpoint_activations and not self.plain
+        options.checkpoint_activations = "" if self.plain else args.checkpoint_activations
         if as_published:
             options.compile = "off"
             on_gpu = pick_device(args.device).type == "cuda"
@@ -242,7 +242,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto", choices=["auto", "cuda", "cpu"])
     parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"])
     parser.add_argument("--compile", default="auto", choices=["auto", "on", "off"])
-    parser.add_argument("--checkpoint_activations", action="store_true")
+    parser.add_argument("--checkpoint_activations", default="", nargs="?", const="block", choices=RECOMPUTED)
     parser.add_argument("--plain", nargs="*", choices=PARTS,
                         help="also time the published order of work: all of it (on a GPU in float16, not compiled), or "
                              "the given parts")

@@ -9,6 +9,7 @@ from networks import constant_run, small_wrapper
 from engine import train_step
 from fused_loss import FusedDINOLoss
 from losses import DINOLoss
+from packed_crops import PackedMultiCropWrapper
 
 
 def make_batch(images=6):
@@ -62,24 +63,28 @@ def test_too_few_small_batches_are_an_error():
     assert run.step == 0
 
 
-def test_checkpointed_activations_give_the_same_gradients():
+@pytest.mark.parametrize("part, times", [("block", 4), ("mlp", 4), ("attention", 2)])
+def test_checkpointed_activations_give_the_same_gradients(part, times):
     """With stochastic depth, whose draws the second computation has to repeat."""
     kept, runs = [], []
 
     def prepare(student, *_):
-        student.backbone.checkpoint_activations = True
+        student.backbone.checkpoint_activations = part
         student.backbone.blocks[1].mlp.fc1.register_forward_hook(lambda *_: runs.append(1))
 
     batch = make_batch()
     expected = run_step([batch], drop_path_rate=0.5, prepare=lambda student, *_: kept.append(student))
     assert_same(run_step([batch], drop_path_rate=0.5, prepare=prepare), expected)
-    assert len(runs) == 4  # two resolutions, each forward and again in the backward pass
+    assert len(runs) == times  # two resolutions, each forward and maybe again in the backward pass
 
 
-def test_graphs_have_no_breaks():
+@pytest.mark.parametrize("packed", [False, True], ids=["by size", "packed"])
+def test_graphs_have_no_breaks(packed):
     """torch.compile takes the networks and the losses whole, and what it has traced computes the same."""
     def prepare(*parts):
         torch._dynamo.reset()
+        for network in parts[:2] if packed else ():
+            network.__class__ = PackedMultiCropWrapper
         for part in parts:
             part.compile(dynamic=False, fullgraph=True, backend="aot_eager")
 

@@ -1,6 +1,8 @@
 """The job as a user runs it: the files it writes, DINO as the special case, other options, bad images."""
+import gc
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -87,18 +89,33 @@ def test_other_options_train(image_folder, tmp_path, words):
     assert any(k.startswith("backbone") for k in moved) and any(k.startswith("p_head") for k in moved)
 
 
-def test_compiled_run_is_the_plain_run(image_folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize("extra", [(), ("--pack_crops", "on", "--checkpoint_activations", "mlp")], ids=["", "packed"])
+def test_compiled_run_is_the_plain_run(image_folder, tmp_path, monkeypatch, extra):
     """The same names in the checkpoint and, to rounding, the same weights; test_train_step.py has the real compiler."""
     compile_ = torch.compile
     monkeypatch.setattr(torch, "compile", lambda *args, **kwargs: compile_(*args, **kwargs, backend="aot_eager"))
     words = ["--epochs", 1, "--data_path", image_folder, "--optimizer", "sgd", "--drop_path_rate", 0]
     for way in ("on", "off"):
-        train_dino(options(*words, "--compile", way, "--output_dir", tmp_path / way))
+        train_dino(options(*words, "--compile", way, "--output_dir", tmp_path / way, *(extra if way == "on" else ())))
     ours, expected = (load(tmp_path / way / "checkpoint.pth") for way in ("on", "off"))
     for part in ("student", "teacher", "dino_loss"):
         assert ours[part].keys() == expected[part].keys()
         for name, value in expected[part].items():
             torch.testing.assert_close(ours[part][name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_garbage_is_collected_at_the_same_steps_of_all_ranks(monkeypatch):
+    """And, whatever ends the training, as usual after it."""
+    steps, run = [], SimpleNamespace(step=0)
+    monkeypatch.setattr(training_loop.gc, "collect", lambda: steps.append(run.step))
+    saver = training_loop.Saver(run, None, None, None, {}, SimpleNamespace(agree=lambda: 0))
+    with pytest.raises(KeyboardInterrupt), training_loop.rare_collection():
+        assert not gc.isenabled() and gc.get_freeze_count() > 1000
+        for run.step in range(1, 301):
+            saver.after_step(None)
+        raise KeyboardInterrupt
+    assert steps == [0, 100, 200, 300]
+    assert gc.isenabled() and not gc.get_freeze_count()
 
 
 def test_small_batches_make_one_step(image_folder, tmp_path, capsys):

@@ -33,7 +33,7 @@ def test_published_defaults():
         "patch_loss_weight": 0.1, "drop_path_rate": 0.1, "global_crops_size": 224, "local_crops_size": 96,
         "log_every": 10, "device": "auto", "precision": "auto", "log_with": [], "tensorboard": False,
         "peak_tflops": 0,
-        "accum_steps": 1, "compile": "auto", "checkpoint_activations": False, "augment": "auto", "fused_loss": "auto",
+        "accum_steps": 1, "compile": "auto", "checkpoint_activations": "", "augment": "auto", "fused_loss": "auto",
         "max_bad_images": 0.001, "init_weights": "", "freeze_backbone_epochs": 0, "layer_decay": 1.0,
         "head_hidden_dim": 2048, "pack_crops": "auto", "reduce_dtype": "fp32"}
 

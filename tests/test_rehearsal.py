@@ -22,7 +22,7 @@ import eval_video_segmentation  # noqa: E402
 from main_selfpatch import get_args_parser, train_dino  # noqa: E402
 
 ARGS = argparse.Namespace(arch="vit_small", patch_size=16, batch_size=16, accum_steps=1, local_crops_number=8,
-                          precision="bf16", compile="off", checkpoint_activations=False)
+                          precision="bf16", compile="off", checkpoint_activations="")
 
 
 @pytest.fixture
