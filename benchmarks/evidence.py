@@ -8,213 +8,33 @@ curves.png, overlay.gif and figures.json go to --output_dir. Options that it doe
 same command again goes on where it was stopped, and repeats nothing that is done. docs/EVIDENCE.md: what was found.
 """
 import argparse
-import functools
 import importlib.util
 import json
-import math
-import os
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from demo_seeds import cpu_seconds  # noqa: E402
-from evidence_tables import Figures, all_tables, differences  # noqa: E402
+from demo_seeds import cpu_seconds
+from evidence_settings import DINO, METHODS, SELFPATCH, UNTRAINED, Jobs, Photographs, Scenes, Setting, read
+from evidence_tables import Figures, all_tables, differences
 
-import demo  # noqa: E402
-from checkpoint_files import write_checkpoint  # noqa: E402
-from checkpoints import load_backbone  # noqa: E402
-from curve_pictures import draw_panels, make_panels, read_run  # noqa: E402
-from davis_metrics import score_folder, summarise  # noqa: E402
-from distributed import Processes  # noqa: E402
-from errors import (  # noqa: E402
-    CONTINUE_STATUS,
-    ArgumentParser,
-    ConfigError,
-    RunStopped,
-    TrainingError,
-    run_main,
-    user_path,
-)
-from main_selfpatch import build_run  # noqa: E402
-from options import get_args_parser as pretraining_parser  # noqa: E402
-from patch_features import PatchFeatures  # noqa: E402
-from results import write_json  # noqa: E402
-from resuming import IRRELEVANT, plain_args, with_batch  # noqa: E402
-from utils import fix_random_seeds  # noqa: E402
+from checkpoint_files import write_checkpoint
+from curve_pictures import draw_panels, make_panels, read_run
+from distributed import Processes
+from errors import ArgumentParser, ConfigError, RunStopped, run_main, user_path
+from main_selfpatch import build_run
+from options import get_args_parser as pretraining_parser
+from results import write_json
+from resuming import IRRELEVANT, plain_args, with_batch
+from utils import fix_random_seeds
 
-UNTRAINED, DINO, SELFPATCH = METHODS = ("random", "DINO", "SelfPatch")
-HELD_OUT = 1000  # scenes for the k-NN of the curves, and how much higher the seed is that they are drawn with
 CURVES = ("image loss", "patch loss", "k-NN top-1, %")
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Jobs, and the time for them
-
-
-class Jobs:
-    """Starts jobs of this project, one after the other, until the time is up.
-
-    Args:
-        minutes: after which a job is asked to end and no other is started; 0 for no limit.
-    """
-
-    def __init__(self, minutes: float):
-        self.minutes, self.end = minutes, time.monotonic() + 60 * minutes if minutes else math.inf
-
-    def check(self) -> None:
-        """Raises RunStopped if the time is up."""
-        if time.monotonic() >= self.end:
-            raise RunStopped(f"--minutes {self.minutes:g} are over: start the same command again to go on")
-
-    def __call__(self, *words: str) -> None:
-        """Run a job, showing the command.
-
-        Raises:
-            RunStopped: the time is up, or the job was asked to end; a run has saved.
-            TrainingError: the job failed, and has said why.
-        """
-        self.check()
-        print(f"\n$ python {' '.join(words)}", flush=True)
-        process = subprocess.Popen([sys.executable, str(ROOT / words[0]), *words[1:]])
-        try:
-            process.wait(None if self.end == math.inf else max(self.end - time.monotonic(), 0))
-        except subprocess.TimeoutExpired:
-            print(f"--minutes {self.minutes:g} are over: asking {words[0]} to end", flush=True)
-        finally:
-            if process.poll() is None:
-                process.terminate()
-            status = process.wait()
-        if status in (CONTINUE_STATUS, -signal.SIGTERM):
-            self.check()
-            raise RunStopped(f"{words[0]} was asked to end: start the same command again to go on")
-        if status:
-            raise TrainingError(f"{words[0]} failed with status {status}; its message is above")
-
-
-def stop(*_) -> None:
-    """The handler of SIGTERM: the job under way is asked to end as well."""
-    raise RunStopped("SIGTERM: start the same command again to go on", signal.SIGTERM)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Two settings: what is trained on, by which recipe, and what is measured
-
-
-class Scenes:
-    """The demo's scenes, network, recipe and figures; each seed has scenes of its own."""
-
-    def __init__(self, args: argparse.Namespace, jobs: Jobs):
-        self.args, self.epochs = args, args.epochs or 15
-        self.unseen = functools.cache(demo.make_unseen)
-
-    def place(self, seed: int) -> Path:
-        return self.args.output_dir / f"seed{seed}"
-
-    def prepare(self, seed: int) -> None:
-        demo.make_images(self.place(seed) / "scenes", self.args.scenes, seed)
-        demo.make_images(self.place(seed) / "held_out", HELD_OUT, HELD_OUT + seed)
-
-    def words(self, seed: int, output: Path) -> list[str]:
-        return [*demo.pretraining(self.place(seed) / "scenes", output, self.epochs, seed),
-                "--knn_data", str(self.place(seed) / "held_out"), "--knn_every", "1"]
-
-    def description(self) -> dict:
-        return {"data": "scenes", "scenes": self.args.scenes}
-
-    def evaluations(self, seed: int, folder: Path) -> dict[str, Callable[[Path], None]]:
-        """By name: what writes the evaluation's JSON file."""
-        return {"scenes": lambda output: write_json(
-            demo.measure(load_backbone(folder / "run"), self.unseen(seed)).figures, output)}
-
-    def figures(self, folder: Path) -> dict[str, float]:
-        return read(folder / "scenes.json")
-
-    def overlay(self, output: Path, seed: int) -> None:
-        """The first clip of a seed."""
-        clip = self.unseen(seed).clips[0]
-        demo.write_clip(output, clip, {"true": clip.objects} | {
-            name: demo.follow(PatchFeatures(load_backbone(self.place(seed) / name / "run")), clip)
-            for name in METHODS})
-
-
-class Photographs:
-    """ViT-S/16 on the photographs of --data_path, and the evaluations as they are published, as jobs of their own.
-
-    100 epochs of 10,000 images are 73 steps each: few prototypes, small crops, half of the published length.
-    """
-
-    def __init__(self, args: argparse.Namespace, jobs: Jobs):
-        self.args, self.jobs, self.epochs = args, jobs, args.epochs or 100
-
-    def place(self, seed: int) -> Path:
-        return self.args.output_dir / f"seed{seed}"
-
-    def prepare(self, seed: int) -> None:
-        pass
-
-    def words(self, seed: int, output: Path) -> list[str]:
-        words = ["main_selfpatch.py", "--arch", "vit_small", "--patch_size", 16, "--data_path",
-                 self.args.data_path / "train", "--output_dir", output, "--seed", seed, "--epochs", self.epochs,
-                 "--warmup_epochs", self.epochs // 10, "--batch_size_per_gpu", 128, "--lr", 0.001, "--out_dim", 4096,
-                 "--out_dim_selfpatch", 1024, "--global_crops_size", 112, "--local_crops_size", 48,
-                 "--local_crops_number", 4, "--num_workers", min(16, os.cpu_count() or 1), "--saveckp_freq", 0,
-                 "--save_every_minutes", 3, "--knn_data", self.args.data_path, "--knn_every", 10]
-        return [str(word) for word in words]
-
-    def description(self) -> dict:
-        paths = {name: getattr(self.args, name) for name in ("data_path", "davis_path", "segmentation_path")}
-        return {"data": "photographs"} | {name: str(path) for name, path in paths.items() if path}
-
-    def evaluations(self, seed: int, folder: Path) -> dict[str, Callable[[Path], None]]:
-        """By name: what writes the evaluation's JSON file."""
-        options = pretraining_parser().parse_args([*self.words(seed, folder / "run")[1:], *self.args.others])
-        common = ["--pretrained_weights", str(folder / "run"), "--device", options.device]
-        loading = [*common, "--num_workers", str(options.num_workers)]
-        found = {"knn": lambda output: self.jobs(
-            "eval_knn.py", "--data_path", str(self.args.data_path), "--nb_knn", "20", "--image_size",
-            str(options.global_crops_size), "--output", str(output), *loading)}
-        if self.args.segmentation_path:
-            classes = ["--num_classes", str(self.args.num_classes)] if self.args.num_classes else []
-            found["dense"] = lambda output: self.jobs("eval_dense_retrieval.py", "--data", self.args.segmentation_path,
-                                                      *classes, "--output", str(output), *loading)
-        if self.args.davis_path:
-            found["davis"] = lambda output: self.davis(output, folder / "masks", common)
-        return found
-
-    def davis(self, output: Path, masks: Path, common: list[str]) -> None:
-        self.jobs("eval_video_segmentation.py", "--data_path", str(self.args.davis_path), "--output_dir", str(masks),
-                  "--no_score", *common)
-        figures, _ = summarise(score_folder(self.args.davis_path, masks), {})
-        write_json({"J&F": figures["J&F-Mean"]}, output)
-
-    def figures(self, folder: Path) -> dict[str, float]:
-        knn, dense = (read(folder / f"{name}.json").get("networks") for name in ("knn", "dense"))
-        found = read(folder / "davis.json")
-        if knn:
-            found["k-NN"] = next(iter(knn[0]["knn"].values()))["top1"] / 100
-        if dense:
-            found["mean IoU"] = dense[0]["figures"]["mean IoU, all classes"]
-        return found
-
-    def overlay(self, output: Path, seed: int) -> None:
-        """The first sequence of DAVIS, where there is one."""
-        if self.args.davis_path:
-            masks = [str(self.place(seed) / name / "masks") for name in METHODS]
-            self.jobs("visualize.py", "overlay", "--davis_path", str(self.args.davis_path), "--results", *masks,
-                      "--labels", *METHODS, "--output", str(output), "--overwrite")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # The work
-
-
-def read(path: Path) -> dict:
-    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def write_untrained(words: list[str], output: Path) -> None:
@@ -243,7 +63,7 @@ def pretrain(jobs: Jobs, words: list[str], record: Path) -> None:
                             "CPU s": spent["CPU s"] + cpu_seconds() - cpu_start}, record)
 
 
-def work(setting: Scenes | Photographs, jobs: Jobs, seed: int, method: str, weight: float) -> None:
+def work(setting: Setting, jobs: Jobs, seed: int, method: str, weight: float) -> None:
     """Train and evaluate one network, as far as that is not done."""
     folder = setting.place(seed) / method
     words = [*setting.words(seed, folder / "run"), *setting.args.others, "--patch_loss_weight", str(weight)]
@@ -263,15 +83,15 @@ def work(setting: Scenes | Photographs, jobs: Jobs, seed: int, method: str, weig
 
 def training_figures(folder: Path) -> Figures:
     """Losses of the last epoch, images and time of a run that is done."""
-    options, (steps, epochs) = read(folder / "training.json"), read_run(folder / "run")
+    record, (steps, epochs) = read(folder / "training.json"), read_run(folder / "run")
     found = {"image loss": epochs[-1]["train_clsloss"], "patch loss": epochs[-1]["train_patchloss"],
-             "images": options["batch"] * steps[-1]["step"], "seconds": options["seconds"], "CPU s": options["CPU s"]}
+             "images": record["batch"] * steps[-1]["step"], "seconds": record["seconds"], "CPU s": record["CPU s"]}
     if not found["patch loss"]:  # DINO has none
         del found["patch loss"]
     return found
 
 
-def collect(setting: Scenes | Photographs, seeds: list[int]) -> dict[int, dict[str, Figures]]:
+def collect(setting: Setting, seeds: list[int]) -> dict[int, dict[str, Figures]]:
     """The figures that there are, by seed and method."""
     found = {}
     for seed in seeds:
@@ -285,26 +105,27 @@ def collect(setting: Scenes | Photographs, seeds: list[int]) -> dict[int, dict[s
     return found
 
 
-def draw_curves(setting: Scenes | Photographs, seeds: list[int], output: Path) -> None:
-    """Losses and k-NN while training, a line for each run and a colour for each method."""
-    folders = {(seed, method): setting.place(seed) / method / "run" for method in METHODS[1:] for seed in seeds}
-    panels = [panel for panel in make_panels([read_run(folder) for folder in folders.values()])
-              if panel.title in CURVES]
-    draw_panels(panels, [method for _, method in folders]).savefig(output, dpi=150)
-    print(f"wrote {output}")
+def draw_curves(setting: Setting, seeds: list[int], output: Path) -> None:
+    """Losses and k-NN while training, of the runs that there are: a line for each, a colour for each method."""
+    folders = [(method, setting.place(seed) / method / "run") for method in METHODS[1:] for seed in seeds]
+    folders = [(method, folder) for method, folder in folders if (folder / "log.txt").is_file()]
+    panels = make_panels([read_run(folder) for _, folder in folders]) if folders else []
+    if panels := [panel for panel in panels if panel.title in CURVES]:
+        draw_panels(panels, [method for method, _ in folders]).savefig(output, dpi=150)
+        print(f"wrote {output}")
 
 
-def report(setting: Scenes | Photographs, args: argparse.Namespace) -> None:
-    """Print the tables of what there is, and write them as JSON."""
+def report(setting: Setting, args: argparse.Namespace) -> None:
+    """Print the tables of what there is, write them as JSON, and draw the curves."""
     found = collect(setting, args.seeds)
     if not found:
         return
     print(f"\n{setting.epochs} epochs, patch loss weight {args.patch_loss_weight:g} of {SELFPATCH}; figures of frozen "
           f"features from 0 to 1, losses of the last epoch; ± is the standard deviation between seeds")
     print(all_tables(found, (DINO, SELFPATCH)))
-    (args.output_dir / "figures.json").unlink(missing_ok=True)
     write_json({"figures": found, "differences": differences(found, (DINO, SELFPATCH))},
                args.output_dir / "figures.json")
+    draw_curves(setting, args.seeds, args.output_dir / "curves.png")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -378,10 +199,14 @@ def main(args: argparse.Namespace, others: list[str]) -> None:
             setting.prepare(seed)
             for method in METHODS:
                 work(setting, jobs, seed, method, args.patch_loss_weight if method == SELFPATCH else 0)
-        draw_curves(setting, args.seeds, args.output_dir / "curves.png")
         setting.overlay(args.output_dir / "overlay.gif", args.seeds[0])
     finally:
         report(setting, args)
+
+
+def stop(*_) -> None:
+    """The handler of SIGTERM: the job under way is asked to end as well."""
+    raise RunStopped("SIGTERM: start the same command again to go on", signal.SIGTERM)
 
 
 if __name__ == "__main__":
