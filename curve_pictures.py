@@ -102,7 +102,7 @@ def draw_panels(panels: list[Panel], labels: list[str]):
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-    colours = {label: f"C{i}" for i, label in enumerate(dict.fromkeys(labels))}
+    distinct = list(dict.fromkeys(labels))
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(4.8 * columns, 3 * rows + 0.4), layout="constrained")
@@ -113,9 +113,9 @@ def draw_panels(panels: list[Panel], labels: list[str]):
         for i, line in enumerate(panel.lines):
             if line is not None:
                 # earlier lines are wider, and show beneath later ones that are equal; few points can each be seen
-                width = 1.5 + 1.5 * min(len(panel.lines) - 1 - i, 3)
-                axis.plot(*line.T, colours[labels[i]], linewidth=width, marker="o" if len(line) <= 30 else "",
-                          markersize=3)
+                place = distinct.index(labels[i])
+                width = 1.5 + 1.5 * min(len(distinct) - 1 - place, 3)
+                axis.plot(*line.T, f"C{place}", linewidth=width, marker="o" if len(line) <= 30 else "", markersize=3)
         for level, label in panel.levels.items():
             axis.axhline(level, color="0.4", linestyle="--", linewidth=1)
             axis.annotate(label, (1, level), xycoords=axis.get_yaxis_transform(), ha="right", va="top")
@@ -123,8 +123,8 @@ def draw_panels(panels: list[Panel], labels: list[str]):
         axis.set_axis_off()
     for axis in axes[max(len(panels) - columns, 0):len(panels)]:
         axis.set_xlabel("epoch")
-    figure.legend([Line2D([], [], color=colour) for colour in colours.values()], list(colours),
-                  loc="outside upper left", ncols=len(colours), frameon=False)
+    figure.legend([Line2D([], [], color=f"C{i}") for i in range(len(distinct))], distinct, loc="outside upper left",
+                  ncols=len(distinct), frameon=False)
     return figure
 
 

@@ -26,6 +26,7 @@ from curve_pictures import draw_panels, make_panels, read_run
 from distributed import Processes
 from errors import ArgumentParser, ConfigError, RunStopped, run_main, user_path
 from main_selfpatch import build_run
+from options import check_numbers
 from options import get_args_parser as pretraining_parser
 from results import write_json
 from resuming import IRRELEVANT, plain_args, with_batch
@@ -110,7 +111,9 @@ def draw_curves(setting: Setting, seeds: list[int], output: Path) -> None:
     folders = [(method, setting.place(seed) / method / "run") for method in METHODS[1:] for seed in seeds]
     folders = [(method, folder) for method, folder in folders if (folder / "log.txt").is_file()]
     panels = make_panels([read_run(folder) for _, folder in folders]) if folders else []
-    if panels := [panel for panel in panels if panel.title in CURVES]:
+    panels = [panel._replace(lines=[line if line is not None and line[:, 1].any() else None for line in panel.lines])
+              for panel in panels if panel.title in CURVES]  # DINO's patch loss is 0 throughout
+    if panels:
         draw_panels(panels, [method for method, _ in folders]).savefig(output, dpi=150)
         print(f"wrote {output}")
 
@@ -179,6 +182,10 @@ def check_options(args: argparse.Namespace) -> None:
     if (args.davis_path or args.segmentation_path) and not args.data_path:
         raise ConfigError("--davis_path and --segmentation_path go with --data_path: the scenes have their own clips "
                           "and materials")
+    folders = [args.davis_path, *([args.data_path / "train", args.data_path / "val"] if args.data_path else [])]
+    for folder in filter(None, folders):
+        if not folder.is_dir():
+            raise ConfigError(f"{folder} is no folder: --data_path has train and val in it, --davis_path ImageSets")
     if importlib.util.find_spec("matplotlib") is None:
         raise ConfigError("curves need the package matplotlib: pip install matplotlib")
 
@@ -189,10 +196,11 @@ def main(args: argparse.Namespace, others: list[str]) -> None:
     args.others, jobs = others, Jobs(args.minutes)
     setting = (Photographs if args.data_path else Scenes)(args, jobs)
     options = vars(pretraining_parser().parse_args([*setting.words(0, args.output_dir)[1:], *others]))
+    options["patch_loss_weight"] = args.patch_loss_weight
+    check_numbers(argparse.Namespace(**options))  # for SelfPatch, which asks for more than DINO
     decisive = {name: value for name, value in with_batch(options | {"world_size": 1}).items()
                 if name not in IRRELEVANT | {"seed"}}
-    check_settings(args.output_dir / "settings.json",
-                   decisive | {"patch_loss_weight": args.patch_loss_weight} | setting.description())
+    check_settings(args.output_dir / "settings.json", decisive | setting.description())
     signal.signal(signal.SIGTERM, stop)
     try:
         for seed in args.seeds:

@@ -84,7 +84,8 @@ def test_other_settings_are_refused_and_evaluations_can_be_added(evidence, tmp_p
 
 
 @pytest.mark.parametrize("words", [("--epochs", 0), ("--minutes", -1), ("--patch_loss_weight", 0),
-                                   ("--davis_path", "/davis")])
+                                   ("--davis_path", "/davis"), ("--data_path", "/no/photographs"),
+                                   ("--local_crops_size", 16)])  # DINO could do with that
 def test_what_cannot_work_is_refused_at_once(evidence, tmp_path, words):
     with pytest.raises(ConfigError, match=words[0]):
         start(evidence, "--output_dir", tmp_path / "out", *words)
