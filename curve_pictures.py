@@ -11,7 +11,7 @@ import numpy as np
 
 from errors import ConfigError
 from logger import parse_row
-from results import check_png
+from results import check_png, tell_apart
 from step_log import rows_until
 
 # title, name in steps.jsonl, name in log.txt, name of its ln K in steps.jsonl
@@ -97,11 +97,12 @@ def draw_panels(panels: list[Panel], labels: list[str]):
     """A matplotlib Figure of the panels, three in a row, below one legend.
 
     Args:
-        labels: of the runs, in the order of each panel's lines.
+        labels: of the runs, in the order of each panel's lines; runs of the same label have one colour.
     """
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
+    distinct = list(dict.fromkeys(labels))
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(4.8 * columns, 3 * rows + 0.4), layout="constrained")
@@ -112,8 +113,9 @@ def draw_panels(panels: list[Panel], labels: list[str]):
         for i, line in enumerate(panel.lines):
             if line is not None:
                 # earlier lines are wider, and show beneath later ones that are equal; few points can each be seen
-                width = 1.5 + 1.5 * min(len(panel.lines) - 1 - i, 3)
-                axis.plot(*line.T, f"C{i}", linewidth=width, marker="o" if len(line) <= 30 else "", markersize=3)
+                place = distinct.index(labels[i])
+                width = 1.5 + 1.5 * min(len(distinct) - 1 - place, 3)
+                axis.plot(*line.T, f"C{place}", linewidth=width, marker="o" if len(line) <= 30 else "", markersize=3)
         for level, label in panel.levels.items():
             axis.axhline(level, color="0.4", linestyle="--", linewidth=1)
             axis.annotate(label, (1, level), xycoords=axis.get_yaxis_transform(), ha="right", va="top")
@@ -121,8 +123,8 @@ def draw_panels(panels: list[Panel], labels: list[str]):
         axis.set_axis_off()
     for axis in axes[max(len(panels) - columns, 0):len(panels)]:
         axis.set_xlabel("epoch")
-    figure.legend([Line2D([], [], color=f"C{i}") for i in range(len(labels))], labels, loc="outside upper left",
-                  ncols=len(labels), frameon=False)
+    figure.legend([Line2D([], [], color=f"C{i}") for i in range(len(distinct))], distinct, loc="outside upper left",
+                  ncols=len(distinct), frameon=False)
     return figure
 
 
@@ -132,7 +134,7 @@ def draw_curves(args: argparse.Namespace) -> None:
     output = check_png(args.output, args.overwrite)
     if len(args.runs) > COLOURS:
         raise ConfigError(f"{len(args.runs)} runs: give at most {COLOURS}, or their colours repeat")
-    labels = args.labels or [Path(run).resolve().name for run in args.runs]
+    labels = args.labels or tell_apart([Path(run).resolve().name for run in args.runs])
     if len(labels) != len(args.runs):
         raise ConfigError(f"--labels: {len(labels)} given for {len(args.runs)} runs")
     runs = [read_run(Path(run)) for run in args.runs]

@@ -98,14 +98,14 @@ def make_unseen(seed: int) -> Unseen:
 # Training, as a user starts it
 
 
-def run(*words: str | Path) -> None:
+def run(*words: str) -> None:
     """Run a job of this project, showing the command.
 
     Raises:
         subprocess.CalledProcessError: the job failed.
     """
-    print(f"\n$ python {' '.join(map(str, words))}", flush=True)
-    subprocess.run([sys.executable, str(ROOT / words[0]), *map(str, words[1:])], check=True)
+    print(f"\n$ python {' '.join(words)}", flush=True)
+    subprocess.run([sys.executable, str(ROOT / words[0]), *words[1:]], check=True)
 
 
 def initial_backbone(seed: int) -> VisionTransformer:
@@ -114,15 +114,17 @@ def initial_backbone(seed: int) -> VisionTransformer:
     return vit_pico(PATCH)
 
 
-def pretrain(folder: Path, epochs: int, seed: int) -> None:
-    run("main_selfpatch.py", "--arch", "vit_pico", "--patch_size", PATCH, "--data_path", folder / "scenes",
-        "--output_dir", folder / "vit_pico", "--seed", seed, "--epochs", epochs, "--warmup_epochs", min(1, epochs - 1),
-        "--warmup_teacher_temp", 0.03, "--teacher_temp", 0.03,
-        "--batch_size_per_gpu", 32, "--lr", 0.008, "--momentum_teacher", 0.99, "--weight_decay_end", 0.1,
-        "--drop_path_rate", 0, "--use_bn_in_head", "true", "--head_hidden_dim", 256, "--out_dim", PROTOTYPES,
-        "--out_dim_selfpatch", PROTOTYPES, "--global_crops_size", 32, "--global_crops_scale", 0.25, 1,
-        "--local_crops_size", 24, "--local_crops_scale", 0.1, 0.3, "--local_crops_number", 2, "--num_workers", 1,
-        "--saveckp_freq", 0)
+def pretraining(scenes: Path, output: Path, epochs: int, seed: int) -> list[str]:
+    """The job that pretrains on the folder of scenes: its words, without the python before them."""
+    words = ["main_selfpatch.py", "--arch", "vit_pico", "--patch_size", PATCH, "--data_path", scenes,
+             "--output_dir", output, "--seed", seed, "--epochs", epochs, "--warmup_epochs", min(1, epochs - 1),
+             "--warmup_teacher_temp", 0.03, "--teacher_temp", 0.03,
+             "--batch_size_per_gpu", 32, "--lr", 0.008, "--momentum_teacher", 0.99, "--weight_decay_end", 0.1,
+             "--drop_path_rate", 0, "--use_bn_in_head", "true", "--head_hidden_dim", 256, "--out_dim", PROTOTYPES,
+             "--out_dim_selfpatch", PROTOTYPES, "--global_crops_size", 32, "--global_crops_scale", 0.25, 1,
+             "--local_crops_size", 24, "--local_crops_scale", 0.1, 0.3, "--local_crops_number", 2, "--num_workers", 1,
+             "--saveckp_freq", 0]
+    return [str(word) for word in words]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -212,9 +214,14 @@ def draw(folder: Path, unseen: Unseen, before: Findings, after: Findings) -> Non
             (f"after, {rights[1][i]:.0%} right", 1 + after.materials[i]))]
     labelled_panels(panels, columns=4).save(folder / "before_after.png")
     scene = unseen.clips[0]
-    write_video((labelled_panels([(name, tinted(frame, masks[t], (320, 240))) for name, masks in (
-        ("true", scene.objects), ("before training", before.masks[0]), ("after", after.masks[0]))], columns=3)
-        for t, frame in enumerate(scene.frames)), folder / "clip.gif", fps=6)
+    write_clip(folder / "clip.gif", scene, {"true": scene.objects, "before training": before.masks[0],
+                                            "after": after.masks[0]})
+
+
+def write_clip(output: Path, scene: Scene, masks: dict[str, np.ndarray]) -> None:
+    """The frames of a clip as a GIF, once for each of the masks [T, H, W], side by side below their names."""
+    write_video((labelled_panels([(name, tinted(frame, found[t], (320, 240))) for name, found in masks.items()],
+                                 columns=len(masks)) for t, frame in enumerate(scene.frames)), output, fps=6)
 
 
 def report_losses(log: Path) -> None:
@@ -230,7 +237,7 @@ def show(folder: Path, epochs: int, images: int, seed: int) -> None:
     make_images(folder / "scenes", images, seed)
     unseen = make_unseen(seed)
     before = measure(initial_backbone(seed), unseen)
-    pretrain(folder, epochs, seed)
+    run(*pretraining(folder / "scenes", folder / "vit_pico", epochs, seed))
     after = measure(load_backbone(folder / "vit_pico"), unseen)
     report_losses(folder / "vit_pico" / "log.txt")
     report(before.figures, after.figures)

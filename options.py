@@ -191,16 +191,21 @@ def check_args(args: argparse.Namespace) -> None:
     Raises:
         ConfigError: the first such option, and what to give.
     """
-    check_ranges(args)
-    for name in ("global_crops", "local_crops") if args.local_crops_number else ("global_crops",):
-        check_crops(name, getattr(args, f"{name}_size"), getattr(args, f"{name}_scale"), args.patch_size,
-                    needs_neighbours=args.patch_loss_weight > 0)
+    check_numbers(args)
     check_paths(args.data_path)
     check_output_dir(Path(args.output_dir))
     check_trackers(chosen_trackers(args), Path(args.output_dir))
     # a run that goes on does not use the file, which may be gone by then
     require(not args.init_weights or RunFolder(args.output_dir).has_run() or resolve_path(args.init_weights).exists(),
             f"there is no file {args.init_weights}: give --init_weights a checkpoint, or a run's folder")
+
+
+def check_numbers(args: argparse.Namespace) -> None:
+    """The part of check_args that looks at no file."""
+    check_ranges(args)
+    for name in ("global_crops", "local_crops") if args.local_crops_number else ("global_crops",):
+        check_crops(name, getattr(args, f"{name}_size"), getattr(args, f"{name}_scale"), args.patch_size,
+                    needs_neighbours=args.patch_loss_weight > 0)
 
 
 def check_output_dir(output: Path) -> None:

@@ -113,3 +113,12 @@ def test_curves_refuse(tmp_path):
     with pytest.raises(ValueError, match="exists: give another name, or --overwrite"):
         run(EARLIER_RUN, "--output", tmp_path / "x.png")
     run(EARLIER_RUN, "--output", tmp_path / "x.png", "--overwrite")
+
+
+def test_runs_of_one_label_have_one_colour_and_one_place_in_the_legend(tmp_path):
+    folders = [write_run(tmp_path / name, [], [{"train_loss": 4.0}, {"train_loss": 3.0}]) for name in "abc"]
+    figure = curve_pictures.draw_panels(list(panels_of(*folders).values()), ["DINO", "SelfPatch", "DINO"])
+    first, second, third = figure.axes[0].lines
+    assert same_color(first.get_color(), third.get_color()) and not same_color(first.get_color(), second.get_color())
+    assert first.get_linewidth() == third.get_linewidth() > second.get_linewidth()
+    assert [text.get_text() for text in figure.legends[0].texts] == ["DINO", "SelfPatch"]
