@@ -14,10 +14,12 @@ import gc
 import json
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch._dynamo.utils import counters
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from published_order import PARTS
@@ -48,6 +50,24 @@ def null_runtime():
     return null_cuda
 
 
+def note_compiled_kernels() -> Counter:
+    """A counter of the launches of the compiler's own kernels, and of the bytes that they read and write.
+
+    The bytes are the compiler's count, of tensors that it has generated code for from here on.
+    """
+    import torch._inductor.config
+    from torch._inductor.runtime.triton_heuristics import CachingAutotuner
+    torch._inductor.config.benchmark_kernel = True  # notes the bytes with each kernel
+    counted, launch = Counter(), CachingAutotuner.run
+
+    def run(self, *args, **kwargs):
+        counted["compiled_kernels"] += 1
+        counted["compiled_gb"] += self.inductor_meta["kernel_num_gb"]
+        return launch(self, *args, **kwargs)
+    CachingAutotuner.run = run
+    return counted
+
+
 def make_way(args: argparse.Namespace, plain: list[str] | None = None, **changes) -> Way:
     return Way(argparse.Namespace(**vars(args) | {"device": "cuda"} | changes), plain)
 
@@ -60,12 +80,16 @@ def count_step(args: argparse.Namespace, plain: list[str] | None = None, **chang
         changes: options that replace those of args.
     """
     null, way = null_runtime(), make_way(args, plain, **changes)
+    compiled = note_compiled_kernels() if way.compiled else Counter()
     for _ in range(2):
         take_step(way)
     null.reset()
+    compiled.clear()
     torch.cuda.reset_peak_memory_stats()
     take_step(way)
-    counts = null.counts() | {"peak_gib": torch.cuda.max_memory_allocated() / GIB}
+    counts = null.counts() | {"peak_gib": torch.cuda.max_memory_allocated() / GIB} | compiled
+    if way.compiled:
+        counts |= {"graphs": counters["stats"]["unique_graphs"], "graph_breaks": sum(counters["graph_break"].values())}
     del way
     gc.collect()
     torch.cuda.empty_cache()
@@ -90,12 +114,16 @@ ROWS = (("peak memory allocated, GiB", lambda c, n: f"{c['peak_gib']:.1f}"),
          lambda c, n: f"{c['bytes_to_host'] / 1e6:.1f}, {c['bytes_to_device'] / 1e6:.1f}"),
         ("all-reduces", lambda c, n: f"{c['all_reduces']}"),
         ("  MB in them", lambda c, n: f"{c['all_reduced_bytes'] / 1e6:.1f}"))
+COMPILED_ROWS = (("kernels that the compiler made", lambda c, n: f"{c.get('compiled_kernels', 0):,}"),
+                 ("  GB that they read and write", lambda c, n: f"{c.get('compiled_gb', 0):.1f}"),
+                 ("graphs, breaks in them", lambda c, n: f"{c.get('graphs', 0)}, {c.get('graph_breaks', 0)}"))
 
 
 def show(results: dict[str, dict], images: int) -> None:
     """A table of counts; images of a step in this process."""
     print(f"{'a step':<50}" + "".join(f"{name:>18}" for name in results))
-    for label, text in ROWS:
+    rows = ROWS + (COMPILED_ROWS if "graphs" in results["ours"] else ())
+    for label, text in rows:
         print(f"{label:<50}" + "".join(f"{text(counts, images):>18}" for counts in results.values()))
 
 
@@ -150,6 +178,7 @@ def main() -> None:
     parser.add_argument("--local_crops_number", default=8, type=int)
     parser.add_argument("--precision", default="bf16", choices=["fp32", "bf16", "fp16"])
     parser.add_argument("--compile", default="off", choices=["on", "off"])
+    parser.add_argument("--pack_crops", default="auto", choices=["auto", "on", "off"])
     parser.add_argument("--checkpoint_activations", default="", nargs="?", const="block", choices=RECOMPUTED)
     parser.add_argument("--no_plain", action="store_true", help="leave out the published order of work")
     parser.add_argument("--fits", action="store_true", help="the largest batch by arch, patch size and card instead")

@@ -242,6 +242,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto", choices=["auto", "cuda", "cpu"])
     parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"])
     parser.add_argument("--compile", default="auto", choices=["auto", "on", "off"])
+    parser.add_argument("--pack_crops", default="auto", choices=["auto", "on", "off"])
     parser.add_argument("--checkpoint_activations", default="", nargs="?", const="block", choices=RECOMPUTED)
     parser.add_argument("--plain", nargs="*", choices=PARTS,
                         help="also time the published order of work: all of it (on a GPU in float16, not compiled), or "
