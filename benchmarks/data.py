@@ -30,13 +30,14 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from pictures import make_images
 
-import data
 from augmentations import DataAugmentationDINO
+from data import build_dataset
 from device_augmentations import DeviceAugmentation, RandomCrops
 from distributed import pick_device
 from errors import ConfigError, run_main
 from image_files import is_image_name, load_rgb, load_uint8, read_bytes, walk
 from jpeg_decoders import installed_decoders
+from loader import CropLoader
 
 
 def find_images(folder: Path, count: int) -> list[str]:
@@ -45,6 +46,11 @@ def find_images(folder: Path, count: int) -> list[str]:
     if not paths:
         raise ConfigError(f"--data_path {folder} has no images in it: give a folder of images")
     return random.Random(0).sample(paths, min(count, len(paths)))
+
+
+def is_compiled(args: argparse.Namespace, device: torch.device) -> bool:
+    """Whether the photometric part is; by itself only on a GPU."""
+    return device.type == "cuda" if args.compile == "auto" else args.compile == "on"
 
 
 # ---------------------------------------------------------------- ways from a file to crops, on one core
@@ -62,11 +68,12 @@ def time_of(function, device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def measure(paths: list[str], device: torch.device, rounds: int, batch_size: int) -> dict[str, list[float]]:
+def measure(paths: list[str], device: torch.device, rounds: int, batch_size: int,
+            compiled: bool) -> dict[str, list[float]]:
     """Milliseconds per image of each way, one value per round."""
     sizes = ((0.25, 1.0), (0.05, 0.25), 8)
     pil, crop = DataAugmentationDINO(*sizes), RandomCrops(*sizes)
-    photometric = DeviceAugmentation(8, compiled=device.type == "cuda").to(device)
+    photometric = DeviceAugmentation(8, compiled=compiled).to(device)
     samples = [crop(load_uint8(path)) for path in paths[:batch_size]]
     batch = [torch.stack(kind).to(device) for kind in zip(*samples, strict=True)]
 
@@ -113,9 +120,9 @@ def loader_rates(folder: Path, args: argparse.Namespace, device: torch.device) -
     """Images per second of --augment pil and device, one value per round; a third of the batches are a warm-up."""
     loaders = {}
     for augment in ("pil", "device"):
-        loaders[f"{augment}, {args.workers} workers"] = data.CropLoader(
-            data.build_dataset(folder, augment=augment), args.batch_size, args.workers, device,
-            compiled=device.type == "cuda")
+        loaders[f"{augment}, {args.workers} workers"] = CropLoader(
+            build_dataset(folder, augment=augment), args.batch_size, args.workers, device,
+            compiled=is_compiled(args, device))
     rates = {name: [] for name in loaders}
     for _ in tqdm(range(args.rounds), "loaders", leave=False):
         for name, loader in loaders.items():
@@ -166,7 +173,8 @@ def main(args: argparse.Namespace) -> None:
         where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         print(f"{len(paths)} images of {args.data_path or 'this script'}, photometric part on {where}, {args.rounds} "
               f"rounds, torch {torch.__version__}, load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
-        times = measure(paths, device, args.rounds, args.batch_size) | decoders(paths, args.rounds)
+        times = measure(paths, device, args.rounds, args.batch_size, is_compiled(args, device))
+        times |= decoders(paths, args.rounds)
         results = {"device": where, "torch": torch.__version__, "images": len(paths), "rounds": args.rounds,
                    "ms_per_image": {name: mean_and_spread(values) for name, values in times.items()},
                    # pairs of the same round, which had the same other load
@@ -189,5 +197,6 @@ if __name__ == "__main__":
     parser.add_argument("--batch_size", type=int, default=16, help="of the photometric part and of the loaders")
     parser.add_argument("--workers", type=int, default=0, help="also time the loader with this many workers")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
+    parser.add_argument("--compile", default="auto", choices=["auto", "on", "off"], help="of the photometric part")
     parser.add_argument("--json", type=os.path.expanduser, metavar="FILE", help="also write the figures to this file")
     run_main(main, parser.parse_args())

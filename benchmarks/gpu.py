@@ -32,8 +32,10 @@ PARTS = ("tests", "step", *ORDERS, "no_compile", "checkpointed", "data", "jpegs"
 def commands(args: argparse.Namespace, images: Path) -> dict[str, list[str]]:
     """The command of each part, without the python before it."""
     size = ["--arch", args.arch, "--batch_size", args.batch_size]
-    step = ["benchmarks/train_step.py", "--device", "cuda", *size, "--warmup", "5", "--steps", "20"]
-    davis = ["benchmarks/davis.py", "--device", "cuda", "--precision", "bf16", "--frames", "50", "--no_plain"]
+    step = ["benchmarks/train_step.py", "--device", "cuda", *size, "--compile", args.compile, "--warmup",
+            str(min(5, args.steps)), "--steps", str(args.steps)]
+    davis = ["benchmarks/davis.py", "--device", "cuda", "--precision", "bf16", "--arch", args.arch, "--frames", "50",
+             "--no_plain"]
     jobs = {"step": [*step, "--plain"],
             **{part: [*step, "--plain", part] for part in ORDERS},
             "no_compile": [*step, "--compile", "off"], "checkpointed": [*step, "--checkpoint_activations"]}
@@ -42,10 +44,12 @@ def commands(args: argparse.Namespace, images: Path) -> dict[str, list[str]]:
         "tests": ["-m", "pytest", "tests/test_engine.py", "tests/test_device_augmentations.py", "tests/test_data.py",
                   "tests/test_train_step.py"],
         "data": ["benchmarks/data.py", "--device", "cuda", "--workers", args.workers, "--batch_size", args.batch_size,
-                 "--images", "256", "--data_path", str(images), "--json", str(args.output / "data.json")],
+                 "--compile", args.compile, "--images", "256", "--data_path", str(images), "--json",
+                 str(args.output / "data.json")],
         "jpegs": ["main_selfpatch.py", "--device", "cuda", "--arch", args.arch, "--data_path", str(images),
                   "--output_dir", str(args.output / "run"), "--batch_size_per_gpu", args.batch_size, "--num_workers",
-                  args.workers, "--epochs", "2", "--warmup_epochs", "0", "--log_every", "10"],
+                  args.workers, "--epochs", "2", "--warmup_epochs", "0", "--log_every", "10", "--compile",
+                  args.compile],
         "davis": davis, "davis_patch8": [*davis, "--patch_size", "8"]}
 
 
@@ -117,6 +121,8 @@ def main() -> None:
     parser.add_argument("--arch", default="vit_small")
     parser.add_argument("--batch_size", default="128")
     parser.add_argument("--workers", default="16")
+    parser.add_argument("--steps", default=20, type=int, help="timed ones, of each way to take a step")
+    parser.add_argument("--compile", default="auto", choices=["auto", "on", "off"])
     parser.add_argument("--data_path", type=user_path, help="folder of class folders of images")
     args = parser.parse_args()
     if not torch.cuda.is_available():

@@ -182,11 +182,13 @@ def start(args: argparse.Namespace, plain: list[str] | None):
 
     def ask(order):
         """Result of the method of that name; an empty name ends the process."""
-        pipe.send(order)
         try:
+            pipe.send(order)
             return pipe.recv() if order else process.join()
-        except EOFError:
-            raise TrainingError("a way's process has ended; see its error above") from None
+        except (EOFError, ConnectionError):  # a process that is killed resets the connection
+            process.join(10)
+            raise TrainingError(f"a way's process has ended with status {process.exitcode}; see its error above, if "
+                                "it could write one") from None
     return ask
 
 
