@@ -69,7 +69,7 @@ def steps(tmp_path_factory):
 
 @pytest.mark.parametrize("accum_steps", [1, 4])
 def test_a_step_sends_every_gradient_and_centre_once(steps, accum_steps):
-    """However many small batches it has: their gradients are summed before they are sent. The centres are one message."""
+    """Also of several small batches, whose gradients are summed before they are sent; the centres are one message."""
     for counts in steps[accum_steps]:
         buckets = list(map(int, counts["buckets"].split(",")))
         assert sum(buckets) == counts["gradient_bytes"]
