@@ -1,6 +1,7 @@
 """Convert any checkpoint that this project loads to the format of another library.
 
     python convert_checkpoint.py checkpoint.pth backbone.safetensors --to backbone
+    python convert_checkpoint.py runs/one weights.safetensors --to selfpatch --half     # to release, with the head
     python convert_checkpoint.py checkpoint.pth timm.pth --to timm      # prints the timm.create_model call for it
     python convert_checkpoint.py checkpoint.pth vit --to timm           # a folder: local-dir:, Hugging Face Hub
     python convert_checkpoint.py checkpoint.pth vit.onnx --to onnx      # pip install onnx onnxscript onnxruntime
@@ -27,13 +28,15 @@ from timm_folder import WEIGHTS, check_timm_folder, timm_arch, timm_arguments, w
 
 FORMATS = {
     "backbone": "the backbone's tensors alone",
+    "selfpatch": "backbone and SelfPatch head of a run, without its projection heads and optimizer",
     "timm": "the same, and the call that loads it; without a suffix, a folder that timm and the Hugging Face Hub read",
     "onnx": "the network for images of one size, in batches of any number",
     "mmdet": "our names in the state_dict wrapper of mmdet and mmseg",
     "mmseg": "the names of mmseg's own VisionTransformer in that wrapper",
 }
 SUFFIXES = {"onnx": (".onnx",), "mmdet": (".pth", ".pt"), "mmseg": (".pth", ".pt"),
-            "backbone": (".pth", ".pt", ".safetensors"), "timm": (".pth", ".pt", ".safetensors")}
+            "backbone": (".pth", ".pt", ".safetensors"), "selfpatch": (".pth", ".pt", ".safetensors"),
+            "timm": (".pth", ".pt", ".safetensors")}
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -50,6 +53,8 @@ def get_args_parser() -> argparse.ArgumentParser:
                         help="attention heads, where the line about the input says another number than is true")
     parser.add_argument("--keep_heads", action="store_true",
                         help="with mmdet or mmseg, from a detector or segmenter: keep its neck and heads unchanged")
+    parser.add_argument("--half", action="store_true",
+                        help="with backbone or selfpatch: in float16, half the size; every job loads it as float32")
     parser.add_argument("--image_size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"),
                         help="with onnx: of the images; default: what the position embedding is made for")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
@@ -102,7 +107,13 @@ def convert(state: dict[str, torch.Tensor], info: CheckpointInfo, to: str, keep_
     """
     if to == "mmseg":
         state = to_mmseg_names(state)
-    if to in ("backbone", "timm") and (with_metadata or info.num_heads is None):
+    if to == "selfpatch":
+        if not info.has_selfpatch_head:
+            raise CheckpointError(f"--to selfpatch: {info.path} is a {info.kind} without a SelfPatch head (ca_head); "
+                                  "use --to backbone")
+        head = {name: tensor for name, tensor in info.other_tensors.items() if name.startswith("ca_head.")}
+        state = {f"backbone.{name}": tensor for name, tensor in state.items()} | head
+    if to in ("backbone", "selfpatch", "timm") and (with_metadata or info.num_heads is None):
         return state
     if keep_heads:
         heads = ("neck.", "decode_head.", "rpn_head.", "roi_head.")
@@ -115,6 +126,21 @@ def convert(state: dict[str, torch.Tensor], info: CheckpointInfo, to: str, keep_
     return {"meta": meta, "state_dict": state}
 
 
+def to_half(content: dict) -> dict:
+    """Its tensors of floats in float16, also those under state_dict.
+
+    Raises:
+        CheckpointError: one has values that float16 has not.
+    """
+    half = {name: to_half(value) if name == "state_dict" else
+            value.half() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+            for name, value in content.items()}
+    for name, value in half.items():
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and not value.isfinite().all():
+            raise CheckpointError(f"--half: {name} has values above {torch.finfo(torch.float16).max:g}")
+    return half
+
+
 def loading_code(info: CheckpointInfo, to: str, keep_heads: bool, output: Path) -> str:
     """The line of Python or of a config that loads the output."""
     path = str(output)
@@ -125,7 +151,7 @@ def loading_code(info: CheckpointInfo, to: str, keep_heads: bool, output: Path) 
         return f"timm.create_model('{timm_arch(info)}', {', '.join(options)}, checkpoint_path={path!r})"
     if to == "onnx":
         return f"onnxruntime.InferenceSession({path!r}).run(None, {{{INPUT!r}: images}})"
-    if to == "backbone":
+    if to in ("backbone", "selfpatch"):
         return f"checkpoints.load_backbone({path!r})"
     if keep_heads:
         heads = f"model = dict(backbone=dict(num_heads={info.num_heads})); " if info.num_heads else ""
@@ -136,7 +162,7 @@ def loading_code(info: CheckpointInfo, to: str, keep_heads: bool, output: Path) 
 
 def convert_file(source: str | Path, output: str | Path, to: str, key: str = "teacher", keep_heads: bool = False,
                  overwrite: bool = False, num_heads: int | None = None,
-                 image_size: tuple[int, int] | None = None) -> None:
+                 image_size: tuple[int, int] | None = None, half: bool = False) -> None:
     """Convert a file, verify the result, and print how to load it.
 
     Args:
@@ -148,6 +174,7 @@ def convert_file(source: str | Path, output: str | Path, to: str, key: str = "te
         overwrite: replace an existing output.
         num_heads: attention heads; None for what the input says.
         image_size: height and width of an ONNX file's images; None for what the position embedding is made for.
+        half: write a backbone, or one with its SelfPatch head, in float16.
 
     Raises:
         ConfigError: a package that --to onnx needs is not installed, or image_size does not fit.
@@ -156,6 +183,8 @@ def convert_file(source: str | Path, output: str | Path, to: str, key: str = "te
     output = Path(output)
     if image_size is not None and to != "onnx":
         raise CheckpointError(f"--image_size requires --to onnx, not {to}")
+    if half and to not in ("backbone", "selfpatch"):
+        raise CheckpointError(f"--half requires --to backbone or selfpatch, not {to}")
     try:
         check_paths(resolve_path(source), output, to, keep_heads, overwrite)
     except OSError as error:  # a folder that may not be read
@@ -175,7 +204,10 @@ def convert_file(source: str | Path, output: str | Path, to: str, key: str = "te
     else:
         header = output.suffix == ".safetensors"
         metadata = {"num_heads": str(info.num_heads)} if header and info.num_heads else None
-        write_checkpoint(convert(state, info, to, keep_heads, header), output, metadata=metadata)
+        content = convert(state, info, to, keep_heads, header)
+        if half:
+            content, state = to_half(content), {name: tensor.half().float() for name, tensor in state.items()}
+        write_checkpoint(content, output, metadata=metadata)
         print(f"wrote {read_back(state, info, output)}")
     print(f"load it with: {loading_code(info, to, keep_heads, output)}")
 
@@ -206,7 +238,7 @@ def read_back(state: dict[str, torch.Tensor], info: CheckpointInfo, path: Path) 
 
 def main(args: argparse.Namespace) -> None:
     convert_file(args.input, args.output, args.to, args.checkpoint_key, args.keep_heads, args.overwrite,
-                 args.num_heads, args.image_size)
+                 args.num_heads, args.image_size, args.half)
 
 
 if __name__ == "__main__":

@@ -14,8 +14,9 @@ from golden_rules import set_weights
 import checkpoints
 import convert_checkpoint
 from checkpoint_files import CheckpointError, read_checkpoint
-from checkpoints import load_backbone, read_backbone
+from checkpoints import build_head, load_backbone, read_backbone
 from convert_checkpoint import convert, convert_file, get_args_parser, loading_code, main
+from selfpatch_head import SelfPatchHead
 from vision_transformer import vit_small, vit_tiny
 
 
@@ -211,3 +212,31 @@ def test_output_that_differs_is_reported(tmp_path, run_file, monkeypatch):
     monkeypatch.setattr(convert_checkpoint, "write_checkpoint", negate)
     with pytest.raises(CheckpointError, match="differs from what was written"):
         convert_file(run_file, tmp_path / "out.pth", "timm")
+
+
+@pytest.mark.parametrize("name", ["release.safetensors", "release.pth"])
+def test_a_release_has_backbone_and_head_in_half_the_size(tmp_path, source, name):
+    head = set_weights(SelfPatchHead(192, 3), 0)
+    state = {f"backbone.{k}": v for k, v in source.state_dict().items()}
+    state |= {f"ca_head.{k}": v for k, v in head.state_dict().items()}
+    torch.save({"teacher": state | {"c_head.mlp.0.bias": torch.zeros(9)}, "epoch": 3}, tmp_path / "run.pth")
+    run(tmp_path / "run.pth", tmp_path / name, "--to", "selfpatch", "--half")
+    assert (tmp_path / name).stat().st_size < 0.52 * (tmp_path / "run.pth").stat().st_size
+    loaded, info = read_backbone(tmp_path / name)
+    assert all(torch.equal(loaded[k], v.half().float()) for k, v in source.state_dict().items())
+    assert all(torch.equal(v, head.state_dict()[k].half().float())
+               for k, v in build_head(info).state_dict().items())
+    assert info.has_selfpatch_head and not any(k.startswith("c_head") for k in info.other_tensors)
+
+
+def test_what_cannot_be_released_is_refused(tmp_path, capsys, run_file):
+    torch.save(vit_tiny().state_dict(), tmp_path / "bare.pth")
+    output = tmp_path / "out.safetensors"
+    assert "without a SelfPatch head" in error_of(capsys, tmp_path / "bare.pth", output, "--to", "selfpatch")
+    assert "--half requires" in error_of(capsys, run_file, tmp_path / "out.pth", "--to", "mmseg", "--half")
+    large = set_weights(vit_tiny(), 0)
+    large.pos_embed.data[0, 0, 0] = 1e5
+    torch.save(large.state_dict(), tmp_path / "large.pth")
+    assert "pos_embed has values above 65504" in error_of(capsys, tmp_path / "large.pth", output, "--to", "backbone",
+                                                          "--half")
+    assert not output.exists()
