@@ -26,7 +26,9 @@ from train_step import PARTS as ORDERS
 from errors import ConfigError, TrainingError, run_main, user_path
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTS = ("tests", "step", *ORDERS, "no_compile", "checkpointed", "data", "jpegs", "davis", "davis_patch8")
+VARIANTS = {"no_compile": ["--compile", "off"], "not_packed": ["--pack_crops", "off"],
+            "checkpointed": ["--checkpoint_activations"], "checkpointed_mlp": ["--checkpoint_activations", "mlp"]}
+PARTS = ("tests", "step", *ORDERS, *VARIANTS, "data", "jpegs", "davis", "davis_patch8")
 
 
 def commands(args: argparse.Namespace, images: Path) -> dict[str, list[str]]:
@@ -38,11 +40,11 @@ def commands(args: argparse.Namespace, images: Path) -> dict[str, list[str]]:
              "--no_plain"]
     jobs = {"step": [*step, "--plain"],
             **{part: [*step, "--plain", part] for part in ORDERS},
-            "no_compile": [*step, "--compile", "off"], "checkpointed": [*step, "--checkpoint_activations"]}
+            **{part: [*step, *words] for part, words in VARIANTS.items()}}
     jobs = {name: [*words, "--json", str(args.output / f"{name}.json")] for name, words in jobs.items()}
     return jobs | {
         "tests": ["-m", "pytest", "tests/test_engine.py", "tests/test_device_augmentations.py", "tests/test_data.py",
-                  "tests/test_train_step.py"],
+                  "tests/test_train_step.py", "tests/test_packed_crops.py"],
         "data": ["benchmarks/data.py", "--device", "cuda", "--workers", args.workers, "--batch_size", args.batch_size,
                  "--compile", args.compile, "--images", "256", "--data_path", str(images), "--json",
                  str(args.output / "data.json")],
@@ -106,7 +108,7 @@ def table(output: Path) -> None:
         figures = re.findall(r"^end to end: ([\d.]+ s)|^peak GPU memory: ([\d.]+ GiB)", said, re.MULTILINE)
         if len(figures) == 2:
             print(f"{name + ', 50 frames':<44}{figures[0][0]:>10}{figures[1][1]:>10}  (target: under {asked})")
-    for name in (*ORDERS, "no_compile", "checkpointed"):
+    for name in (*ORDERS, *VARIANTS):
         result = read(output, name)
         if result:
             one = result.get("plain", result["ours"])
