@@ -36,8 +36,8 @@ def many_images(image_folder, tmp_path):
 
 def test_all_figures_of_a_gpu(python, many_images, tmp_path):
     output = tmp_path / "figures"
-    result = subprocess.run([python, "benchmarks/gpu.py", "--output", output, "--only", *gpu.PARTS[1:], "--arch", "vit_tiny",
-                             "--batch_size", "4", "--workers", "2", "--steps", "1", "--compile", "off", "--data_path",
+    words = ["--only", *gpu.PARTS[1:], "--arch", "vit_tiny", "--batch_size", "4", "--workers", "2", "--steps", "1"]
+    result = subprocess.run([python, "benchmarks/gpu.py", "--output", output, *words, "--compile", "off", "--data_path",
                              many_images], cwd=ROOT, capture_output=True, text=True,
                             env=os.environ | {"REHEARSED_PYTHON": str(python)})
     assert result.returncode == 0, result.stdout + result.stderr
