@@ -19,7 +19,7 @@ from torch import nn
 from selfpatch_head import ClassAttention, MultiCropWrapper, SelfPatchHead
 from vision_transformer import CropLogits, VisionTransformer, recomputing
 
-Weights = dict[nn.Linear, tuple[torch.Tensor, torch.Tensor]]
+Weights = dict[nn.Linear, tuple[torch.Tensor, torch.Tensor | None]]
 
 
 class Packed(NamedTuple):
@@ -73,10 +73,11 @@ def autocast_dtype(x: torch.Tensor) -> torch.dtype:
 def cast_weights(module: nn.Module, x: torch.Tensor) -> Weights:
     """Weight and bias of all Linear layers in a module, in the dtype that products with x take place in."""
     layers = [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
-    weights = [weight for layer in layers for weight in (layer.weight, layer.bias)]
+    weights = [weight for layer in layers for weight in (layer.weight, layer.bias) if weight is not None]
     if autocast_dtype(x) != weights[0].dtype and not torch.compiler.is_compiling():  # the compiler merges casts itself
         weights = CastTogether.apply(autocast_dtype(x), *weights)
-    return {layer: tuple(weights[2 * i:2 * i + 2]) for i, layer in enumerate(layers)}
+    weights = iter(weights)
+    return {layer: (next(weights), None if layer.bias is None else next(weights)) for layer in layers}
 
 
 # ---------------------------------------------------------------- backbone

@@ -62,6 +62,17 @@ def test_logits_and_gradients_are_those_of_a_pass_for_each_size(device, use_patc
         assert a.dtype == torch.float32 and (a - b).norm() < rtol * max(b.norm(), 0.01 * largest)
 
 
+@pytest.mark.parametrize("sizes, qkv_bias", [([(32, 32)] * 2, True), ([(32, 32)] * 2 + [(24, 24)], False)])
+def test_crops_of_one_size_and_projections_without_bias(sizes, qkv_bias):
+    plain, packed = pair()
+    for block in plain.backbone.blocks if not qkv_bias else ():
+        block.attn.qkv.bias = None
+    crops = [torch.randn(3, 3, *size) for size in sizes]
+    with torch.autocast("cpu", torch.bfloat16):
+        for a, b in zip(dense(packed(crops)), dense(plain(crops)), strict=True):
+            torch.testing.assert_close(a, b, rtol=0.03, atol=0.03)
+
+
 def test_the_state_dict_is_the_same():
     plain, packed = pair()
     assert packed.state_dict().keys() == plain.state_dict().keys()
