@@ -104,6 +104,12 @@ class CheckpointInfo:
         return replace(self, num_heads=num_heads, heads_from=source)
 
 
+def _recorded_k_num(meta: dict) -> dict[str, int]:
+    """The number of positives that convert_checkpoint.py has written to a release, as an option of the run."""
+    k_num = str(meta.get("k_num", ""))
+    return {"k_num": int(k_num)} if k_num.isdecimal() and len(k_num) < 5 else {}
+
+
 def describe(content: dict, metadata: dict, network: Network, shapes: dict[str, torch.Tensor],
              path: Path) -> CheckpointInfo:
     """The metadata of a network, from the shapes of its tensors and the entries of the file beside them.
@@ -125,7 +131,8 @@ def describe(content: dict, metadata: dict, network: Network, shapes: dict[str, 
         path=path, kind=f"{kind} (safetensors)" if path.suffix == ".safetensors" else kind, key=None,
         prefix="".join(f"{word}." for word in words) + network.prefix, arch=arch, patch_size=patch_size, grid=grid,
         class_token="cls_token" in shapes, final_norm="norm.weight" in shapes, num_tensors=len(shapes),
-        epoch=int(epoch) if isinstance(epoch, Integral) else None, other_tensors={}, args=_options(args))
+        epoch=int(epoch) if isinstance(epoch, Integral) else None, other_tensors={},
+        args=_recorded_k_num(meta) | _options(args))
     if (num_heads := meta.get("num_heads")) is not None:
         number = str(num_heads)
         return info.with_heads(int(number) if number.isdecimal() and len(number) < 5 else num_heads, "recorded")

@@ -29,7 +29,8 @@ from timm_folder import WEIGHTS, check_timm_folder, timm_arch, timm_arguments, w
 FORMATS = {
     "backbone": "the backbone's tensors alone",
     "selfpatch": "backbone and SelfPatch head of a run, without its projection heads and optimizer",
-    "timm": "the same, and the call that loads it; without a suffix, a folder that timm and the Hugging Face Hub read",
+    "timm": "the backbone's tensors, and the call that loads them; without a suffix, a folder that timm and the "
+            "Hugging Face Hub read",
     "onnx": "the network for images of one size, in batches of any number",
     "mmdet": "our names in the state_dict wrapper of mmdet and mmseg",
     "mmseg": "the names of mmseg's own VisionTransformer in that wrapper",
@@ -44,8 +45,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("input", type=os.path.expanduser,
                         help="any checkpoint: a training run, a backbone, a detector, a segmenter")
     parser.add_argument("output", type=os.path.expanduser,
-                        help="file to write: .pth, .safetensors for backbone and timm, .onnx for onnx; for timm, a "
-                             "name without a suffix is a folder")
+                        help="file to write: .pth, .safetensors for backbone, selfpatch and timm, .onnx for onnx; "
+                             "for timm, a name without a suffix is a folder")
     parser.add_argument("--to", required=True, choices=list(FORMATS),
                         help="; ".join(f"{name}: {text}" for name, text in FORMATS.items()))
     parser.add_argument("--checkpoint_key", default="teacher", help="network of a training run: teacher or student")
@@ -113,7 +114,7 @@ def convert(state: dict[str, torch.Tensor], info: CheckpointInfo, to: str, keep_
                                   "use --to backbone")
         head = {name: tensor for name, tensor in info.other_tensors.items() if name.startswith("ca_head.")}
         state = {f"backbone.{name}": tensor for name, tensor in state.items()} | head
-    if to in ("backbone", "selfpatch", "timm") and (with_metadata or info.num_heads is None):
+    if with_metadata or to in ("backbone", "timm") and info.num_heads is None:
         return state
     if keep_heads:
         heads = ("neck.", "decode_head.", "rpn_head.", "roi_head.")
@@ -123,6 +124,8 @@ def convert(state: dict[str, torch.Tensor], info: CheckpointInfo, to: str, keep_
     meta = {"source": info.path.name, "arch": info.arch, "patch_size": info.patch_size, "epoch": info.epoch}
     if info.num_heads is not None:
         meta["num_heads"] = info.num_heads
+    if to == "selfpatch":
+        meta["k_num"] = info.k_num
     return {"meta": meta, "state_dict": state}
 
 
@@ -137,7 +140,7 @@ def to_half(content: dict) -> dict:
             for name, value in content.items()}
     for name, value in half.items():
         if isinstance(value, torch.Tensor) and value.is_floating_point() and not value.isfinite().all():
-            raise CheckpointError(f"--half: {name} has values above {torch.finfo(torch.float16).max:g}")
+            raise CheckpointError(f"--half: {name} has values that float16 has not")
     return half
 
 
@@ -151,7 +154,9 @@ def loading_code(info: CheckpointInfo, to: str, keep_heads: bool, output: Path) 
         return f"timm.create_model('{timm_arch(info)}', {', '.join(options)}, checkpoint_path={path!r})"
     if to == "onnx":
         return f"onnxruntime.InferenceSession({path!r}).run(None, {{{INPUT!r}: images}})"
-    if to in ("backbone", "selfpatch"):
+    if to == "selfpatch":
+        return f"state, info = checkpoints.read_backbone({path!r}); head = checkpoints.build_head(info)"
+    if to == "backbone":
         return f"checkpoints.load_backbone({path!r})"
     if keep_heads:
         heads = f"model = dict(backbone=dict(num_heads={info.num_heads})); " if info.num_heads else ""
@@ -203,12 +208,15 @@ def convert_file(source: str | Path, output: str | Path, to: str, key: str = "te
         print(f"complete {output / 'README.md'} before you upload the folder")
     else:
         header = output.suffix == ".safetensors"
-        metadata = {"num_heads": str(info.num_heads)} if header and info.num_heads else None
+        recorded = {"num_heads": info.num_heads, "k_num": info.k_num if to == "selfpatch" else None}
+        metadata = {name: str(number) for name, number in recorded.items() if number} if header else None
         content = convert(state, info, to, keep_heads, header)
         if half:
             content, state = to_half(content), {name: tensor.half().float() for name, tensor in state.items()}
         write_checkpoint(content, output, metadata=metadata)
-        print(f"wrote {read_back(state, info, output)}")
+        others = {name: tensor for name, tensor in content.get("state_dict", content).items()
+                  if name in info.other_tensors}
+        print(f"wrote {read_back(state, info, output, others)}")
     print(f"load it with: {loading_code(info, to, keep_heads, output)}")
 
 
@@ -223,15 +231,19 @@ def convert_to_onnx(state: dict[str, torch.Tensor], info: CheckpointInfo, output
     print(f"wrote {output}: images [batch, 3, {image_size[0]}, {image_size[1]}], {compared}")
 
 
-def read_back(state: dict[str, torch.Tensor], info: CheckpointInfo, path: Path) -> CheckpointInfo:
+def read_back(state: dict[str, torch.Tensor], info: CheckpointInfo, path: Path,
+              others: dict[str, torch.Tensor] | None = None) -> CheckpointInfo:
     """The metadata of a file that was written.
 
     Raises:
-        CheckpointError: it does not hold the tensors of state, or another number of attention heads.
+        CheckpointError: it does not hold the tensors of state, those of others beside them, or another number of
+            attention heads.
     """
     written, written_info = read_backbone(path)
-    if (written.keys() != state.keys() or written_info.num_heads != info.num_heads
-            or not all(torch.equal(written[name], state[name]) for name in state)):
+    expected, found = state | (others or {}), written_info.other_tensors | written
+    if (written.keys() != state.keys() or not expected.keys() <= found.keys()
+            or written_info.num_heads != info.num_heads
+            or not all(torch.equal(found[name], tensor) for name, tensor in expected.items())):
         raise CheckpointError(f"{path} differs from what was written to it: the disk may be full or failing")
     return written_info
 

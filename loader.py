@@ -3,6 +3,7 @@
 A worker that is killed is replaced, and the batches that it would have given come out the same; one that gives nothing
 for too long is an error that names the file it was reading.
 """
+import gc
 import multiprocessing.connection
 import signal
 import threading
@@ -61,6 +62,7 @@ def init_worker(worker_id: int, first_batch: int, states: list[bytes | None]) ->
     Args:
         states: random states by worker; None for one that has not given a batch in this epoch.
     """
+    gc.enable()  # off in the process that trains, see training_loop.rare_collection
     # Ctrl-C and Slurm signal every process of a job: the main one decides when the workers end
     for number in (getattr(signal, name) for name in SIGNALS if hasattr(signal, name)):
         signal.signal(number, signal.SIG_IGN)

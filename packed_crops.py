@@ -16,7 +16,7 @@ from timm.layers import Attention, Mlp
 from timm.models.vision_transformer import Block
 from torch import nn
 
-from selfpatch_head import ClassAttention, MultiCropWrapper, SelfPatchHead
+from selfpatch_head import ClassAttention, MultiCropWrapper, SelfPatchHead, check_grid
 from vision_transformer import CropLogits, VisionTransformer, recomputing
 
 Weights = dict[nn.Linear, tuple[torch.Tensor, torch.Tensor | None]]
@@ -181,6 +181,8 @@ def mix_absorbed(q: torch.Tensor, bias: torch.Tensor, c: torch.Tensor, u: torch.
 def packed_targets(head: SelfPatchHead, packed: Packed) -> tuple[torch.Tensor, torch.Tensor]:
     """What head.targets(x, grid) gives for each resolution: class tokens [I, D], each patch's target [T, D]."""
     x, images = packed.tokens, sum(packed.images)
+    for grid in packed.grids:
+        check_grid(grid[0] * grid[1], grid)
     positives = packed_positives(packed, head.k_num)
     c = head.cls_token[:, 0]  # one row for all, class tokens of images and then of patches, until they have attended
     for block in head.cls_blocks:
@@ -223,7 +225,7 @@ def packed_positives(packed: Packed, k_num: int) -> torch.Tensor:
     """positive_matching in all images at once, as rows of the tokens: [T, k_num]."""
     rows = neighbour_rows(packed)
     x = F.normalize(packed.tokens.float(), dim=-1)
-    first_half = (x[:, None] * x[rows[:, :4]]).sum(-1)
+    first_half = torch.stack([(x * x[rows[:, j]]).sum(-1) for j in range(4)], dim=1)  # [T, 4, D] is large
     # similarity is symmetric: to the neighbour in direction j as that one's in the opposite direction, 7 - j
     opposite = rows[:, 4:] * 4 + torch.arange(3, -1, -1, device=rows.device)
     similarity = torch.cat([first_half, first_half.flatten()[opposite]], dim=1)
@@ -250,8 +252,9 @@ class PackedMultiCropWrapper(MultiCropWrapper):
     """MultiCropWrapper with one pass of everything over all resolutions; its state dict is the same.
 
     Args:
-        backbone: a VisionTransformer without class token.
-        ca_head: one that overrides the plain methods is called on each resolution.
+        backbone: a VisionTransformer without class token; a forward of its own, or blocks of another class, are not
+            used.
+        ca_head: a subclass that overrides a method is called on each resolution.
     """
 
     def packed_features(self, crops: list[torch.Tensor]) -> Packed:

@@ -136,6 +136,7 @@ def train(run: TrainingRun, loader: CropLoader, folder: RunFolder, log: RunLog |
             logger = MetricLogger(window=args.log_every)
             begin_epoch(run, loader, logger, within, args.seed, processes)
             within = {}
+            gc.collect()  # after the last step of an epoch there is no after_step
             try:
                 stats = train_one_epoch(run, loader, args.log_every, logger, partial(saver.after_step, logger),
                                         steps or (lambda _: None))

@@ -219,14 +219,26 @@ def test_a_release_has_backbone_and_head_in_half_the_size(tmp_path, source, name
     head = set_weights(SelfPatchHead(192, 3), 0)
     state = {f"backbone.{k}": v for k, v in source.state_dict().items()}
     state |= {f"ca_head.{k}": v for k, v in head.state_dict().items()}
-    torch.save({"teacher": state | {"c_head.mlp.0.bias": torch.zeros(9)}, "epoch": 3}, tmp_path / "run.pth")
+    torch.save({"teacher": state | {"c_head.mlp.0.bias": torch.zeros(9)}, "epoch": 3, "args": {"k_num": 2}},
+               tmp_path / "run.pth")
     run(tmp_path / "run.pth", tmp_path / name, "--to", "selfpatch", "--half")
     assert (tmp_path / name).stat().st_size < 0.52 * (tmp_path / "run.pth").stat().st_size
     loaded, info = read_backbone(tmp_path / name)
     assert all(torch.equal(loaded[k], v.half().float()) for k, v in source.state_dict().items())
     assert all(torch.equal(v, head.state_dict()[k].half().float())
                for k, v in build_head(info).state_dict().items())
+    assert build_head(info).k_num == 2
     assert info.has_selfpatch_head and not any(k.startswith("c_head") for k in info.other_tensors)
+
+
+def test_a_head_that_was_not_written_whole_is_found(tmp_path, monkeypatch, run_file):
+    write = convert_checkpoint.write_checkpoint
+
+    def spoil(content, *args, **kwargs):
+        write(content | {"ca_head.cls_token": torch.ones(1, 1, 192)}, *args, **kwargs)
+    monkeypatch.setattr(convert_checkpoint, "write_checkpoint", spoil)
+    with pytest.raises(CheckpointError, match="differs from what was written"):
+        convert_file(run_file, tmp_path / "out.safetensors", "selfpatch")
 
 
 def test_what_cannot_be_released_is_refused(tmp_path, capsys, run_file):
@@ -237,6 +249,6 @@ def test_what_cannot_be_released_is_refused(tmp_path, capsys, run_file):
     large = set_weights(vit_tiny(), 0)
     large.pos_embed.data[0, 0, 0] = 1e5
     torch.save(large.state_dict(), tmp_path / "large.pth")
-    assert "pos_embed has values above 65504" in error_of(capsys, tmp_path / "large.pth", output, "--to", "backbone",
+    assert "pos_embed has values that float16" in error_of(capsys, tmp_path / "large.pth", output, "--to", "backbone",
                                                           "--half")
     assert not output.exists()

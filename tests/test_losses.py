@@ -25,6 +25,18 @@ def make_loss(request, monkeypatch):
     return make
 
 
+def test_a_variant_that_moves_its_centres_itself_is_called_once_the_backward_pass_is_over():
+    class Own(DINOLoss):
+        def update_centers(self, batch_means):
+            self.seen = batch_means
+
+    loss, means = Own(K, KP, V), [[torch.ones(1, 1, K), torch.ones(1, KP)]]
+    move = loss.start_update(means)
+    assert not hasattr(loss, "seen")
+    move()
+    assert loss.seen is means and not loss.center.any()
+
+
 def test_the_fused_form_refuses_methods_that_it_does_not_use():
     with pytest.raises(TypeError, match="Variant.teacher_probs would have no effect"):
         type("Variant", (FusedDINOLoss,), {"teacher_probs": lambda *_: None})

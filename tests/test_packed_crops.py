@@ -4,6 +4,7 @@ import torch
 from golden_rules import assert_close, load, rand, set_weights
 from networks import small_wrapper
 
+from errors import ConfigError
 from optim import scale_together
 from packed_crops import (
     CastTogether,
@@ -11,6 +12,7 @@ from packed_crops import (
     PackedMultiCropWrapper,
     branch_scales,
     packed_block,
+    packed_features,
     packed_positives,
     packed_student,
     packed_targets,
@@ -80,21 +82,32 @@ def test_the_state_dict_is_the_same():
 
 def test_recomputed_activations_give_the_same_gradients():
     _, packed = pair(drop_path_rate=0.5)
-    crops, grads = make_crops(), []
+    crops, grads, calls, counts = make_crops(), [], [], []
+    packed.backbone.blocks[1].mlp.act.register_forward_hook(lambda *_: calls.append(1))
     for packed.backbone.checkpoint_activations in ("", *RECOMPUTED):
         torch.manual_seed(0)
+        calls.clear()
         grads.append([g.clone() for g in gradients(packed, crops, "forward")])
+        counts.append(len(calls))
+    assert counts == [1, 2, 1, 2]  # nothing, block, attention, mlp
     for kept, *recomputed in zip(*grads, strict=True):
         assert all(torch.equal(kept, grad) for grad in recomputed)
 
 
-def test_a_head_with_its_own_summary_is_used():
-    class Mean(SelfPatchHead):
-        def summarise(self, x):
-            return x.mean(1)
+class Mean(SelfPatchHead):
+    def summarise(self, x):
+        return x.mean(1)
 
+
+class Shifted(SelfPatchHead):
+    def targets(self, x, grid=None):
+        return super().targets(x.roll(1, 1), grid)
+
+
+@pytest.mark.parametrize("head_class", [Mean, Shifted])
+def test_a_head_with_methods_of_its_own_is_used(head_class):
     plain, packed = pair()
-    plain.ca_head.__class__ = Mean  # which is the packed wrapper's head as well
+    plain.ca_head.__class__ = head_class  # which is the packed wrapper's head as well
     crops = make_crops()
     for method in ("forward", "targets"):
         for a, b in zip(dense(getattr(packed, method)(crops)), dense(getattr(plain, method)(crops)), strict=True):
@@ -139,6 +152,23 @@ def test_stochastic_depth_drops_branches_of_whole_images_at_the_blocks_rates():
     assert kept.float().mean(1).tolist() == pytest.approx([0.6, 0.6], abs=0.03)
     assert (kept[0] != kept[1]).any()
     assert branch_scales(packed_network.backbone.eval(), packed) == [None, None]
+
+
+def test_blocks_whose_branches_are_dropped_change_nothing(monkeypatch):
+    _, network = pair(drop_path_rate=0.4)
+    batches = network.batches(make_crops())
+    monkeypatch.setattr("packed_crops.branch_scales", lambda backbone, packed: [
+        None, torch.zeros(2, len(packed.tokens), 1)])
+    ours = packed_features(network.backbone, batches)
+    del network.backbone.blocks[1]
+    for features, images in zip(ours.split(ours.tokens), batches, strict=True):
+        torch.testing.assert_close(features, network.backbone(images))
+
+
+def test_grids_without_8_neighbours_are_refused():
+    _, packed = pair()
+    with pytest.raises(ConfigError, match="2×2 grid"):
+        packed.targets([torch.randn(1, 3, 32, 32)] * 2 + [torch.randn(1, 3, 16, 16)])
 
 
 def test_a_dropped_branch_leaves_an_image_as_it_was():
