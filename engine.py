@@ -3,6 +3,7 @@ import datetime
 import math
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
+from functools import partial
 from itertools import islice
 
 import torch
@@ -48,7 +49,8 @@ def train_step(run: TrainingRun, batches: Iterable[list[torch.Tensor]]) -> Losse
             batch_losses, means = small_batch_losses(run, crops)
             center_means.append(means)
             if i == run.accum_steps:
-                move_centers = run.dino_loss.start_update(center_means)
+                start = getattr(run.dino_loss, "start_update", None)  # an object of the caller's may not have it
+                move_centers = start(center_means) if start else partial(run.dino_loss.update_centers, center_means)
             run.scaler.scale(batch_losses.total / run.accum_steps).backward()
         losses.append(torch.stack(batch_losses).detach())
     if len(losses) != run.accum_steps:

@@ -101,7 +101,8 @@ def build_run(args: argparse.Namespace, processes: Processes, steps_per_epoch: i
     if distributed and args.use_bn_in_head:
         networks = [sync_batchnorms(network, device) for network in networks]
     student, teacher = (network.to(device) for network in networks)
-    student.backbone.checkpoint_activations = args.checkpoint_activations
+    recomputed = args.checkpoint_activations  # True and False in Namespaces made before it took names
+    student.backbone.checkpoint_activations = "block" if recomputed is True else recomputed or ""
     dino_loss = loss_class(args.out_dim, args.out_dim_selfpatch, 2 + args.local_crops_number,
                            args.warmup_teacher_temp, args.teacher_temp, args.warmup_teacher_temp_epochs, args.epochs,
                            patch_loss_weight=args.patch_loss_weight).to(device)

@@ -3,7 +3,8 @@
     packed = packed_features(backbone, [global_crops, local_crops])     # tokens [T, D] of all images
     image_tokens, targets = packed_targets(head, packed)                # [I, D], [T, D]
 
-The functions are those of vision_transformer.py and selfpatch_head.py, which are the ones to read and to change.
+They compute what vision_transformer.py and selfpatch_head.py compute, which are easier to read. After a change there,
+use --pack_crops off, or make it here too: tests/test_packed_crops.py compares the two. Subclasses are not packed.
 Attention stays within an image, so it runs once per resolution (as in DINOv3). The weights of a block are cast to
 autocast's precision by one launch instead of one each.
 """
@@ -186,9 +187,9 @@ def packed_targets(head: SelfPatchHead, packed: Packed) -> tuple[torch.Tensor, t
     positives = packed_positives(packed, head.k_num)
     c = head.cls_token[:, 0]  # one row for all, class tokens of images and then of patches, until they have attended
     for block in head.cls_blocks:
-        weights, u = cast_weights(block, x), block.norm1(x)
+        weights, u = cast_weights(block, x), block.norm1(x).to(autocast_dtype(x))
         keys, values = (F.linear(u, *weights[layer]) for layer in (block.attn.k, block.attn.v))
-        c = c + attend_projected(block.attn, block.norm1(c), keys, values, positives, packed, weights)
+        c = c + attend_projected(block.attn, block.norm1(c).to(u.dtype), keys, values, positives, packed, weights)
         c = c + packed_mlp(block.mlp, block.norm2(c), weights)
     return head.norm(c).split([images, len(x)])
 
@@ -252,20 +253,27 @@ class PackedMultiCropWrapper(MultiCropWrapper):
     """MultiCropWrapper with one pass of everything over all resolutions; its state dict is the same.
 
     Args:
-        backbone: a VisionTransformer without class token; a forward of its own, or blocks of another class, are not
-            used.
-        ca_head: a subclass that overrides a method is called on each resolution.
+        backbone: a VisionTransformer without class token.
+        ca_head: a SelfPatchHead.
+
+    Where one of them is of another class, which may compute something else, there is a pass for each resolution.
     """
+
+    @property
+    def packs(self) -> bool:
+        return type(self.backbone) is VisionTransformer and type(self.ca_head) is SelfPatchHead and self.ca_head.fast
 
     def packed_features(self, crops: list[torch.Tensor]) -> Packed:
         return packed_features(self.backbone, self.batches(crops))
 
     def features(self, crops: list[torch.Tensor]) -> list[tuple[torch.Tensor, tuple[int, int]]]:
+        if not self.packs:
+            return super().features(crops)
         packed = self.packed_features(crops)
         return list(zip(packed.split(packed.tokens), packed.grids, strict=True))
 
     def forward(self, crops: list[torch.Tensor]) -> CropLogits:
-        if not self.ca_head.fast:
+        if not self.packs:
             return super().forward(crops)
         packed = self.packed_features(crops)
         if not self.use_patches:
@@ -273,7 +281,7 @@ class PackedMultiCropWrapper(MultiCropWrapper):
         return self.logits(*packed_student(self.ca_head, packed), packed.shapes)
 
     def targets(self, crops: list[torch.Tensor]) -> CropLogits:
-        if not self.ca_head.fast or not self.use_patches:
+        if not self.packs or not self.use_patches:
             return super().targets(crops)
         packed = self.packed_features(crops)
         return self.logits(*packed_targets(self.ca_head, packed), packed.shapes)

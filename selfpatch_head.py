@@ -125,7 +125,7 @@ class SelfPatchHead(nn.Module):
     """Positive matching and aggregation of neighbouring patches (SelfPatch, Sec. 3).
 
     The student calls the head, the teacher its targets. Both exist in the paper's plain form and in a faster one. The
-    faster one is the default, except in a subclass that overrides a method that the faster one passes over.
+    faster one is the default, except in a subclass that overrides the plain methods, summarise or aggregate.
 
     Args:
         in_dim: width of the backbone.
@@ -140,8 +140,8 @@ class SelfPatchHead(nn.Module):
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        if {"summarise", "aggregate", "class_token", "image_token", "forward", "targets"} & cls.__dict__.keys():
-            cls.fast = False  # or the change would have no effect: see packed_crops.py for the last four
+        if {"summarise", "aggregate"} & cls.__dict__.keys():
+            cls.fast = False  # or the change would have no effect
 
     def __init__(self, in_dim: int, num_heads: int, k_num: int = 4):
         super().__init__()

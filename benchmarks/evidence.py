@@ -137,7 +137,8 @@ def report(setting: Setting, args: argparse.Namespace) -> None:
 
 def get_parser() -> ArgumentParser:
     parser = ArgumentParser(description="DINO, SelfPatch and no training: one recipe, all evaluations, several seeds; "
-                                        "other options are those of main_selfpatch.py")
+                                        "other options are those of main_selfpatch.py",
+                            allow_abbrev=False)  # --seed is main_selfpatch.py's, not short for --seeds
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of weights, images' order and scenes")
     parser.add_argument("--output_dir", type=user_path, default=Path("runs/evidence"), help="where everything goes")
     parser.add_argument("--epochs", type=int, help="default: 15 of the scenes, 100 of photographs")
@@ -193,6 +194,8 @@ def check_options(args: argparse.Namespace) -> None:
 def main(args: argparse.Namespace, others: list[str]) -> None:
     """Raises ConfigError for options, TrainingError for a job that failed, RunStopped where time is up."""
     check_options(args)
+    for option in {"--seed", "--init_weights"} & {word.partition("=")[0] for word in others}:
+        raise ConfigError(f"{option} is not taken here: seeds are those of --seeds, and all weights begin at random")
     args.others, jobs = others, Jobs(args.minutes)
     setting = (Photographs if args.data_path else Scenes)(args, jobs)
     options = vars(pretraining_parser().parse_args([*setting.words(0, args.output_dir)[1:], *others]))

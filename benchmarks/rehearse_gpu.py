@@ -15,6 +15,7 @@ import json
 import os
 import sys
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -50,8 +51,9 @@ def null_runtime():
     return null_cuda
 
 
+@cache
 def note_compiled_kernels() -> Counter:
-    """A counter of the launches of the compiler's own kernels, and of the bytes that they read and write.
+    """The counter of the launches of the compiler's own kernels, and of the bytes that they read and write.
 
     The bytes are the compiler's count, of tensors that it has generated code for from here on.
     """

@@ -43,7 +43,7 @@ def script(path, code):
     return str(path)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_both_methods_once_and_no_figure_twice(evidence, settings, tmp_path, monkeypatch, capfd):
     for module, name, value in ((demo, "MEMORY", 16), (demo, "TESTED", 8), (demo, "CLIPS", 1), (demo, "FRAMES", 3),
                                 (settings, "HELD_OUT", 40)):
@@ -85,7 +85,8 @@ def test_other_settings_are_refused_and_evaluations_can_be_added(evidence, tmp_p
 
 @pytest.mark.parametrize("words", [("--epochs", 0), ("--minutes", -1), ("--patch_loss_weight", 0),
                                    ("--davis_path", "/davis"), ("--data_path", "/no/photographs"),
-                                   ("--local_crops_size", 16)])  # DINO could do with that
+                                   ("--local_crops_size", 16),  # DINO could do with that
+                                   ("--seed", 5), ("--init_weights", "run")])
 def test_what_cannot_work_is_refused_at_once(evidence, tmp_path, words):
     with pytest.raises(ConfigError, match=words[0]):
         start(evidence, "--output_dir", tmp_path / "out", *words)

@@ -60,7 +60,7 @@ def eight_ranks():
     dist.destroy_process_group()
 
 
-def test_eight_ranks_exchange_the_centres_alone(eight_ranks, monkeypatch):
+def test_eight_ranks_exchange_the_centres_beside_the_last_backward_pass(eight_ranks, monkeypatch):
     """A step of four small batches sums every centre once, all in one message."""
     summed, all_reduce = [], dist.all_reduce
 
@@ -68,8 +68,14 @@ def test_eight_ranks_exchange_the_centres_alone(eight_ranks, monkeypatch):
         summed.append(x.shape)
         return all_reduce(x, *args, **kwargs)
 
+    def backward(loss, **kwargs):
+        summed.append("backward")
+        return start(loss, **kwargs)
+
+    start = torch.Tensor.backward
+    monkeypatch.setattr(torch.Tensor, "backward", backward)
     monkeypatch.setattr(dist, "all_reduce", record)
     run = constant_run(small_wrapper(), small_wrapper().requires_grad_(False), FusedDINOLoss(12, 10, 4), accum_steps=4)
     train_step(run, [[torch.rand(2, 3, size, size) for size in (64, 64, 32, 32)] for _ in range(4)])
-    assert summed == [(12 + 10,)]
+    assert summed == ["backward"] * 3 + [(12 + 10,), "backward"]  # begun before the last
     assert run.dino_loss.center.any()

@@ -67,12 +67,15 @@ def test_logits_and_gradients_are_those_of_a_pass_for_each_size(device, use_patc
 @pytest.mark.parametrize("sizes, qkv_bias", [([(32, 32)] * 2, True), ([(32, 32)] * 2 + [(24, 24)], False)])
 def test_crops_of_one_size_and_projections_without_bias(sizes, qkv_bias):
     plain, packed = pair()
+    set_weights(plain, 0)  # large enough for attention to matter
     for block in plain.backbone.blocks if not qkv_bias else ():
         block.attn.qkv.bias = None
     crops = [torch.randn(3, 3, *size) for size in sizes]
+    for a, b in zip(dense(packed(crops)), dense(plain(crops)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     with torch.autocast("cpu", torch.bfloat16):
         for a, b in zip(dense(packed(crops)), dense(plain(crops)), strict=True):
-            torch.testing.assert_close(a, b, rtol=0.03, atol=0.03)
+            assert (a - b).norm() < 0.05 * b.norm()
 
 
 def test_the_state_dict_is_the_same():
@@ -102,6 +105,9 @@ class Mean(SelfPatchHead):
 class Shifted(SelfPatchHead):
     def targets(self, x, grid=None):
         return super().targets(x.roll(1, 1), grid)
+
+    def forward(self, x):
+        return super().forward(x.roll(1, 1))
 
 
 @pytest.mark.parametrize("head_class", [Mean, Shifted])
