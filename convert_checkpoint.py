@@ -207,17 +207,22 @@ def convert_file(source: str | Path, output: str | Path, to: str, key: str = "te
         print(f"wrote {read_back(state, info, output / WEIGHTS)}")
         print(f"complete {output / 'README.md'} before you upload the folder")
     else:
-        header = output.suffix == ".safetensors"
-        recorded = {"num_heads": info.num_heads, "k_num": info.k_num if to == "selfpatch" else None}
-        metadata = {name: str(number) for name, number in recorded.items() if number} if header else None
-        content = convert(state, info, to, keep_heads, header)
-        if half:
-            content, state = to_half(content), {name: tensor.half().float() for name, tensor in state.items()}
-        write_checkpoint(content, output, metadata=metadata)
-        others = {name: tensor for name, tensor in content.get("state_dict", content).items()
-                  if name in info.other_tensors}
-        print(f"wrote {read_back(state, info, output, others)}")
+        print(f"wrote {write_file(state, info, output, to, keep_heads, half)}")
     print(f"load it with: {loading_code(info, to, keep_heads, output)}")
+
+
+def write_file(state: dict[str, torch.Tensor], info: CheckpointInfo, output: Path, to: str, keep_heads: bool,
+               half: bool) -> CheckpointInfo:
+    """Write a .pth or .safetensors file, and read it back; its metadata. Arguments are those of convert_file."""
+    header = output.suffix == ".safetensors"
+    recorded = {"num_heads": info.num_heads, "k_num": info.k_num if to == "selfpatch" else None}
+    metadata = {name: str(number) for name, number in recorded.items() if number} if header else None
+    content = convert(state, info, to, keep_heads, header)
+    if half:
+        content, state = to_half(content), {name: tensor.half().float() for name, tensor in state.items()}
+    write_checkpoint(content, output, metadata=metadata)
+    others = {name: tensor for name, tensor in content.get("state_dict", content).items() if name in info.other_tensors}
+    return read_back(state, info, output, others)
 
 
 def convert_to_onnx(state: dict[str, torch.Tensor], info: CheckpointInfo, output: Path,

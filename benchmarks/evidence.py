@@ -5,7 +5,7 @@
 
 Prints k-NN, J & F, dense retrieval, losses, images and seconds of every seed, and the differences between the methods;
 curves.png, overlay.gif and figures.json go to --output_dir. Options that it does not know are main_selfpatch.py's. The
-same command again goes on where it was stopped, and repeats nothing that is done. docs/EVIDENCE.md: what was found.
+same command again goes on where it was stopped: only the pictures are drawn anew. docs/EVIDENCE.md: what was found.
 """
 import argparse
 import importlib.util

@@ -74,7 +74,13 @@ class Jobs:
 
 
 class Setting:
-    """What is trained on, by which recipe, and what is measured.
+    """What the two settings share. Beside it, each of them has
+
+    - words(seed, output): the job that pretrains, without the python before it and without --patch_loss_weight,
+    - description(): the options that name the data,
+    - evaluations(seed, folder): by name, what writes the JSON file of an evaluation of the network in folder,
+    - figures(folder): what the evaluations have found so far, from 0 to 1,
+    - overlay(output, seed): draws masks that each network's features have led through one clip, side by side.
 
     Args:
         args: the options of evidence.py, and in others those that are passed on to main_selfpatch.py.
@@ -91,26 +97,6 @@ class Setting:
 
     def prepare(self, seed: int) -> None:
         """Make the data, where that is needed."""
-
-    def words(self, seed: int, output: Path) -> list[str]:
-        """The job that pretrains, without the python before it and without --patch_loss_weight."""
-        raise NotImplementedError
-
-    def description(self) -> dict:
-        """The options that name the data."""
-        raise NotImplementedError
-
-    def evaluations(self, seed: int, folder: Path) -> dict[str, Callable[[Path], None]]:
-        """Of the network of a seed and method in folder, by name: what writes the evaluation's JSON file."""
-        raise NotImplementedError
-
-    def figures(self, folder: Path) -> Figures:
-        """What the evaluations have found so far, from 0 to 1."""
-        raise NotImplementedError
-
-    def overlay(self, output: Path, seed: int) -> None:
-        """A GIF of masks that each network's features have led through one clip, side by side."""
-        raise NotImplementedError
 
 
 class Scenes(Setting):
