@@ -8,7 +8,7 @@ from errors import ConfigError
 from optim import scale_together
 from packed_crops import (
     CastTogether,
-    Packed,
+    Layout,
     PackedMultiCropWrapper,
     branch_scales,
     packed_block,
@@ -125,9 +125,8 @@ def test_a_head_with_methods_of_its_own_is_used(head_class):
 def test_golden_selfpatch_head(n, side, k):
     golden = load("selfpatch_head.npz")
     head = set_weights(SelfPatchHead(192, 3, k), golden["salt"]).eval()
-    x = rand(n, 2, n, 192, salt=golden["salt"])
-    packed = Packed(x.flatten(0, 1), [2], [(side, side)])
-    parts = {f"loc_k{k}_n{n}": packed_targets(head, packed), f"noloc_n{n}": packed_student(head, packed)}
+    x, layout = rand(n, 2, n, 192, salt=golden["salt"]).flatten(0, 1), Layout([2], [(side, side)])
+    parts = {f"loc_k{k}_n{n}": packed_targets(head, x, layout), f"noloc_n{n}": packed_student(head, x, layout)}
     for key, (c, patches) in parts.items():
         out = torch.cat([c[:, None], patches.unflatten(0, (2, n))], dim=1)
         if key != f"noloc_n{n}" or k == 4:
@@ -135,9 +134,9 @@ def test_golden_selfpatch_head(n, side, k):
 
 
 def test_positives_are_rows_of_the_image_that_the_patch_is_in():
-    packed = Packed(torch.randn(2 * 20 + 3 * 12, 8), [2, 3], [(5, 4), (3, 4)])
-    rows, start = packed_positives(packed, 4), 0
-    for x, grid in zip(packed.split(packed.tokens), packed.grids, strict=True):
+    tokens, layout = torch.randn(2 * 20 + 3 * 12, 8), Layout([2, 3], [(5, 4), (3, 4)])
+    rows, start = packed_positives(tokens, layout, 4), 0
+    for x, grid in zip(layout.split(tokens), layout.grids, strict=True):
         for image in x:
             expected = positive_matching(image[None], grid, 4)[0] + start
             assert torch.equal(rows[start:start + len(image)], expected)
@@ -146,28 +145,28 @@ def test_positives_are_rows_of_the_image_that_the_patch_is_in():
 
 
 def test_stochastic_depth_drops_branches_of_whole_images_at_the_blocks_rates():
-    _, packed_network = pair(drop_path_rate=0.4)
-    packed = Packed(torch.randn(2000 * 5 + 3000 * 2, 24), [2000, 3000], [(5, 1), (1, 2)])
-    first, scales = branch_scales(packed_network.backbone, packed)
+    _, packed = pair(drop_path_rate=0.4)
+    x, layout = torch.randn(2000 * 5 + 3000 * 2, 24), Layout([2000, 3000], [(5, 1), (1, 2)])
+    first, scales = branch_scales(packed.backbone, x, layout)
     assert first is None and scales.shape == (2, 16000, 1)
     assert scales.unique().tolist() == pytest.approx([0, 1 / 0.6])
     by_image = [part.unflatten(1, shape)[..., 0] for part, shape in
-                zip(scales.split(packed.sizes, dim=1), packed.shapes, strict=True)]
+                zip(scales.split(layout.sizes, dim=1), layout.shapes, strict=True)]
     assert all((part == part[..., :1]).all() for part in by_image)
     kept = torch.cat([part[..., 0] for part in by_image], dim=1) > 0
     assert kept.float().mean(1).tolist() == pytest.approx([0.6, 0.6], abs=0.03)
     assert (kept[0] != kept[1]).any()
-    assert branch_scales(packed_network.backbone.eval(), packed) == [None, None]
+    assert branch_scales(packed.backbone.eval(), x, layout) == [None, None]
 
 
 def test_blocks_whose_branches_are_dropped_change_nothing(monkeypatch):
     _, network = pair(drop_path_rate=0.4)
     batches = network.batches(make_crops())
-    monkeypatch.setattr("packed_crops.branch_scales", lambda backbone, packed: [
-        None, torch.zeros(2, len(packed.tokens), 1)])
-    ours = packed_features(network.backbone, batches)
+    monkeypatch.setattr("packed_crops.branch_scales", lambda backbone, x, layout: [
+        None, torch.zeros(2, len(x), 1)])
+    ours, layout = packed_features(network.backbone, batches)
     del network.backbone.blocks[1]
-    for features, images in zip(ours.split(ours.tokens), batches, strict=True):
+    for features, images in zip(layout.split(ours), batches, strict=True):
         torch.testing.assert_close(features, network.backbone(images))
 
 
@@ -179,11 +178,11 @@ def test_grids_without_8_neighbours_are_refused():
 
 def test_a_dropped_branch_leaves_an_image_as_it_was():
     block = small_wrapper().backbone.blocks[0]
-    packed = Packed(torch.randn(2 * 6, 24), [2], [(2, 3)])
+    x, layout = torch.randn(2 * 6, 24), Layout([2], [(2, 3)])
     scales = torch.tensor([1.0, 0.0]).repeat_interleave(6)[None, :, None].expand(2, -1, -1)
-    out = packed_block(block, packed.tokens, packed, scales)
-    torch.testing.assert_close(out[:6], block(packed.tokens[None, :6])[0])
-    assert torch.equal(out[6:], packed.tokens[6:])
+    out = packed_block(block, x, layout, scales)
+    torch.testing.assert_close(out[:6], block(x[None, :6])[0])
+    assert torch.equal(out[6:], x[6:])
 
 
 def test_casting_together_gives_gradients_in_the_dtype_of_each():
