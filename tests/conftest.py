@@ -1,5 +1,6 @@
 """Shared fixtures: a tiny ImageFolder of photograph-like noise, the pretraining job made small, a run of it."""
 import os
+import signal
 import sys
 
 import numpy as np
@@ -11,6 +12,9 @@ from PIL import Image, ImageFilter
 # tensors here are small: on a busy machine threads cost more than they give, in the jobs that tests start too
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as shells start what runs in the background; jobs heed that
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
