@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Attention, Mlp
-from timm.models.vision_transformer import Block
+from timm.layers import Mlp
+from timm.models.vision_transformer import Attention, Block
 from torch import nn
 
 from selfpatch_head import ClassAttention, MultiCropWrapper, SelfPatchHead, check_grid
@@ -74,7 +74,7 @@ def cast_weights(module: nn.Module, x: torch.Tensor) -> Weights:
     """Weight and bias of all Linear layers in a module, in the dtype that products with x take place in."""
     layers = [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
     weights = [weight for layer in layers for weight in (layer.weight, layer.bias) if weight is not None]
-    if autocast_dtype(x) != weights[0].dtype and not torch.compiler.is_compiling():  # the compiler merges casts itself
+    if autocast_dtype(x) != weights[0].dtype:
         weights = CastTogether.apply(autocast_dtype(x), *weights)
     weights = iter(weights)
     return {layer: (next(weights), None if layer.bias is None else next(weights)) for layer in layers}
