@@ -46,7 +46,9 @@ def project_queries_keys(attn: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor
     else:
         q = attn.q_proj(x).unflatten(-1, (attn.num_heads, -1)).transpose(1, 2)
         k = attn.k_proj(x).unflatten(-1, (-1, q.shape[-1])).transpose(1, 2)
-    return attn.q_norm(q), attn.k_norm(k)
+    if hasattr(attn, "q_norm"):  # not in every attention of older timm
+        q, k = attn.q_norm(q), attn.k_norm(k)
+    return q, k
 
 
 def rotate(tokens: torch.Tensor, rope: torch.Tensor | None, attn: nn.Module) -> torch.Tensor:

@@ -9,7 +9,7 @@ Attention stays within an image, so it runs once per resolution (as in DINOv3). 
 autocast's precision by one launch instead of one each.
 """
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,8 @@ from vision_transformer import CropLogits, VisionTransformer, recomputing
 Weights = dict[nn.Linear, tuple[torch.Tensor, torch.Tensor | None]]
 
 
-class Layout(NamedTuple):
+@dataclass
+class Layout:
     """What T tokens are, image by image: by resolution the number of images, I in all, and rows and columns of each."""
     images: list[int]
     grids: list[tuple[int, int]]
@@ -43,25 +44,39 @@ class Layout(NamedTuple):
         return [part.unflatten(0, shape) for part, shape in zip(tokens.split(self.sizes), self.shapes, strict=True)]
 
 
+def cast_copies(tensors: Sequence[torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
+    """Copies in another dtype, by one launch."""
+    copies = [torch.empty_like(t, dtype=dtype) for t in tensors]
+    torch._foreach_copy_(copies, list(tensors))
+    return copies
+
+
+# closed to the compiler, which would launch a kernel for each tensor
+cast_copies_whole = torch.library.custom_op("selfpatch::cast_copies", cast_copies, mutates_args=(),
+                                            schema="(Tensor[] tensors, ScalarType dtype) -> Tensor[]")
+
+
+@cast_copies_whole.register_fake
+def _(tensors: Sequence[torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
+    return [torch.empty_like(t, dtype=dtype) for t in tensors]
+
+
 class CastTogether(torch.autograd.Function):
-    """Tensors in another dtype, and their gradients back in their own, by one launch each."""
+    """Tensors of one dtype in another, and their gradients back in their own, by one launch each."""
 
     @staticmethod
     def forward(ctx, dtype: torch.dtype, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        ctx.dtypes = [t.dtype for t in tensors]
+        ctx.dtype = tensors[0].dtype
         ctx.set_materialize_grads(False)
-        cast = [torch.empty_like(t, dtype=dtype) for t in tensors]
-        torch._foreach_copy_(cast, tensors)
-        return tuple(cast)
+        cast = cast_copies_whole if torch.compiler.is_compiling() else cast_copies
+        return tuple(cast(tensors, dtype))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        cast = [None if g is None else torch.empty_like(g, dtype=dtype)
-                for g, dtype in zip(grads, ctx.dtypes, strict=True)]
-        if given := [(c, g) for c, g in zip(cast, grads, strict=True) if g is not None]:
-            torch._foreach_copy_(*map(list, zip(*given, strict=True)))
-        return None, *cast
+        cast = cast_copies_whole if torch.compiler.is_compiling() else cast_copies
+        copies = iter(cast([g for g in grads if g is not None], ctx.dtype))
+        return None, *[None if g is None else next(copies) for g in grads]
 
 
 def autocast_dtype(x: torch.Tensor) -> torch.dtype:

@@ -4,8 +4,6 @@
     student = head(x)               # [B, N, D] -> [B, 1 + N, D]: class token over all patches, then the patches
     teacher = head.targets(x)       # the same class token, then for each patch a summary of its positives
 """
-from itertools import groupby
-
 import torch
 import torch.nn.functional as F
 from timm.layers import Mlp, trunc_normal_
@@ -273,7 +271,13 @@ class MultiCropWrapper(nn.Module):
     @staticmethod
     def batches(crops: list[torch.Tensor]) -> list[torch.Tensor]:
         """Each run of V_r equally sized crops as one tensor [V_r·B, 3, H_r, W_r]."""
-        return [torch.cat(list(run)) for _, run in groupby(crops, key=lambda crop: crop.shape)]
+        runs = []
+        for crop in crops:  # torch 2.6 cannot compile itertools.groupby over shapes
+            if runs and runs[-1][0].shape == crop.shape:
+                runs[-1].append(crop)
+            else:
+                runs.append([crop])
+        return [torch.cat(run) for run in runs]
 
     def project(self, tokens: list[torch.Tensor]) -> CropLogits:
         """Tokens [V_r·B, 1 + N_r, D] of each resolution -> logits, with one pass of each projection head."""
