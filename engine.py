@@ -39,8 +39,7 @@ def train_step(run: TrainingRun, batches: Iterable[list[torch.Tensor]]) -> Losse
     Raises:
         NotFiniteError: on a CPU, if a loss or gradient is not finite; nothing has changed then.
     """
-    run.optimizer.zero_grad(set_to_none=True)
-    run.set_rates()
+    run.begin_step()
     losses, center_means = [], []
     for i, crops in enumerate(batches, 1):
         # gradients are summed over ranks with the last small batch only

@@ -47,7 +47,15 @@ from options import check_args, get_args_parser
 from resuming import compare_ranks, plain_args, resume
 from run_folder import RunFolder, numbered
 from selfpatch_head import MultiCropWrapper  # noqa: F401
-from settings import choose_augment, choose_compile, choose_loss, choose_packing, choose_precision
+from settings import (
+    choose_augment,
+    choose_compile,
+    choose_loss,
+    choose_packing,
+    choose_precision,
+    compile_mode,
+    uses_cuda_graphs,
+)
 from step_log import StepLog
 from trackers import Trackers, chosen_trackers
 from training_loop import train
@@ -112,7 +120,7 @@ def build_run(args: argparse.Namespace, processes: Processes, steps_per_epoch: i
             torch._dynamo.config.optimize_ddp = False  # older torch cannot split a graph that has checkpoints in it
         # plain losses stay as they are: they would be compiled anew at every epoch
         for part in (student, teacher, *[dino_loss] * isinstance(dino_loss, FusedDINOLoss)):
-            part.compile(dynamic=False)  # the two resolutions never change
+            part.compile(dynamic=False, mode=compile_mode(args.compile))  # the two resolutions never change
     if distributed:
         student = share_gradients(student, device, args.reduce_dtype)
     schedules = build_schedules(args.epochs, steps_per_epoch,
@@ -120,7 +128,8 @@ def build_run(args: argparse.Namespace, processes: Processes, steps_per_epoch: i
                                 args.warmup_epochs, args.weight_decay, args.weight_decay_end, args.momentum_teacher)
     return TrainingRun(student, teacher, dino_loss, optimizer, schedules,
                        choose_precision(args.precision, args.use_fp16, device), args.clip_grad,
-                       args.freeze_last_layer, args.accum_steps, args.freeze_backbone_epochs)
+                       args.freeze_last_layer, args.accum_steps, args.freeze_backbone_epochs,
+                       compiled and uses_cuda_graphs(args.compile))
 
 
 def pretrain(args: argparse.Namespace, loss_class: type[DINOLoss] | None = None) -> None:

@@ -11,6 +11,7 @@ from image_sources import KINDS, check_paths
 from logger import check_log
 from resuming import FIXED
 from run_folder import RunFolder
+from settings import COMPILE_WAYS
 from trackers import TRACKERS, check_trackers, chosen_trackers
 from utils import bool_flag
 from vision_transformer import ARCHS, RECOMPUTED
@@ -107,8 +108,11 @@ def add_optimisation_options(parser: argparse.ArgumentParser) -> None:
                             "TF32 on a GPU")
     group.add_argument("--reduce_dtype", default="fp32", choices=["fp32", "bf16"],
                        help="in which gradients are summed over processes; bf16 halves what is sent, and rounds it")
-    group.add_argument("--compile", default="auto", choices=["auto", "on", "off"],
-                       help="compile the networks and the loss; auto: on CUDA. The first steps then take minutes")
+    group.add_argument("--compile", default="auto", choices=COMPILE_WAYS,
+                       help="compile the networks and the loss; auto: on CUDA. The first steps then take minutes. "
+                            "torch.compile's modes, on CUDA: reduce-overhead adds CUDA graphs, for small batches; "
+                            "max-autotune-no-cudagraphs tries matrix products with GELU in them, and compiles longer; "
+                            "max-autotune both")
     group.add_argument("--pack_crops", default="auto", choices=["auto", "on", "off"],
                        help="one pass of the networks over the crops of all sizes, with half as many launches, instead "
                             "of one for each size; auto: on CUDA")

@@ -11,6 +11,11 @@ from fused_loss import FusedDINOLoss
 from losses import DINOLoss
 
 
+# torch.compile's names; CUDA graphs replay all launches of a graph as one
+COMPILE_MODES = ("reduce-overhead", "max-autotune-no-cudagraphs", "max-autotune")
+COMPILE_WAYS = ("auto", "on", "off", *COMPILE_MODES)
+
+
 def choose_augment(augment: str, device: torch.device) -> str:
     """Where --augment auto augments: on the device; according to benchmarks/data.py that is faster on CPUs too.
 
@@ -34,6 +39,8 @@ def choose_precision(precision: str, use_fp16: bool, device: torch.device) -> to
 
 def choose_compile(choice: str, device: torch.device) -> bool:
     """Whether to compile, by --compile; auto does on CUDA, if the compiler has what it needs."""
+    if choice in COMPILE_MODES and device.type != "cuda":
+        raise ConfigError(f"--compile {choice} is for CUDA, and the device is {device.type}: use on, auto or off")
     if choice == "off" or (choice == "auto" and device.type != "cuda"):
         return False
     missing = ""
@@ -43,11 +50,20 @@ def choose_compile(choice: str, device: torch.device) -> bool:
         missing = "torch's Triton is not installed"
     elif device.type == "cuda" and torch.cuda.get_device_capability(device) < (7, 0):
         missing = "it needs a GPU of compute capability 7.0 or more"
-    if missing and choice == "on":
-        raise ConfigError(f"--compile on: {missing}")
+    if missing and choice != "auto":
+        raise ConfigError(f"--compile {choice}: {missing}")
     if missing and is_main_process():
         print(f"not compiled, which is slower: {missing}")
     return not missing
+
+
+def compile_mode(choice: str) -> str | None:
+    """torch.compile's mode for --compile; None for its default."""
+    return choice if choice in COMPILE_MODES else None
+
+
+def uses_cuda_graphs(choice: str) -> bool:
+    return choice in ("reduce-overhead", "max-autotune")
 
 
 def choose_packing(choice: str, device: torch.device) -> bool:

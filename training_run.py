@@ -90,6 +90,7 @@ class TrainingRun:
         freeze_last_layer: epochs in which the heads' last layers do not change.
         accum_steps: small batches per step.
         freeze_backbone_epochs: epochs in which the student's backbone does not change.
+        cuda_graphs: whether networks and loss are compiled in a mode with CUDA graphs.
 
     Attributes:
         step: steps done, of the whole run.
@@ -99,11 +100,12 @@ class TrainingRun:
     def __init__(self, student: nn.Module, teacher: MultiCropWrapper, dino_loss: DINOLoss,
                  optimizer: torch.optim.Optimizer, schedules: Schedules, dtype: torch.dtype = torch.float32,
                  clip_grad: float = 3.0, freeze_last_layer: int = 1, accum_steps: int = 1,
-                 freeze_backbone_epochs: int = 0):
+                 freeze_backbone_epochs: int = 0, cuda_graphs: bool = False):
         self.student, self.teacher, self.dino_loss, self.optimizer = student, teacher, dino_loss, optimizer
         self.schedules, self.step = schedules, 0
         self.dtype, self.clip_grad, self.freeze_last_layer = dtype, clip_grad, freeze_last_layer
         self.accum_steps, self.freeze_backbone_epochs = accum_steps, freeze_backbone_epochs
+        self.cuda_graphs = cuda_graphs
         self.device = next(student.parameters()).device
         self.reads_are_free = self.device.type == "cpu"  # a GPU would have to be waited for
         self.skipped_steps, self.bad_norms = torch.zeros((), device=self.device), None  # see finite.py
@@ -122,6 +124,14 @@ class TrainingRun:
     def student_module(self) -> MultiCropWrapper:
         """The student without DistributedDataParallel around it."""
         return self.student.module if isinstance(self.student, DistributedDataParallel) else self.student
+
+    def begin_step(self) -> None:
+        """Drop the gradients of the last step, and set the rates of this one."""
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.cuda_graphs:
+            # from here on graphs may overwrite what they gave before, and within the step nothing
+            torch.compiler.cudagraph_mark_step_begin()
+        self.set_rates()
 
     def set_rates(self) -> None:
         """Give the optimiser this step's learning rate and weight decay."""

@@ -13,7 +13,9 @@ import argparse
 import gc
 import json
 import os
+import statistics
 import sys
+import time
 from collections import Counter
 from functools import cache
 from pathlib import Path
@@ -29,6 +31,7 @@ from train_step import Way
 import engine
 from distributed import get_world_size, is_main_process
 from errors import ConfigError, run_main
+from settings import COMPILE_WAYS, uses_cuda_graphs
 from vision_transformer import ARCHS, RECOMPUTED
 
 GIB = 2**30
@@ -55,19 +58,39 @@ def null_runtime():
 def note_compiled_kernels() -> Counter:
     """The counter of the launches of the compiler's own kernels, and of the bytes that they read and write.
 
-    The bytes are the compiler's count, of tensors that it has generated code for from here on.
+    The bytes are the compiler's count, of tensors that it has generated code for from here on. Its matrix products
+    are counted apart, and not their bytes, as those of cuBLAS are not either.
     """
-    import torch._inductor.config
+    import torch._inductor.config as config
     from torch._inductor.runtime.triton_heuristics import CachingAutotuner
-    torch._inductor.config.benchmark_kernel = True  # notes the bytes with each kernel
+    config.benchmark_kernel = True  # notes the bytes with each kernel
+    # for max-autotune: nothing can be timed here, so each product is the compiler's own, the first that it would try,
+    # and no kernel is tried in variants
+    CachingAutotuner.coordinate_descent_tuning = lambda self, launcher, *args, **kwargs: launcher
+    config.max_autotune_gemm_backends = "TRITON"
+    config.benchmark_epilogue_fusion = False
+    config.test_configs.max_mm_configs = 1
     counted, launch = Counter(), CachingAutotuner.run
 
     def run(self, *args, **kwargs):
         counted["compiled_kernels"] += 1
-        counted["compiled_gb"] += self.inductor_meta["kernel_num_gb"]
+        if "triton_tem_" in self.inductor_meta["kernel_name"]:
+            counted["compiled_products"] += 1
+        else:
+            counted["compiled_gb"] += self.inductor_meta["kernel_num_gb"]
         return launch(self, *args, **kwargs)
     CachingAutotuner.run = run
     return counted
+
+
+def check_capture() -> None:
+    """Raise ConfigError if this runtime cannot record CUDA graphs."""
+    try:
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            torch.zeros(1, device="cuda")
+    except RuntimeError:
+        raise ConfigError("this runtime does not record CUDA graphs: choose another --compile, or run "
+                          "benchmarks/gpu.py on a GPU") from None
 
 
 def make_way(args: argparse.Namespace, plain: list[str] | None = None, **changes) -> Way:
@@ -90,12 +113,20 @@ def count_step(args: argparse.Namespace, plain: list[str] | None = None, **chang
     torch.cuda.reset_peak_memory_stats()
     take_step(way)
     counts = null.counts() | {"peak_gib": torch.cuda.max_memory_allocated() / GIB} | compiled
+    counts["host_ms"] = statistics.median(host_ms(way) for _ in range(10))
     if way.compiled:
         counts |= {"graphs": counters["stats"]["unique_graphs"], "graph_breaks": sum(counters["graph_break"].values())}
     del way
     gc.collect()
     torch.cuda.empty_cache()
     return counts
+
+
+def host_ms(way: Way) -> float:
+    """What a step takes where the device takes no time: below it, a GPU would wait for the host."""
+    start = time.perf_counter()
+    take_step(way)
+    return 1000 * (time.perf_counter() - start)
 
 
 def take_step(way: Way) -> None:
@@ -106,9 +137,10 @@ def take_step(way: Way) -> None:
 
 
 ROWS = (("peak memory allocated, GiB", lambda c, n: f"{c['peak_gib']:.1f}"),
-        ("kernels", lambda c, n: f"{c['kernels']:,}"),
-        ("  of them matrix products", lambda c, n: f"{c['products']:,}"),
+        ("launches, of kernels and CUDA graphs", lambda c, n: f"{c['kernels']:,}"),
+        ("  of them matrix products of cuBLAS", lambda c, n: f"{c['products']:,}"),
         ("waits of the host for the device", lambda c, n: f"{c['waits']}"),
+        ("ms of this host, the driver's work not counted", lambda c, n: f"{c['host_ms']:.1f}"),
         ("GFLOP an image in products", lambda c, n: f"{c['flops'] / n / 1e9:.1f}"),
         ("  of them in float32", lambda c, n: f"{c['flops_fp32'] / n / 1e9:.1f}"),
         ("memory that had to be asked of the driver, times", lambda c, n: f"{c['mallocs']}"),
@@ -116,8 +148,9 @@ ROWS = (("peak memory allocated, GiB", lambda c, n: f"{c['peak_gib']:.1f}"),
          lambda c, n: f"{c['bytes_to_host'] / 1e6:.1f}, {c['bytes_to_device'] / 1e6:.1f}"),
         ("all-reduces", lambda c, n: f"{c['all_reduces']}"),
         ("  MB in them", lambda c, n: f"{c['all_reduced_bytes'] / 1e6:.1f}"))
-COMPILED_ROWS = (("kernels that the compiler made", lambda c, n: f"{c.get('compiled_kernels', 0):,}"),
-                 ("  GB that they read and write", lambda c, n: f"{c.get('compiled_gb', 0):.1f}"),
+COMPILED_ROWS = (("launches of kernels that the compiler made", lambda c, n: f"{c.get('compiled_kernels', 0):,}"),
+                 ("  of them matrix products", lambda c, n: f"{c.get('compiled_products', 0):,}"),
+                 ("  GB that the others read and write", lambda c, n: f"{c.get('compiled_gb', 0):.1f}"),
                  ("graphs, breaks in them", lambda c, n: f"{c.get('graphs', 0)}, {c.get('graph_breaks', 0)}"))
 
 
@@ -179,7 +212,7 @@ def main() -> None:
     parser.add_argument("--accum_steps", default=1, type=int)
     parser.add_argument("--local_crops_number", default=8, type=int)
     parser.add_argument("--precision", default="bf16", choices=["fp32", "bf16", "fp16"])
-    parser.add_argument("--compile", default="off", choices=["on", "off"])
+    parser.add_argument("--compile", default="off", choices=[way for way in COMPILE_WAYS if way != "auto"])
     parser.add_argument("--pack_crops", default="auto", choices=["auto", "on", "off"])
     parser.add_argument("--checkpoint_activations", default="", nargs="?", const="block", choices=RECOMPUTED)
     parser.add_argument("--no_plain", action="store_true", help="leave out the published order of work")
@@ -187,6 +220,8 @@ def main() -> None:
     parser.add_argument("--json", type=os.path.expanduser, help="also write the figures to this file")
     args = parser.parse_args()
     null_runtime()
+    if uses_cuda_graphs(args.compile):
+        check_capture()
     if args.fits:
         results = fits(args)
     else:

@@ -30,6 +30,7 @@ from fused_loss import FusedDINOLoss
 from model_flops import flops_per_image
 from optim import get_params_groups
 from options import get_args_parser as pretraining_options
+from settings import COMPILE_WAYS
 from vision_transformer import ARCHS, RECOMPUTED
 
 GLOBAL, LOCAL = 224, 96
@@ -108,8 +109,7 @@ class Way:
     def staged(self, mark) -> float:
         """The step in pieces, mark(name) being called after each; the loss."""
         run = self.run
-        run.optimizer.zero_grad(set_to_none=True)
-        run.set_rates()
+        run.begin_step()
         with torch.autocast(self.device.type, run.dtype, enabled=run.dtype != torch.float32):
             with torch.no_grad():
                 targets = run.teacher.targets(self.crops)
@@ -243,7 +243,7 @@ def main() -> None:
     parser.add_argument("--local_crops_number", default=8, type=int)
     parser.add_argument("--device", default="auto", choices=["auto", "cuda", "cpu"])
     parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"])
-    parser.add_argument("--compile", default="auto", choices=["auto", "on", "off"])
+    parser.add_argument("--compile", default="auto", choices=COMPILE_WAYS)
     parser.add_argument("--pack_crops", default="auto", choices=["auto", "on", "off"])
     parser.add_argument("--checkpoint_activations", default="", nargs="?", const="block", choices=RECOMPUTED)
     parser.add_argument("--plain", nargs="*", choices=PARTS,
