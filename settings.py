@@ -10,7 +10,6 @@ from errors import ConfigError
 from fused_loss import FusedDINOLoss
 from losses import DINOLoss
 
-
 # torch.compile's names; CUDA graphs replay all launches of a graph as one
 COMPILE_MODES = ("reduce-overhead", "max-autotune-no-cudagraphs", "max-autotune")
 COMPILE_WAYS = ("auto", "on", "off", *COMPILE_MODES)

@@ -27,8 +27,12 @@ from errors import ConfigError, TrainingError, run_main, user_path
 
 ROOT = Path(__file__).resolve().parents[1]
 VARIANTS = {"no_compile": ["--compile", "off"], "not_packed": ["--pack_crops", "off"],
-            "checkpointed": ["--checkpoint_activations"], "checkpointed_mlp": ["--checkpoint_activations", "mlp"]}
-PARTS = ("tests", "step", *ORDERS, *VARIANTS, "data", "jpegs", "davis", "davis_patch8")
+            "checkpointed": ["--checkpoint_activations"], "checkpointed_mlp": ["--checkpoint_activations", "mlp"],
+            "small_batch": ["--batch_size", "32"]}
+# to be compared with step, and with small_batch
+MODES = {"max_autotune": ["--compile", "max-autotune-no-cudagraphs"],
+         "small_batch_graphs": ["--batch_size", "32", "--compile", "reduce-overhead"]}
+PARTS = ("tests", "step", *ORDERS, *VARIANTS, *MODES, "data", "jpegs", "davis", "davis_patch8")
 
 
 def commands(args: argparse.Namespace, images: Path) -> dict[str, list[str]]:
@@ -40,7 +44,7 @@ def commands(args: argparse.Namespace, images: Path) -> dict[str, list[str]]:
              "--no_plain"]
     jobs = {"step": [*step, "--plain"],
             **{part: [*step, "--plain", part] for part in ORDERS},
-            **{part: [*step, *words] for part, words in VARIANTS.items()}}
+            **{part: [*step, *words] for part, words in (VARIANTS | MODES).items()}}
     jobs = {name: [*words, "--json", str(args.output / f"{name}.json")] for name, words in jobs.items()}
     return jobs | {
         "tests": ["-m", "pytest", "tests/test_engine.py", "tests/test_device_augmentations.py", "tests/test_data.py",
@@ -108,7 +112,7 @@ def table(output: Path) -> None:
         figures = re.findall(r"^end to end: ([\d.]+ s)|^peak GPU memory: ([\d.]+ GiB)", said, re.MULTILINE)
         if len(figures) == 2:
             print(f"{name + ', 50 frames':<44}{figures[0][0]:>10}{figures[1][1]:>10}  (target: under {asked})")
-    for name in (*ORDERS, *VARIANTS):
+    for name in (*ORDERS, *VARIANTS, *MODES):
         result = read(output, name)
         if result:
             one = result.get("plain", result["ours"])

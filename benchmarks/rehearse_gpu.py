@@ -110,7 +110,8 @@ def count_step(args: argparse.Namespace, plain: list[str] | None = None, **chang
         take_step(way)
     null.reset()
     compiled.clear()
-    torch.cuda.reset_peak_memory_stats()
+    if not uses_cuda_graphs(args.compile):  # graphs take their memory when they are recorded
+        torch.cuda.reset_peak_memory_stats()
     take_step(way)
     counts = null.counts() | {"peak_gib": torch.cuda.max_memory_allocated() / GIB} | compiled
     counts["host_ms"] = statistics.median(host_ms(way) for _ in range(10))

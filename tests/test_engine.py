@@ -16,8 +16,9 @@ def make_batch(images=6):
     return [torch.randn(images, 3, size, size) for size in (32, 32, 24, 24, 24)]
 
 
-def run_step(batches, drop_path_rate=0.0, prepare=lambda *_: None, fast=True, clip_grad=0, **options):
-    """Losses, gradients and centres of one step on a list of batches; the teacher is not a copy of the student."""
+def run_step(batches, drop_path_rate=0.0, prepare=lambda *_: None, fast=True, clip_grad=0, steps=1, **options):
+    """Losses, gradients and centres of a step on a list of batches, the last of several; the teacher is not a copy of
+    the student."""
     device = batches[0][0].device
     student = set_weights(small_wrapper(drop_path_rate=drop_path_rate), salt=0, tag="student.").to(device)
     teacher = set_weights(small_wrapper(), salt=0, tag="teacher.").requires_grad_(False).to(device)
@@ -26,7 +27,8 @@ def run_step(batches, drop_path_rate=0.0, prepare=lambda *_: None, fast=True, cl
     torch.manual_seed(1)
     prepare(student, teacher, dino_loss)
     run = constant_run(student, teacher, dino_loss, clip_grad=clip_grad, accum_steps=len(batches), **options)
-    losses = train_step(run, batches)
+    for _ in range(steps):
+        losses = train_step(run, batches)
     return {"losses": torch.stack(losses), **{name: p.grad for name, p in student.named_parameters()
                                               if p.grad is not None}, **dino_loss.state_dict()}
 
@@ -53,6 +55,15 @@ def test_small_batches_equal_a_large_one():
     ours, expected = run_step(split(batch)), run_step([batch])
     ours["losses"], expected["losses"] = ours["losses"][:3], expected["losses"][:3]  # entropies are of small batches
     assert_same(ours, expected)
+
+
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+def test_what_cuda_graphs_gave_may_be_overwritten_from_the_next_step_on(cuda_graphs, monkeypatch):
+    """Not within a step, of however many small batches."""
+    marks = []
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: marks.append(1))
+    run_step(split(make_batch()), cuda_graphs=cuda_graphs)
+    assert len(marks) == cuda_graphs
 
 
 def test_too_few_small_batches_are_an_error():
@@ -110,6 +121,23 @@ def test_half_precision_stays_near():
     for name, value in expected.items():
         if "attn.k.bias" not in name:  # its gradient is rounding alone
             assert (ours[name] - value).norm() < 0.1 * value.norm() + 1e-4, name
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("small_batches", [False, True])
+def test_cuda_graphs_give_the_same_step(small_batches):
+    """The fourth step, which is replayed: the first three compile, warm up and record."""
+    batch = [crop.cuda() for crop in make_batch()]
+    batches = split(batch) if small_batches else [batch]
+    results = []
+    for mode in (None, "reduce-overhead"):
+        def prepare(*parts, mode=mode):
+            for part in parts:
+                part.compile(dynamic=False, mode=mode)
+
+        results.append(run_step(batches, prepare=prepare, steps=4, optimizer="adamw",
+                                cuda_graphs=mode is not None))
+    assert_same(*results)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

@@ -73,6 +73,18 @@ def test_where_to_compile(monkeypatch, capsys, way, device, triton, capability, 
     assert ("not compiled" in capsys.readouterr().out) == (way == "auto" and device == "cuda" and not on)
 
 
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune-no-cudagraphs", "max-autotune"])
+def test_the_compilers_modes_are_for_cuda(monkeypatch, mode):
+    with pytest.raises(ConfigError, match=f"--compile {mode} is for CUDA, and the device is cpu"):
+        main_selfpatch.choose_compile(mode, torch.device("cpu"))
+    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert main_selfpatch.choose_compile(mode, torch.device("cuda"))
+    assert main_selfpatch.compile_mode(mode) == mode and main_selfpatch.compile_mode("on") is None
+    assert main_selfpatch.uses_cuda_graphs(mode) == (mode != "max-autotune-no-cudagraphs")
+
+
 def test_compiling_without_a_compiler_is_refused(monkeypatch):
     monkeypatch.setattr("shutil.which", lambda name: None)
     with pytest.raises(ConfigError, match="--compile on: there is no C\\+\\+ compiler"):

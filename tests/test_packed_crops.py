@@ -1,8 +1,10 @@
 """One pass over the crops of all sizes, against the plain form: a pass for each size."""
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from golden_rules import assert_close, load, rand, set_weights
 from networks import small_wrapper
+from torch._dynamo.backends.common import aot_autograd
 
 from errors import ConfigError
 from optim import scale_together
@@ -198,3 +200,25 @@ def test_scaling_together():
     expected = [tensor * factor for tensor, factor in zip(tensors, factors, strict=True)]
     scale_together(tensors, factors)
     assert all(torch.equal(a, b) for a, b in zip(tensors, expected, strict=True))
+
+
+def test_compiled_code_casts_the_weights_of_a_block_by_one_launch():
+    """And their gradients: a kernel for each would be 16."""
+    casts = []
+
+    def count(graph, _):
+        casts.append(sum(node.target is torch.ops.selfpatch.cast_copies.default for node in graph.graph.nodes))
+        return make_boxed_func(graph.forward)
+
+    (_, packed), crops = pair(), make_crops()
+    block, (x, layout) = packed.backbone.blocks[0], packed.packed_features(crops)
+    compiled = torch.compile(packed_block, backend=aot_autograd(fw_compiler=count), fullgraph=True)
+    results = []
+    for function in (packed_block, compiled):
+        block.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            function(block, x.detach(), layout).sum().backward()
+        results.append([p.grad for p in block.parameters()])
+    assert casts == [1, 1]
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=0.05, atol=0.05)

@@ -15,10 +15,11 @@ from small_job import SMALL, load
 null = pytest.importorskip("null_cuda", reason="not under a CUDA runtime that counts")
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-from rehearse_gpu import count_step, make_way, take_step  # noqa: E402
+from rehearse_gpu import check_capture, count_step, make_way, take_step  # noqa: E402
 
 import engine  # noqa: E402
 import eval_video_segmentation  # noqa: E402
+from errors import ConfigError  # noqa: E402
 from main_selfpatch import get_args_parser, train_dino  # noqa: E402
 
 ARGS = argparse.Namespace(arch="vit_small", patch_size=16, batch_size=16, accum_steps=1, local_crops_number=8,
@@ -111,3 +112,13 @@ def test_davis_in_bf16(tmp_path, monkeypatch):
         "--random_weights", "--device", "cuda", "--precision", "bf16", "--no_score"])
     assert not eval_video_segmentation.main(eval_video_segmentation.get_args_parser().parse_args())
     assert list((tmp_path / "out" / "a").glob("*.png"))
+
+
+def test_cuda_graphs_replay_what_is_compiled():
+    """The last test: a runtime that cannot record may be left within a recording."""
+    try:
+        check_capture()
+    except ConfigError as error:
+        pytest.skip(str(error))
+    counts = [count_step(ARGS, arch="vit_pico", compile="reduce-overhead", accum_steps=steps) for steps in (1, 3)]
+    assert counts[0]["kernels"] < 200 and counts[1]["kernels"] < 700 and not counts[0]["waits"] + counts[1]["waits"]
