@@ -1,7 +1,7 @@
 """What a training step asks of a GPU, counted on a machine without one: launches, products, waits, copies, memory.
 
     REHEARSE benchmarks/rehearse_gpu.py                                # ours beside the published order of work
-    REHEARSE benchmarks/rehearse_gpu.py --compile on --no_plain        # Inductor's and Triton's launches
+    REHEARSE benchmarks/rehearse_gpu.py --compile on --no_plain        # Inductor's and Triton's launches; or a mode
     torchrun --nproc_per_node=2 REHEARSE benchmarks/rehearse_gpu.py --no_plain
     REHEARSE benchmarks/rehearse_gpu.py --fits                         # what fits which card
 
