@@ -74,17 +74,16 @@ def test_the_published_step(changes, kernels, gib):
         assert counts["flops"] < 0.94 * count_step(ARGS, plain=[], batch_size=128)["flops"]
 
 
-def test_compiled_graphs_are_whole_and_last_for_the_run(monkeypatch):
+def test_compiled_graphs_are_whole_and_last_for_the_run():
     """No break, no wait, and nothing compiled anew in the second epoch."""
-    monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", False)
     counts = count_step(ARGS, arch="vit_pico", compile="on")
     assert counts["graphs"] == 5 and not counts["graph_breaks"] and not counts["waits"]
     assert 0 < counts["compiled_kernels"] < counts["kernels"] and counts["compiled_gb"] > 1
     way = make_way(ARGS, arch="vit_pico", compile="on")
     take_step(way)
-    monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
     way.run.step = way.run.steps_per_epoch
-    take_step(way)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        take_step(way)
 
 
 def test_small_batches_cost_their_own_memory():
