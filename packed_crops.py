@@ -61,6 +61,11 @@ def _(tensors: Sequence[torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]
     return [torch.empty_like(t, dtype=dtype) for t in tensors]
 
 
+def cast_by_one_launch(tensors: Sequence[torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
+    # outside of compiled code an operator of our own would only cost the host time
+    return (cast_copies_whole if torch.compiler.is_compiling() else cast_copies)(tensors, dtype)
+
+
 class CastTogether(torch.autograd.Function):
     """Tensors of one dtype in another, and their gradients back in their own, by one launch each."""
 
@@ -68,14 +73,12 @@ class CastTogether(torch.autograd.Function):
     def forward(ctx, dtype: torch.dtype, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         ctx.dtype = tensors[0].dtype
         ctx.set_materialize_grads(False)
-        cast = cast_copies_whole if torch.compiler.is_compiling() else cast_copies
-        return tuple(cast(tensors, dtype))
+        return tuple(cast_by_one_launch(tensors, dtype))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        cast = cast_copies_whole if torch.compiler.is_compiling() else cast_copies
-        copies = iter(cast([g for g in grads if g is not None], ctx.dtype))
+        copies = iter(cast_by_one_launch([g for g in grads if g is not None], ctx.dtype))
         return None, *[None if g is None else next(copies) for g in grads]
 
 

@@ -104,13 +104,14 @@ def count_step(args: argparse.Namespace, plain: list[str] | None = None, **chang
         plain: as Way's; [] is the published order of work.
         changes: options that replace those of args.
     """
+    torch.cuda.reset_peak_memory_stats()
     null, way = null_runtime(), make_way(args, plain, **changes)
     compiled = note_compiled_kernels() if way.compiled else Counter()
     for _ in range(2):
         take_step(way)
     null.reset()
     compiled.clear()
-    if not uses_cuda_graphs(args.compile):  # graphs take their memory when they are recorded
+    if not way.run.cuda_graphs:  # graphs take their memory when they are recorded
         torch.cuda.reset_peak_memory_stats()
     take_step(way)
     counts = null.counts() | {"peak_gib": torch.cuda.max_memory_allocated() / GIB} | compiled
