@@ -2,8 +2,8 @@
 
     python demo.py                  # everything goes to runs/demo; look at runs/demo/before_after.png
 
-The network, vit_pico, and the scenes (demo_scenes.py) are for trying things on a CPU. All figures are of scenes that
-were not trained on, before and after; benchmarks/demo_seeds.py has them for several seeds.
+The network, vit_pico, and the scenes (selfpatch/visualization/scenes.py) are for trying things on a CPU. All
+figures are of scenes that were not trained on, before and after; benchmarks/demo_seeds.py has them for several seeds.
 """
 import argparse
 import json
@@ -20,22 +20,22 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from checkpoints import load_backbone
-from davis_data import DAVIS_PALETTE
-from davis_metrics import score_sequence
-from demo_scenes import NAMES, Scene, draw_scene
-from dense_retrieval import PatchMemory, label_map, patch_labels
-from drawing import labelled_panels
-from errors import run_main, user_path
-from knn import classify
-from label_propagation import to_mask, to_one_hot
-from overlays import overlay, write_video
-from patch_features import PatchFeatures
-from propagation_bounds import propagate
-from results import format_table
-from segmentation_metrics import confusion_matrix, mean_iou
-from utils import fix_random_seeds
-from vision_transformer import VisionTransformer, vit_pico
+from selfpatch.checkpoints.loading import load_backbone
+from selfpatch.errors import run_main, user_path
+from selfpatch.evaluation.dense_retrieval import PatchMemory, label_map, patch_labels
+from selfpatch.evaluation.knn import classify
+from selfpatch.evaluation.segmentation_metrics import confusion_matrix, mean_iou
+from selfpatch.evaluation.tables import format_table
+from selfpatch.method.vision_transformer import VisionTransformer, vit_pico
+from selfpatch.pretraining.resuming import fix_random_seeds
+from selfpatch.video.davis import DAVIS_PALETTE
+from selfpatch.video.frame_features import PatchFeatures
+from selfpatch.video.label_propagation import to_mask, to_one_hot
+from selfpatch.video.propagation_bounds import propagate
+from selfpatch.video.scores import score_sequence
+from selfpatch.visualization.drawing import labelled_panels
+from selfpatch.visualization.scenes import NAMES, Scene, draw_scene
+from selfpatch.visualization.videos import overlay, write_video
 
 ROOT = Path(__file__).resolve().parent
 PATCH = 8

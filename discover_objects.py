@@ -22,11 +22,12 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional as tf
 from tqdm import tqdm
 
-from backbones import Backbone, image_statistics, normalise
-from box_data import HELP, BoxImage, find_box_data
-from distributed import together
-from errors import ArgumentParser, ConfigError, run_main, user_path
-from evaluation import (
+from selfpatch.checkpoints.backbones import Backbone, image_statistics, normalise
+from selfpatch.data.files import load_rgb
+from selfpatch.distributed.processes import together
+from selfpatch.errors import ArgumentParser, ConfigError, run_main, user_path
+from selfpatch.evaluation.box_data import HELP, BoxImage, find_box_data
+from selfpatch.evaluation.common import (
     Column,
     Machine,
     add_evaluation_options,
@@ -37,12 +38,11 @@ from evaluation import (
     patch_features,
     start,
 )
-from feature_pictures import boxes_over
-from image_features import check_finite
-from image_files import load_rgb
-from model_options import Candidate, load_candidates
-from object_discovery import EPSILON, TAU, box_of, is_found, lost, tokencut
-from results import folder_names
+from selfpatch.evaluation.image_features import check_finite
+from selfpatch.evaluation.model_options import Candidate, load_candidates
+from selfpatch.evaluation.object_discovery import EPSILON, TAU, box_of, is_found, lost, tokencut
+from selfpatch.evaluation.tables import folder_names
+from selfpatch.visualization.features import boxes_over
 
 METHODS = {"lost": "LOST", "tokencut": "TokenCut"}
 

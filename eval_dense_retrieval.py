@@ -16,13 +16,12 @@ from torchvision.transforms import RandomResizedCrop, v2
 from torchvision.transforms.v2 import functional as tf
 from tqdm import tqdm
 
-from augmentations import IMAGENET_MEAN, IMAGENET_STD
-from backbones import Backbone, image_statistics, normalise
-from collectives import sum_over_processes
-from dense_retrieval import NEIGHBOURS, TEMPERATURE, PatchMemory, label_map, patch_labels, sample_patches
-from distributed import together
-from errors import ArgumentParser, ConfigError, run_main
-from evaluation import (
+from selfpatch.checkpoints.backbones import Backbone, image_statistics, normalise
+from selfpatch.data.augmentations import IMAGENET_MEAN, IMAGENET_STD
+from selfpatch.distributed.collectives import sum_over_processes
+from selfpatch.distributed.processes import together
+from selfpatch.errors import ArgumentParser, ConfigError, run_main
+from selfpatch.evaluation.common import (
     Column,
     Machine,
     add_evaluation_options,
@@ -34,10 +33,18 @@ from evaluation import (
     patch_width,
     start,
 )
-from model_options import load_candidates
-from nearest_neighbours import BANK_ROWS
-from segmentation_data import HELP, Pair, SegmentationData, find_segmentation_data
-from segmentation_metrics import IGNORE, confusion_matrix, match_predictions, mean_iou
+from selfpatch.evaluation.dense_retrieval import (
+    NEIGHBOURS,
+    TEMPERATURE,
+    PatchMemory,
+    label_map,
+    patch_labels,
+    sample_patches,
+)
+from selfpatch.evaluation.model_options import load_candidates
+from selfpatch.evaluation.nearest_neighbours import BANK_ROWS
+from selfpatch.evaluation.segmentation import HELP, Pair, SegmentationData, find_segmentation_data
+from selfpatch.evaluation.segmentation_metrics import IGNORE, confusion_matrix, match_predictions, mean_iou
 
 PUBLISHED_STD = (0.229, 0.224, 0.255)  # blue is not ImageNet's 0.225; the published figures are made with it
 JITTER = ("brightness", "contrast", "saturation", "hue")

@@ -13,11 +13,11 @@ import os
 import sys
 from pathlib import Path
 
-from checkpoint_files import write_checkpoint
-from collectives import gather_rows
-from distributed import on_main_process, together
-from errors import ArgumentParser, ConfigError, run_main, user_path
-from evaluation import (
+from selfpatch.checkpoints.files import write_checkpoint
+from selfpatch.distributed.collectives import gather_rows
+from selfpatch.distributed.processes import on_main_process, together
+from selfpatch.errors import ArgumentParser, ConfigError, run_main, user_path
+from selfpatch.evaluation.common import (
     Machine,
     add_evaluation_options,
     add_image_options,
@@ -27,10 +27,17 @@ from evaluation import (
     leave,
     start,
 )
-from image_features import KINDS, ImageFeature, LabelledImages, eval_transform, open_pair, share_loader
-from knn import KS, TEMPERATURE, Accuracy, KnnResult, knn_classification
-from model_options import Candidate, check_image_size, load_candidates
-from results import folder_names, format_table, write_json
+from selfpatch.evaluation.image_features import (
+    KINDS,
+    ImageFeature,
+    LabelledImages,
+    eval_transform,
+    open_pair,
+    share_loader,
+)
+from selfpatch.evaluation.knn import KS, TEMPERATURE, Accuracy, KnnResult, knn_classification
+from selfpatch.evaluation.model_options import Candidate, check_image_size, load_candidates
+from selfpatch.evaluation.tables import folder_names, format_table, write_json
 
 DUMPED = ("trainfeat.pth", "trainlabels.pth", "testfeat.pth", "testlabels.pth")
 

@@ -12,9 +12,9 @@ import argparse
 import sys
 from typing import NamedTuple
 
-from distributed import together
-from errors import ArgumentParser, run_main
-from evaluation import (
+from selfpatch.distributed.processes import together
+from selfpatch.errors import ArgumentParser, run_main
+from selfpatch.evaluation.common import (
     Machine,
     add_evaluation_options,
     add_image_options,
@@ -24,8 +24,8 @@ from evaluation import (
     leave,
     start,
 )
-from image_features import KINDS, LabelledImages, eval_transform, open_pair, share_loader
-from linear_probe import (
+from selfpatch.evaluation.image_features import KINDS, LabelledImages, eval_transform, open_pair, share_loader
+from selfpatch.evaluation.linear_probe import (
     LEARNING_RATES,
     CropBatches,
     Inputs,
@@ -35,8 +35,8 @@ from linear_probe import (
     train_heads,
     train_transform,
 )
-from model_options import Candidate, check_image_size, load_candidates
-from results import format_table, write_json
+from selfpatch.evaluation.model_options import Candidate, check_image_size, load_candidates
+from selfpatch.evaluation.tables import format_table, write_json
 
 
 class Score(NamedTuple):

@@ -16,11 +16,11 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional as tf
 from tqdm import tqdm
 
-from backbones import Backbone, image_statistics, normalise
-from collectives import sum_over_processes
-from distributed import together
-from errors import ArgumentParser, ConfigError, TrainingError, run_main
-from evaluation import (
+from selfpatch.checkpoints.backbones import Backbone, image_statistics, normalise
+from selfpatch.distributed.collectives import sum_over_processes
+from selfpatch.distributed.processes import together
+from selfpatch.errors import ArgumentParser, ConfigError, TrainingError, run_main
+from selfpatch.evaluation.common import (
     Column,
     Machine,
     add_evaluation_options,
@@ -32,8 +32,8 @@ from evaluation import (
     patch_width,
     start,
 )
-from image_features import check_finite
-from linear_segmentation import (
+from selfpatch.evaluation.image_features import check_finite
+from selfpatch.evaluation.linear_segmentation import (
     LinearHead,
     build_head,
     full_size_prediction,
@@ -41,10 +41,10 @@ from linear_segmentation import (
     segmentation_loss,
     sliding_logits,
 )
-from model_options import load_candidates
-from schedules import cosine_schedule
-from segmentation_data import HELP, SegmentationData, find_segmentation_data
-from segmentation_metrics import IGNORE, confusion_matrix, mean_iou
+from selfpatch.evaluation.model_options import load_candidates
+from selfpatch.evaluation.segmentation import HELP, SegmentationData, find_segmentation_data
+from selfpatch.evaluation.segmentation_metrics import IGNORE, confusion_matrix, mean_iou
+from selfpatch.method.schedules import cosine_schedule
 
 SIDE, STRIDE = 512, 341  # of windows, in pixels; the side is rounded down to whole patches
 PUBLISHED_STEPS, PUBLISHED_WARMUP, WARMUP_START = 40_000, 1500, 1e-6

@@ -21,19 +21,19 @@ import torch.distributed as dist
 from PIL import Image
 from tqdm import tqdm
 
-import davis_data
-from backbones import check_layer, load_any_backbone, normalise
-from davis_data import SCALE_SIZE, VOID, DataError, Sequence, imwrite_indexed, load_frame, resized_shape
-from davis_metrics import absence_note, find_absent, format_scores, num_objects, score_sequence
-from distributed import Launch, join, keep_freed_memory, pick_device, read_launcher
-from errors import ArgumentParser, ConfigError, run_main, user_path
-from image_files import is_hidden
-from label_propagation import label_propagation, norm_mask, restrict_neighborhood, to_mask, to_one_hot  # noqa: F401
-from model_options import DTYPES, add_model_options, pick_dtype
-from patch_features import MEAN, STD, PatchFeatures, frame_features
-from propagation_bounds import propagate
-from unfinished import Unfinished
-from whole_folder import whole_folder
+from selfpatch.checkpoints.backbones import check_layer, load_any_backbone, normalise
+from selfpatch.data.files import is_hidden
+from selfpatch.distributed.processes import Launch, join, keep_freed_memory, pick_device, read_launcher
+from selfpatch.errors import ArgumentParser, ConfigError, run_main, user_path
+from selfpatch.evaluation.model_options import DTYPES, add_model_options, pick_dtype
+from selfpatch.video import davis as davis_data
+from selfpatch.video.davis import SCALE_SIZE, VOID, DataError, Sequence, imwrite_indexed, load_frame, resized_shape
+from selfpatch.video.frame_features import MEAN, STD, PatchFeatures, frame_features
+from selfpatch.video.label_propagation import label_propagation, norm_mask, restrict_neighborhood, to_mask, to_one_hot  # noqa: F401
+from selfpatch.video.propagation_bounds import propagate
+from selfpatch.video.scores import absence_note, find_absent, format_scores, num_objects, score_sequence
+from selfpatch.video.unfinished import Unfinished
+from selfpatch.whole_files import whole_folder
 
 # ---------------------------------------------------------------- frames and annotations
 

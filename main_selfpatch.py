@@ -16,10 +16,13 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from augmentations import DataAugmentationDINO  # noqa: F401 (DINO's users import it from here)
-from batchnorm import sync_batchnorms
-from data import build_dataset
-from distributed import (
+from selfpatch.data.augmentations import DataAugmentationDINO  # noqa: F401 (DINO's users import it from here)
+from selfpatch.data.dataset import build_dataset
+from selfpatch.data.files import UnreadableImage
+from selfpatch.data.loader import CropLoader
+from selfpatch.data.sources import prepare
+from selfpatch.distributed.batchnorm import sync_batchnorms
+from selfpatch.distributed.processes import (
     Processes,
     allow_tf32,
     init_distributed_mode,
@@ -30,24 +33,13 @@ from distributed import (
     on_main_process,
     together,
 )
-from engine import train_one_epoch  # noqa: F401 (likewise)
-from errors import ArgumentParser, ConfigError, TrainingError, run_main
-from finite import NotFiniteError
-from fused_loss import FusedDINOLoss
-from image_files import UnreadableImage
-from image_sources import prepare
-from initial_weights import read_initial_weights, set_initial_weights
-from knn_probe import KnnProbe
-from loader import CropLoader
-from logger import RunLog
-from losses import DINOLoss
-from model_flops import flops_per_image, peak_tflops
-from optim import build_optimizer
-from options import check_args, get_args_parser
-from resuming import compare_ranks, plain_args, resume
-from run_folder import RunFolder, numbered
-from selfpatch_head import MultiCropWrapper  # noqa: F401
-from settings import (
+from selfpatch.errors import ArgumentParser, ConfigError, TrainingError, run_main
+from selfpatch.method.fused_loss import FusedDINOLoss
+from selfpatch.method.losses import DINOLoss
+from selfpatch.method.optim import build_optimizer
+from selfpatch.method.selfpatch_head import MultiCropWrapper  # noqa: F401
+from selfpatch.method.training_run import TrainingRun, build_networks, build_schedules
+from selfpatch.pretraining.auto_options import (
     choose_augment,
     choose_compile,
     choose_loss,
@@ -56,11 +48,18 @@ from settings import (
     compile_mode,
     uses_cuda_graphs,
 )
-from step_log import StepLog
-from trackers import Trackers, chosen_trackers
-from training_loop import train
-from training_run import TrainingRun, build_networks, build_schedules
-from utils import fix_random_seeds
+from selfpatch.pretraining.engine import train_one_epoch  # noqa: F401 (likewise)
+from selfpatch.pretraining.finite import NotFiniteError
+from selfpatch.pretraining.flops import flops_per_image, peak_tflops
+from selfpatch.pretraining.initial_weights import read_initial_weights, set_initial_weights
+from selfpatch.pretraining.knn_probe import KnnProbe
+from selfpatch.pretraining.logs import RunLog
+from selfpatch.pretraining.loop import train
+from selfpatch.pretraining.options import check_args, get_args_parser
+from selfpatch.pretraining.resuming import compare_ranks, fix_random_seeds, plain_args, resume
+from selfpatch.pretraining.run_folder import RunFolder, numbered
+from selfpatch.pretraining.step_log import StepLog
+from selfpatch.pretraining.trackers import Trackers, chosen_trackers
 
 
 def images_per_step(args: argparse.Namespace, world_size: int) -> int:

@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 
 import main_selfpatch
-from errors import ArgumentParser, ConfigError, run_main
-from image_sources import absolute, as_list
+from selfpatch.data.sources import absolute, as_list
+from selfpatch.errors import ArgumentParser, ConfigError, run_main
 
 
 def get_args() -> argparse.Namespace:
@@ -43,7 +43,7 @@ class Trainer:
         import submitit
 
         import main_selfpatch
-        from errors import RunStopped
+        from selfpatch.errors import RunStopped
 
         job = submitit.JobEnvironment()
         # main_selfpatch reads a launcher's variables, which submitit's local executor does not set

@@ -24,20 +24,27 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-import drawing
-import feature_pictures
-from augmentations import IMAGENET_MEAN, IMAGENET_STD
-from backbones import Backbone, TimmBackbone, check_layer, image_statistics, load_any_with_info, normalise
-from checkpoint_files import CheckpointError
-from checkpoints import CheckpointInfo, build_head
-from curve_pictures import add_curves
-from drawing import fit_patches
-from errors import ArgumentParser, ConfigError, run_main
-from image_files import load_rgb, open_image, orientation
-from model_options import add_model_options
-from result_pictures import add_overlay, add_scores
-from results import check_png
-from selfpatch_head import SelfPatchHead, neighbour_similarity, positive_matching
+from selfpatch.checkpoints.backbones import (
+    Backbone,
+    TimmBackbone,
+    check_layer,
+    image_statistics,
+    load_any_with_info,
+    normalise,
+)
+from selfpatch.checkpoints.files import CheckpointError
+from selfpatch.checkpoints.loading import CheckpointInfo, build_head
+from selfpatch.data.augmentations import IMAGENET_MEAN, IMAGENET_STD
+from selfpatch.data.files import load_rgb, open_image, orientation
+from selfpatch.errors import ArgumentParser, ConfigError, run_main
+from selfpatch.evaluation.model_options import add_model_options
+from selfpatch.evaluation.tables import check_png
+from selfpatch.method.selfpatch_head import SelfPatchHead, neighbour_similarity, positive_matching
+from selfpatch.visualization import drawing
+from selfpatch.visualization import features as feature_pictures
+from selfpatch.visualization.curves import add_curves
+from selfpatch.visualization.drawing import fit_patches
+from selfpatch.visualization.result_pictures import add_overlay, add_scores
 
 
 def row_column(text: str) -> tuple[int, int]:

@@ -30,14 +30,14 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from pictures import make_images
 
-from augmentations import DataAugmentationDINO
-from data import build_dataset
-from device_augmentations import DeviceAugmentation, RandomCrops
-from distributed import pick_device
-from errors import ConfigError, run_main
-from image_files import is_image_name, load_rgb, load_uint8, read_bytes, walk
-from jpeg_decoders import installed_decoders
-from loader import CropLoader
+from selfpatch.data.augmentations import DataAugmentationDINO
+from selfpatch.data.dataset import build_dataset
+from selfpatch.data.device_augmentations import DeviceAugmentation, RandomCrops
+from selfpatch.data.files import is_image_name, load_rgb, load_uint8, read_bytes, walk
+from selfpatch.data.jpeg_decoders import installed_decoders
+from selfpatch.data.loader import CropLoader
+from selfpatch.distributed.processes import pick_device
+from selfpatch.errors import ConfigError, run_main
 
 
 def find_images(folder: Path, count: int) -> list[str]:

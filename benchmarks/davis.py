@@ -28,15 +28,15 @@ from PIL import Image
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import davis_data
-import davis_metrics
 import eval_video_segmentation as job
-from checkpoints import load_backbone
-from distributed import keep_freed_memory, pick_device
-from errors import run_main
-from label_propagation import to_mask
-from propagation_bounds import propagate
-from vision_transformer import ARCHS
+from selfpatch.checkpoints.loading import load_backbone
+from selfpatch.distributed.processes import keep_freed_memory, pick_device
+from selfpatch.errors import run_main
+from selfpatch.method.vision_transformer import ARCHS
+from selfpatch.video import davis as davis_data
+from selfpatch.video import scores as davis_metrics
+from selfpatch.video.label_propagation import to_mask
+from selfpatch.video.propagation_bounds import propagate
 
 HEIGHT, WIDTH = 480, 854
 OBJECTS = ((200, 150, 6, 2, 90), (620, 300, -5, -1, 110), (420, 380, 2, -3, 40))  # x, y, their speeds, size

@@ -14,8 +14,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from errors import ArgumentParser, run_main, user_path  # noqa: E402
-from results import format_table  # noqa: E402
+from selfpatch.errors import ArgumentParser, run_main, user_path  # noqa: E402
+from selfpatch.evaluation.tables import format_table  # noqa: E402
 
 
 def get_args_parser() -> ArgumentParser:

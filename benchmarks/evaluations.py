@@ -24,13 +24,13 @@ from torch.utils.data import DataLoader, Dataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from backbones import normalise
-from distributed import keep_freed_memory, pick_device
-from errors import ArgumentParser, ConfigError, run_main, user_path
-from image_features import ImageFeature, extract, open_images, share_loader
-from knn import bank_dtype, neighbours
-from results import check_output, format_table, write_json
-from vision_transformer import ARCHS
+from selfpatch.checkpoints.backbones import normalise
+from selfpatch.distributed.processes import keep_freed_memory, pick_device
+from selfpatch.errors import ArgumentParser, ConfigError, run_main, user_path
+from selfpatch.evaluation.image_features import ImageFeature, extract, open_images, share_loader
+from selfpatch.evaluation.knn import bank_dtype, neighbours
+from selfpatch.evaluation.tables import check_output, format_table, write_json
+from selfpatch.method.vision_transformer import ARCHS
 
 
 class MadeImages(Dataset):

@@ -21,16 +21,15 @@ from demo_seeds import cpu_seconds
 from evidence_settings import DINO, METHODS, SELFPATCH, UNTRAINED, Jobs, Photographs, Scenes, Setting, read
 from evidence_tables import Figures, all_tables, differences
 
-from checkpoint_files import write_checkpoint
-from curve_pictures import draw_panels, make_panels, read_run
-from distributed import Processes
-from errors import ArgumentParser, ConfigError, RunStopped, run_main, user_path
 from main_selfpatch import build_run
-from options import check_numbers
-from options import get_args_parser as pretraining_parser
-from results import write_json
-from resuming import IRRELEVANT, plain_args, with_batch
-from utils import fix_random_seeds
+from selfpatch.checkpoints.files import write_checkpoint
+from selfpatch.distributed.processes import Processes
+from selfpatch.errors import ArgumentParser, ConfigError, RunStopped, run_main, user_path
+from selfpatch.evaluation.tables import write_json
+from selfpatch.pretraining.options import check_numbers
+from selfpatch.pretraining.options import get_args_parser as pretraining_parser
+from selfpatch.pretraining.resuming import IRRELEVANT, fix_random_seeds, plain_args, with_batch
+from selfpatch.visualization.curves import draw_panels, make_panels, read_run
 
 CURVES = ("image loss", "patch loss", "k-NN top-1, %")
 

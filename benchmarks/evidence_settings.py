@@ -14,12 +14,12 @@ from pathlib import Path
 from evidence_tables import Figures
 
 import demo
-from checkpoints import load_backbone
-from davis_metrics import score_folder, summarise
-from errors import CONTINUE_STATUS, RunStopped, TrainingError
-from options import get_args_parser as pretraining_parser
-from patch_features import PatchFeatures
-from results import write_json
+from selfpatch.checkpoints.loading import load_backbone
+from selfpatch.errors import CONTINUE_STATUS, RunStopped, TrainingError
+from selfpatch.evaluation.tables import write_json
+from selfpatch.pretraining.options import get_args_parser as pretraining_parser
+from selfpatch.video.frame_features import PatchFeatures
+from selfpatch.video.scores import score_folder, summarise
 
 ROOT = Path(__file__).resolve().parents[1]
 UNTRAINED, DINO, SELFPATCH = METHODS = ("random", "DINO", "SelfPatch")

@@ -2,7 +2,7 @@
 import statistics
 from collections.abc import Sequence
 
-from results import format_table
+from selfpatch.evaluation.tables import format_table
 
 COLUMNS = {"k-NN": ".3f", "J&F": ".3f", "mean IoU": ".3f", "image loss": ".3f", "patch loss": ".3f", "images": ".0f",
            "seconds": ".0f", "CPU s": ".0f"}

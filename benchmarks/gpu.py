@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from pictures import make_images
 from train_step import PARTS as ORDERS
 
-from errors import ConfigError, TrainingError, run_main, user_path
+from selfpatch.errors import ConfigError, TrainingError, run_main, user_path
 
 ROOT = Path(__file__).resolve().parents[1]
 VARIANTS = {"no_compile": ["--compile", "off"], "not_packed": ["--pack_crops", "off"],

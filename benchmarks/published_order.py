@@ -2,11 +2,11 @@
 import torch
 import torch.nn.functional as F
 
-from losses import DINOLoss, Losses
-from optim import clip_gradients, update_teacher
-from selfpatch_head import SelfPatchHead
-from training_run import TrainingRun
-from vision_transformer import VisionTransformer
+from selfpatch.method.losses import DINOLoss, Losses
+from selfpatch.method.optim import clip_gradients, update_teacher
+from selfpatch.method.selfpatch_head import SelfPatchHead
+from selfpatch.method.training_run import TrainingRun
+from selfpatch.method.vision_transformer import VisionTransformer
 
 PARTS = ("backbone", "head", "loss", "update")
 

@@ -28,11 +28,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from published_order import PARTS
 from train_step import Way
 
-import engine
-from distributed import get_world_size, is_main_process
-from errors import ConfigError, run_main
-from settings import COMPILE_WAYS, uses_cuda_graphs
-from vision_transformer import ARCHS, RECOMPUTED
+from selfpatch.distributed.processes import get_world_size, is_main_process
+from selfpatch.errors import ConfigError, run_main
+from selfpatch.method.vision_transformer import ARCHS, RECOMPUTED
+from selfpatch.pretraining import engine
+from selfpatch.pretraining.auto_options import COMPILE_WAYS, uses_cuda_graphs
 
 GIB = 2**30
 CARDS = (16, 24, 40, 80, 141)  # GB on the label of T4 and V100, 3090 and A10, A100, A100 and H100, H200

@@ -12,14 +12,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from checkpoint_files import check_sums, read_checkpoint
-from errors import ArgumentParser, run_main, user_path
-from fused_loss import FusedDINOLoss
-from optim import build_optimizer
-from run_folder import RunFolder
-from stopping import Interruption
-from training_run import TrainingRun, build_networks, build_schedules
-from vision_transformer import ARCHS
+from selfpatch.checkpoints.files import check_sums, read_checkpoint
+from selfpatch.distributed.stopping import Interruption
+from selfpatch.errors import ArgumentParser, run_main, user_path
+from selfpatch.method.fused_loss import FusedDINOLoss
+from selfpatch.method.optim import build_optimizer
+from selfpatch.method.training_run import TrainingRun, build_networks, build_schedules
+from selfpatch.method.vision_transformer import ARCHS
+from selfpatch.pretraining.run_folder import RunFolder
 
 MINUTES = 15  # --save_every_minutes
 

@@ -22,16 +22,16 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from published_order import PARTS, PlainBackbone, PlainHead, PlainLoss, fused_update, plain_update
 
-import engine
 import main_selfpatch as job
-from distributed import init_distributed_mode, keep_freed_memory, peak_memory_gb, pick_device
-from errors import TrainingError, run_main
-from fused_loss import FusedDINOLoss
-from model_flops import flops_per_image
-from optim import get_params_groups
-from options import get_args_parser as pretraining_options
-from settings import COMPILE_WAYS
-from vision_transformer import ARCHS, RECOMPUTED
+from selfpatch.distributed.processes import init_distributed_mode, keep_freed_memory, peak_memory_gb, pick_device
+from selfpatch.errors import TrainingError, run_main
+from selfpatch.method.fused_loss import FusedDINOLoss
+from selfpatch.method.optim import get_params_groups
+from selfpatch.method.vision_transformer import ARCHS, RECOMPUTED
+from selfpatch.pretraining import engine
+from selfpatch.pretraining.auto_options import COMPILE_WAYS
+from selfpatch.pretraining.flops import flops_per_image
+from selfpatch.pretraining.options import get_args_parser as pretraining_options
 
 GLOBAL, LOCAL = 224, 96
 

@@ -13,9 +13,9 @@ from mmengine.runner import Runner
 from torch import nn
 from torch.utils.data import Dataset
 
-from errors import ConfigError
-from openmmlab import load_pretrained
-from vision_transformer import VisionTransformer
+from selfpatch.errors import ConfigError
+from selfpatch.method.vision_transformer import VisionTransformer
+from selfpatch.openmmlab.jobs import load_pretrained
 
 
 def upsample(dim: int) -> nn.ConvTranspose2d:

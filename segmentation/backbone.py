@@ -10,11 +10,11 @@ from mmengine.config import Config
 from mmseg.datasets import LoadAnnotations
 from mmseg.registry import MODELS, TRANSFORMS
 
-from checkpoint_layouts import from_mmseg_names
-from errors import ConfigError
-from image_files import LOSSY_FORMATS, UnreadableImage, open_image
-from openmmlab import load_pretrained
-from vision_transformer import VisionTransformer
+from selfpatch.checkpoints.layouts import from_mmseg_names
+from selfpatch.data.files import LOSSY_FORMATS, UnreadableImage, open_image
+from selfpatch.errors import ConfigError
+from selfpatch.method.vision_transformer import VisionTransformer
+from selfpatch.openmmlab.jobs import load_pretrained
 
 ADE20K_CLASSES = 150
 

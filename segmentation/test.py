@@ -7,14 +7,15 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root
-from errors import run_main
+from selfpatch.errors import run_main
 
 
 def main() -> None:
     # imported here so that missing packages are reported in one line
-    import openmmlab
-    from openmmlab_config import config_from_args, get_test_parser
+    from selfpatch.openmmlab import jobs as openmmlab
+    # isort: split
     from segmentation.backbone import check_channels
+    from selfpatch.openmmlab.config import config_from_args, get_test_parser
 
     args = get_test_parser(__doc__.split("\n\n")[0]).parse_args()
     cfg = config_from_args(args)

@@ -6,8 +6,8 @@ import cv2
 import numpy as np
 
 import eval_video_segmentation as job
-from davis_data import imwrite_indexed, read_mask
-from errors import ConfigError, report
+from selfpatch.errors import ConfigError, report
+from selfpatch.video.davis import imwrite_indexed, read_mask
 
 UNTRAINED = ("--random_weights", "--arch", "vit_tiny", "--patch_size", 32)
 

@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from errors import ConfigError, report
+from selfpatch.errors import ConfigError, report
 
 COLOURS = ((40, 60, 200), (220, 60, 40), (60, 200, 60))  # of the classes 0, 1, 2
 UNTRAINED = ("--random_weights", "--arch", "vit_tiny", "--num_workers", 0, "--device", "cpu")

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from data import build_dataset
-from loader import CropLoader
-from utils import fix_random_seeds
+from selfpatch.data.dataset import build_dataset
+from selfpatch.data.loader import CropLoader
+from selfpatch.pretraining.resuming import fix_random_seeds
 
 SIZES = {"local_crops_number": 1, "global_crops_size": 32, "local_crops_size": 16}
 

@@ -5,7 +5,7 @@ import timm
 import torch
 from golden_rules import set_weights
 
-from checkpoints import read_backbone
+from selfpatch.checkpoints.loading import read_backbone
 
 
 @functools.cache

@@ -3,11 +3,11 @@ from functools import partial
 
 import torch
 
-from losses import DINOLoss
-from optim import build_optimizer
-from selfpatch_head import MultiCropWrapper, SelfPatchHead
-from training_run import Schedules, TrainingRun
-from vision_transformer import ARCHS, DINOHead, VisionTransformer
+from selfpatch.method.losses import DINOLoss
+from selfpatch.method.optim import build_optimizer
+from selfpatch.method.selfpatch_head import MultiCropWrapper, SelfPatchHead
+from selfpatch.method.training_run import Schedules, TrainingRun
+from selfpatch.method.vision_transformer import ARCHS, DINOHead, VisionTransformer
 
 
 def small_wrapper(patch_size=8, use_bn=False, drop_path_rate=0.0, use_patches=True):
@@ -30,7 +30,7 @@ def shrink_job(patch, width=24, depth=3, hidden_dim=32, bottleneck_dim=16):
     """Give the pretraining job a narrow, shallow vit_tiny and narrow heads, by a MonkeyPatch."""
     patch.setitem(ARCHS, "vit_tiny", partial(VisionTransformer, embed_dim=width, depth=depth, num_heads=3))
     small = {"hidden_dim": hidden_dim, "bottleneck_dim": bottleneck_dim}
-    patch.setattr("training_run.DINOHead", lambda *args, **kwargs: DINOHead(*args, **kwargs | small))
+    patch.setattr("selfpatch.method.training_run.DINOHead", lambda *args, **kwargs: DINOHead(*args, **kwargs | small))
 
 
 def assert_same(ours, other, where="checkpoint"):

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def skip_without_packages() -> None:
-    """Skip the calling module unless all packages that openmmlab.py imports are installed."""
+    """Skip the calling module unless all packages that openmmlab/jobs.py imports are installed."""
     for package in ("mmcv.ops", "mmdet", "mmseg"):
         pytest.importorskip(package, exc_type=ImportError,
                             reason="OpenMMLab's packages are not all installed: run ./install_openmmlab.sh")

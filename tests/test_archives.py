@@ -12,14 +12,14 @@ import torch
 from image_kinds import epoch, files, write_tar, write_zip
 from small_job import load, options
 
-import archives
-from archives import ArchiveImages
-from data import build_dataset
-from errors import ConfigError
-from image_files import UnreadableImage
-from image_sources import open_images
-from loader import CropLoader
 from main_selfpatch import train_dino
+from selfpatch.data import archives
+from selfpatch.data.archives import ArchiveImages
+from selfpatch.data.dataset import build_dataset
+from selfpatch.data.files import UnreadableImage
+from selfpatch.data.loader import CropLoader
+from selfpatch.data.sources import open_images
+from selfpatch.errors import ConfigError
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning",
                                         "ignore:.*fork.*:DeprecationWarning",

@@ -6,10 +6,10 @@ from golden_rules import set_weights
 from layout_files import empty_like, saved, under
 
 import convert_checkpoint
-from checkpoint_files import CheckpointError
-from checkpoints import load_backbone, read_backbone
 from convert_checkpoint import convert_file, get_args_parser, main
-from vision_transformer import vit_small
+from selfpatch.checkpoints.files import CheckpointError
+from selfpatch.checkpoints.loading import load_backbone, read_backbone
+from selfpatch.method.vision_transformer import vit_small
 
 IMAGE = torch.randn(1, 3, 48, 48, generator=torch.Generator().manual_seed(0))
 

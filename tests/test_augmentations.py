@@ -5,7 +5,7 @@ import torch
 from PIL import Image, ImageFilter
 from torchvision import transforms
 
-from augmentations import DataAugmentationDINO, GaussianBlur
+from selfpatch.data.augmentations import DataAugmentationDINO, GaussianBlur
 
 
 def picture(width=80, height=60):

@@ -6,12 +6,12 @@ from davis_folder import make_davis, run
 from golden_rules import set_weights
 from PIL import Image
 
-import backbones
 import visualize
-from backbones import load_any_backbone
-from davis_data import read_mask
-from errors import ConfigError
-from vision_transformer import VisionTransformer, vit_tiny
+from selfpatch.checkpoints import backbones
+from selfpatch.checkpoints.backbones import load_any_backbone
+from selfpatch.errors import ConfigError
+from selfpatch.method.vision_transformer import VisionTransformer, vit_tiny
+from selfpatch.video.davis import read_mask
 
 NETWORKS = {
     "vit_tiny_patch16_224": {},

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from model_flops import flops_per_image
-from vision_transformer import vit_small
+from selfpatch.method.vision_transformer import vit_small
+from selfpatch.pretraining.flops import flops_per_image
 
 ROOT = Path(__file__).parents[1]
 

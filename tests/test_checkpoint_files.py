@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from checkpoint_files import CheckpointError, printable, read_checkpoint, read_metadata, write_checkpoint
+from selfpatch.checkpoints.files import CheckpointError, printable, read_checkpoint, read_metadata, write_checkpoint
 
 ROOT = Path(__file__).parents[1]
 
@@ -31,7 +31,7 @@ def test_fifo_device_and_folder_are_refused_at_once(tmp_path):
 def test_real_disk_limit(tmp_path, suffix):
     """A limit on the size of files, set in a process of its own, fails in the middle of a write as a full disk does."""
     path = tmp_path / f"run{suffix}"
-    code = (f"import torch, checkpoint_files as files; path = {str(path)!r}\n"
+    code = (f"import torch; from selfpatch.checkpoints import files; path = {str(path)!r}\n"
             "files.write_checkpoint({'a': torch.zeros(10)}, path)\n"
             "try: files.write_checkpoint({'a': torch.zeros(100_000)}, path)\n"
             "except files.CheckpointError as error: print(error)")

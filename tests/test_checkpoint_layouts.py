@@ -11,9 +11,9 @@ import torchvision
 from golden_rules import set_weights
 from layout_files import assert_is, empty_like, half_state, saved, timm_network, under
 
-from checkpoint_files import CheckpointError
-from checkpoint_layouts import UNSUPPORTED
-from checkpoints import load_backbone, read_backbone
+from selfpatch.checkpoints.files import CheckpointError
+from selfpatch.checkpoints.layouts import UNSUPPORTED
+from selfpatch.checkpoints.loading import load_backbone, read_backbone
 
 ROOT = Path(__file__).parents[1]
 IMAGE = torch.randn(1, 3, 48, 48, generator=torch.Generator().manual_seed(0))
@@ -254,5 +254,5 @@ def test_names_with_escape_codes(tmp_path, sd):
 
 
 def test_page_is_what_the_command_prints(capsys):
-    runpy.run_path(str(ROOT / "checkpoint_layouts.py"), run_name="__main__")
+    runpy.run_path(str(ROOT / "selfpatch/checkpoints/layouts.py"), run_name="__main__")
     assert capsys.readouterr().out == (ROOT / "docs" / "CHECKPOINTS.md").read_text(encoding="utf-8")

@@ -4,10 +4,10 @@ import pytest
 import torch
 from layout_files import assert_is, empty_like, half_state, saved, under
 
-from checkpoint_files import CheckpointError
-from checkpoint_layouts import LayoutError
-from checkpoint_networks import collect_tensors, list_networks
-from checkpoints import read_backbone
+from selfpatch.checkpoints.files import CheckpointError
+from selfpatch.checkpoints.layouts import LayoutError
+from selfpatch.checkpoints.loading import read_backbone
+from selfpatch.checkpoints.networks import collect_tensors, list_networks
 
 
 @pytest.fixture(scope="module")

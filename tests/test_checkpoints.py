@@ -11,11 +11,11 @@ import torch
 from golden_rules import set_weights
 from torch import nn
 
-from checkpoint_files import CheckpointError, read_checkpoint, write_checkpoint
-from checkpoint_layouts import from_mmseg_names, to_mmseg_names
-from checkpoints import build_head, load_backbone, read_backbone
-from selfpatch_head import MultiCropWrapper, SelfPatchHead
-from vision_transformer import DINOHead, vit_base, vit_small, vit_tiny
+from selfpatch.checkpoints.files import CheckpointError, read_checkpoint, write_checkpoint
+from selfpatch.checkpoints.layouts import from_mmseg_names, to_mmseg_names
+from selfpatch.checkpoints.loading import build_head, load_backbone, read_backbone
+from selfpatch.method.selfpatch_head import MultiCropWrapper, SelfPatchHead
+from selfpatch.method.vision_transformer import DINOHead, vit_base, vit_small, vit_tiny
 
 HIDDEN_DIM, BOTTLENECK_DIM = 32, 16
 IMAGES = torch.randn(1, 3, 48, 64, generator=torch.Generator().manual_seed(1))

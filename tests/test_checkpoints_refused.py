@@ -11,9 +11,9 @@ import pytest
 import safetensors.torch
 import torch
 
-from checkpoint_files import CheckpointError, read_checkpoint
-from checkpoints import build_head, load_backbone, read_backbone
-from vision_transformer import vit_tiny
+from selfpatch.checkpoints.files import CheckpointError, read_checkpoint
+from selfpatch.checkpoints.loading import build_head, load_backbone, read_backbone
+from selfpatch.method.vision_transformer import vit_tiny
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +144,7 @@ class Getattr:
 
 @pytest.fixture
 def no_registered_classes():
-    """As if openmmlab.py, which registers mmengine's real class, were not imported."""
+    """As if openmmlab/jobs.py, which registers mmengine's real class, were not imported."""
     registered = torch.serialization.get_safe_globals()
     torch.serialization.clear_safe_globals()
     yield

@@ -11,13 +11,13 @@ import timm
 import torch
 from golden_rules import set_weights
 
-import checkpoints
 import convert_checkpoint
-from checkpoint_files import CheckpointError, read_checkpoint
-from checkpoints import build_head, load_backbone, read_backbone
 from convert_checkpoint import convert, convert_file, get_args_parser, loading_code, main
-from selfpatch_head import SelfPatchHead
-from vision_transformer import vit_small, vit_tiny
+from selfpatch.checkpoints import loading as checkpoints
+from selfpatch.checkpoints.files import CheckpointError, read_checkpoint
+from selfpatch.checkpoints.loading import build_head, load_backbone, read_backbone
+from selfpatch.method.selfpatch_head import SelfPatchHead
+from selfpatch.method.vision_transformer import vit_small, vit_tiny
 
 
 @pytest.fixture(scope="module")

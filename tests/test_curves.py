@@ -9,9 +9,9 @@ import pytest
 from matplotlib.colors import same_color
 from PIL import Image
 
-import curve_pictures
 import visualize
-from errors import ConfigError
+from selfpatch.errors import ConfigError
+from selfpatch.visualization import curves as curve_pictures
 
 EARLIER_RUN = Path(__file__).parent / "earlier_run"
 

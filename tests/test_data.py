@@ -6,11 +6,11 @@ import pytest
 import torch
 from image_cases import refuse_listing, write_damaged_png
 
-from data import build_dataset
-from errors import ConfigError, TrainingError
-from image_files import UnreadableImage
-from loader import CropLoader, prefetch
 from main_selfpatch import choose_augment
+from selfpatch.data.dataset import build_dataset
+from selfpatch.data.files import UnreadableImage
+from selfpatch.data.loader import CropLoader, prefetch
+from selfpatch.errors import ConfigError, TrainingError
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")
 

@@ -4,8 +4,8 @@ import pytest
 from image_cases import png
 from PIL import Image
 
-from davis_data import DataError, binary_note, read_mask, read_set
-from image_files import UnreadableImage
+from selfpatch.data.files import UnreadableImage
+from selfpatch.video.davis import DataError, binary_note, read_mask, read_set
 
 
 @pytest.mark.parametrize("content, names", [

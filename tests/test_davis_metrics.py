@@ -11,9 +11,9 @@ from image_cases import refuse_listing
 from PIL import Image
 
 import davis_metrics
-from davis_data import DataError, imwrite_indexed
-from davis_metrics import boundary_f, jaccard, score_folder, score_sequence, statistics, summarise
-from errors import ConfigError
+from selfpatch.errors import ConfigError
+from selfpatch.video.davis import DataError, imwrite_indexed
+from selfpatch.video.scores import boundary_f, jaccard, score_folder, score_sequence, statistics, summarise
 
 SCORES = GOLDEN / "davis_scores"
 

@@ -10,13 +10,13 @@ from davis_folder import UNTRAINED, free_port, make_davis, rewrite, run
 from image_cases import png
 from PIL import Image
 
-import davis_data
 import eval_video_segmentation as job
-from davis_data import load_frame, read_mask
-from davis_metrics import score_folder, summarise
-from errors import ConfigError
-from image_files import UnreadableImage
-from vision_transformer import vit_tiny
+from selfpatch.data.files import UnreadableImage
+from selfpatch.errors import ConfigError
+from selfpatch.method.vision_transformer import vit_tiny
+from selfpatch.video import davis as davis_data
+from selfpatch.video.davis import load_frame, read_mask
+from selfpatch.video.scores import score_folder, summarise
 
 
 def test_a_notebook_segments_one_video(tmp_path):

@@ -9,12 +9,12 @@ from networks import assert_same
 from PIL import Image
 
 import demo
-from checkpoints import load_backbone
-from demo_scenes import MATERIALS, NAMES, draw_scene
-from distributed import Processes
 from main_selfpatch import build_run, get_args_parser
-from utils import fix_random_seeds
-from vision_transformer import vit_pico
+from selfpatch.checkpoints.loading import load_backbone
+from selfpatch.distributed.processes import Processes
+from selfpatch.method.vision_transformer import vit_pico
+from selfpatch.pretraining.resuming import fix_random_seeds
+from selfpatch.visualization.scenes import MATERIALS, NAMES, draw_scene
 
 
 def rng(seed=0):

@@ -6,10 +6,10 @@ import torch.multiprocessing as mp
 from davis_folder import free_port
 from golden_rules import assert_close, load, rand
 
-from dense_retrieval import PatchMemory, label_map, patch_labels, patch_scores, sample_patches
-from distributed import Launch, join
-from nearest_neighbours import nearest
-from segmentation_metrics import IGNORE, assign, confusion_matrix, match_predictions, mean_iou
+from selfpatch.distributed.processes import Launch, join
+from selfpatch.evaluation.dense_retrieval import PatchMemory, label_map, patch_labels, patch_scores, sample_patches
+from selfpatch.evaluation.nearest_neighbours import nearest
+from selfpatch.evaluation.segmentation_metrics import IGNORE, assign, confusion_matrix, match_predictions, mean_iou
 
 CLASSES = 6
 

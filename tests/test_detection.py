@@ -22,13 +22,13 @@ from mmdet.utils import register_all_modules  # noqa: E402
 from mmengine.config import Config  # noqa: E402
 from mmengine.logging import HistoryBuffer  # noqa: E402
 
-import openmmlab  # noqa: E402
-from checkpoint_files import CheckpointError, read_checkpoint  # noqa: E402
-from checkpoints import check_state_dict, read_backbone  # noqa: E402
 from detection.backbone import ViTPyramid  # noqa: E402
-from errors import ConfigError  # noqa: E402
-from openmmlab_config import load_config  # noqa: E402
-from vision_transformer import vit_small, vit_tiny  # noqa: E402
+from selfpatch.checkpoints.files import CheckpointError, read_checkpoint  # noqa: E402
+from selfpatch.checkpoints.loading import check_state_dict, read_backbone  # noqa: E402
+from selfpatch.errors import ConfigError  # noqa: E402
+from selfpatch.method.vision_transformer import vit_small, vit_tiny  # noqa: E402
+from selfpatch.openmmlab import jobs as openmmlab  # noqa: E402
+from selfpatch.openmmlab.config import load_config  # noqa: E402
 
 CONFIGS = ROOT / "detection" / "configs"
 RECIPE = CONFIGS / "mask-rcnn_vit-small-16_1x_coco.py"

@@ -14,7 +14,7 @@ from mmengine.optim import build_optim_wrapper  # noqa: E402
 from mmengine.registry import PARAM_SCHEDULERS  # noqa: E402
 
 import detection.backbone  # noqa: E402, F401
-from openmmlab_config import load_config  # noqa: E402
+from selfpatch.openmmlab.config import load_config  # noqa: E402
 
 CONFIGS = ROOT / "detection" / "configs"
 RECIPE = CONFIGS / "mask-rcnn_vit-small-16_1x_coco.py"

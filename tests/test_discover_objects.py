@@ -10,7 +10,7 @@ from dense_data import UNTRAINED, make_folders, make_voc, run_job
 from PIL import Image
 
 import discover_objects as job
-from augmentations import IMAGENET_MEAN, IMAGENET_STD
+from selfpatch.data.augmentations import IMAGENET_MEAN, IMAGENET_STD
 
 
 @pytest.fixture(scope="module")

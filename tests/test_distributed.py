@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import distributed
-from distributed import Processes, init_distributed_mode, pick_device
-from errors import ConfigError, report
+from selfpatch.distributed import processes as distributed
+from selfpatch.distributed.processes import Processes, init_distributed_mode, pick_device
+from selfpatch.errors import ConfigError, report
 
 
 @pytest.fixture
@@ -77,7 +77,8 @@ def test_processes_of_mpirun_are_refused(clean_env):
 @pytest.mark.slow
 def test_terminal_of_a_shell_and_of_none():
     """Output redirected or not: a process under a pseudo-terminal has one, a process in a session of its own hasn't."""
-    print_it = [sys.executable, "-c", "import distributed; print('terminal:', distributed.has_terminal())"]
+    print_it = [sys.executable, "-c",
+                "from selfpatch.distributed import processes; print('terminal:', processes.has_terminal())"]
     in_pty = [sys.executable, "-c", f"import pty; pty.spawn({print_it!r})"]
     for command, expected in ((in_pty, "terminal: True"), (print_it, "terminal: False")):
         result = subprocess.run(command, cwd=Path(__file__).parents[1], start_new_session=True, capture_output=True,

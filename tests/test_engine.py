@@ -6,10 +6,10 @@ import torch
 from golden_rules import set_weights
 from networks import constant_run, small_wrapper
 
-from engine import train_step
-from fused_loss import FusedDINOLoss
-from losses import DINOLoss
-from packed_crops import PackedMultiCropWrapper
+from selfpatch.method.fused_loss import FusedDINOLoss
+from selfpatch.method.losses import DINOLoss
+from selfpatch.method.packed_crops import PackedMultiCropWrapper
+from selfpatch.pretraining.engine import train_step
 
 
 def make_batch(images=6):

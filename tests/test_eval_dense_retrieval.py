@@ -11,11 +11,11 @@ from dense_data import UNTRAINED, make_ade20k, make_folders, run_job
 from PIL import Image
 
 import eval_dense_retrieval as job
-from augmentations import IMAGENET_MEAN
-from dense_retrieval import PatchMemory
-from nearest_neighbours import QUERY_ROWS
-from segmentation_data import find_segmentation_data
-from vision_transformer import vit_tiny
+from selfpatch.data.augmentations import IMAGENET_MEAN
+from selfpatch.evaluation.dense_retrieval import PatchMemory
+from selfpatch.evaluation.nearest_neighbours import QUERY_ROWS
+from selfpatch.evaluation.segmentation import find_segmentation_data
+from selfpatch.method.vision_transformer import vit_tiny
 
 STATISTICS = IMAGENET_MEAN, job.PUBLISHED_STD
 

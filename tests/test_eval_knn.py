@@ -17,13 +17,13 @@ from networks import small_wrapper
 from PIL import Image
 
 import eval_knn as job
-import image_features
-from backbones import normalise
-from errors import ConfigError, report
-from image_features import ImageFeature, open_images, share_loader
-from knn import knn_accuracy
-from selfpatch_head import MultiCropWrapper, SelfPatchHead
-from vision_transformer import ARCHS, DINOHead, vit_tiny
+from selfpatch.checkpoints.backbones import normalise
+from selfpatch.errors import ConfigError, report
+from selfpatch.evaluation import image_features
+from selfpatch.evaluation.image_features import ImageFeature, open_images, share_loader
+from selfpatch.evaluation.knn import knn_accuracy
+from selfpatch.method.selfpatch_head import MultiCropWrapper, SelfPatchHead
+from selfpatch.method.vision_transformer import ARCHS, DINOHead, vit_tiny
 
 COLOURS = {"blue": (0, 0, 255), "green": (0, 200, 0), "red": (220, 0, 0)}
 SMALL = ("--device", "cpu", "--num_workers", "0", "--image_size", "32")

@@ -16,10 +16,10 @@ from networks import small_wrapper
 from PIL import Image
 
 import eval_linear as job
-from backbones import normalise
-from errors import ConfigError, report
-from image_features import ImageFeature, open_images
-from linear_probe import (
+from selfpatch.checkpoints.backbones import normalise
+from selfpatch.errors import ConfigError, report
+from selfpatch.evaluation.image_features import ImageFeature, open_images
+from selfpatch.evaluation.linear_probe import (
     CachedTokens,
     CropBatches,
     Heads,
@@ -29,7 +29,7 @@ from linear_probe import (
     input_grid,
     train_transform,
 )
-from vision_transformer import VisionTransformer
+from selfpatch.method.vision_transformer import VisionTransformer
 
 COLOURS = {"blue": (0, 0, 255), "green": (0, 200, 0), "red": (220, 0, 0)}
 
@@ -114,8 +114,8 @@ def test_tokens_are_what_they_say():
 
 
 def be_rank(monkeypatch, rank, world_size=2):
-    monkeypatch.setattr("linear_probe.get_rank", lambda: rank)
-    monkeypatch.setattr("linear_probe.get_world_size", lambda: world_size)
+    monkeypatch.setattr("selfpatch.evaluation.linear_probe.get_rank", lambda: rank)
+    monkeypatch.setattr("selfpatch.evaluation.linear_probe.get_world_size", lambda: world_size)
 
 
 def test_crops_depend_on_seed_epoch_and_image_alone(colours, monkeypatch):

@@ -14,11 +14,11 @@ from golden_rules import GOLDEN, assert_close, load, set_weights
 from PIL import Image
 
 import eval_video_segmentation as job
-from davis_data import DAVIS_PALETTE, DataError, imwrite_indexed, load_frame, read_mask
-from davis_metrics import score_folder, summarise
-from label_propagation import to_mask
-from propagation_bounds import propagate
-from vision_transformer import VisionTransformer, vit_tiny
+from selfpatch.method.vision_transformer import VisionTransformer, vit_tiny
+from selfpatch.video.davis import DAVIS_PALETTE, DataError, imwrite_indexed, load_frame, read_mask
+from selfpatch.video.label_propagation import to_mask
+from selfpatch.video.propagation_bounds import propagate
+from selfpatch.video.scores import score_folder, summarise
 
 CLIP = GOLDEN / "davis_clip"
 

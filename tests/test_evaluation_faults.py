@@ -12,17 +12,17 @@ import eval_dense_retrieval
 import eval_knn
 import eval_linear
 import eval_linear_segmentation
-from box_data import unique_names
-from dense_retrieval import PatchMemory
-from errors import ConfigError, run_main
-from evaluation import Machine, evaluate_each
-from image_features import check_finite
-from knn import class_ranks, classify
-from linear_segmentation import LinearHead, window_starts
-from model_options import Candidate, row_names
-from object_discovery import cut_vector, tokencut
-from results import folder_names
-from vision_transformer import vit_tiny
+from selfpatch.errors import ConfigError, run_main
+from selfpatch.evaluation.box_data import unique_names
+from selfpatch.evaluation.common import Machine, evaluate_each
+from selfpatch.evaluation.dense_retrieval import PatchMemory
+from selfpatch.evaluation.image_features import check_finite
+from selfpatch.evaluation.knn import class_ranks, classify
+from selfpatch.evaluation.linear_segmentation import LinearHead, window_starts
+from selfpatch.evaluation.model_options import Candidate, row_names
+from selfpatch.evaluation.object_discovery import cut_vector, tokencut
+from selfpatch.evaluation.tables import folder_names
+from selfpatch.method.vision_transformer import vit_tiny
 
 NAN = float("nan")
 
@@ -88,7 +88,7 @@ def test_a_lost_connection_is_one_line(monkeypatch):
     closed = "[third_party/gloo/gloo/transport/tcp/pair.cc:561] Connection closed by peer"
     with pytest.raises(RuntimeError, match="Connection closed"):
         lose(closed)
-    monkeypatch.setattr("evaluation.is_distributed", lambda: True)
+    monkeypatch.setattr("selfpatch.evaluation.common.is_distributed", lambda: True)
     with pytest.raises(ConfigError, match="^another process of this job has ended: its own message says why$"):
         lose(closed)
     with pytest.raises(RuntimeError, match="shapes"):

@@ -14,7 +14,7 @@ import eval_dense_retrieval
 import eval_knn
 import eval_video_segmentation
 import visualize
-from errors import ConfigError, RunStopped, TrainingError
+from selfpatch.errors import ConfigError, RunStopped, TrainingError
 
 ROOT = Path(__file__).parents[1]
 

@@ -7,11 +7,11 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from engine import train_step
-from fused_loss import FusedDINOLoss
-from losses import DINOLoss
-from packed_crops import PackedMultiCropWrapper
-from selfpatch_head import MultiCropWrapper
+from selfpatch.method.fused_loss import FusedDINOLoss
+from selfpatch.method.losses import DINOLoss
+from selfpatch.method.packed_crops import PackedMultiCropWrapper
+from selfpatch.method.selfpatch_head import MultiCropWrapper
+from selfpatch.pretraining.engine import train_step
 
 
 def without_elements(model: nn.Module) -> nn.Module:

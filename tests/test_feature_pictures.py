@@ -4,10 +4,10 @@ import pytest
 import torch
 from PIL import Image
 
-import drawing
-import feature_pictures as pictures
 import visualize
-from errors import ConfigError
+from selfpatch.errors import ConfigError
+from selfpatch.visualization import drawing
+from selfpatch.visualization import features as pictures
 
 
 def object_features(rows, columns, noise=0.05):

@@ -13,7 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from checkpoint_files import CheckpointError, read_checkpoint
+from selfpatch.checkpoints.files import CheckpointError, read_checkpoint
 
 
 @pytest.fixture(scope="module")

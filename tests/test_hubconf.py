@@ -1,7 +1,7 @@
 """torch.hub finds the entry points of the checkout and loads checkpoints through them, beside other projects."""
 import copy
-import os
 import pickle
+import shutil
 import sys
 from pathlib import Path
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import hubconf
-from vision_transformer import vit_tiny
+from selfpatch.method.vision_transformer import vit_tiny
 
 CHECKOUT = str(Path(__file__).parent.parent)
 
@@ -64,17 +64,14 @@ def test_home_folder(tmp_path, monkeypatch):
 def bare_process(monkeypatch):
     """The modules of this project are not loaded, nor is their folder on the path."""
     monkeypatch.setattr(sys, "path", [path for path in sys.path if Path(path) != Path(CHECKOUT)])
-    private = [name for name in sys.modules if name.startswith("selfpatch_")]
-    for name in [*private, *(path.stem for path in Path(CHECKOUT).glob("*.py"))]:
+    ours = [name for name in sys.modules if name.partition(".")[0] == "selfpatch"]
+    for name in [*ours, *(path.stem for path in Path(CHECKOUT).glob("*.py"))]:
         monkeypatch.setitem(sys.modules, name, None)  # so that what the test imports is undone as well
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
 
 
-@pytest.fixture
-def other_project(tmp_path):
+def write_project(folder):
     """A checkout whose hubconf imports modules of its own, as DINO's does."""
-    folder = tmp_path / "dino"
     folder.mkdir()
     (folder / "hubconf.py").write_text("dependencies = []\nimport vision_transformer as vits\nfrom utils import scale\n"
                                        "def dino_vits16():\n    return scale(vits.vit_small())\n")
@@ -83,57 +80,28 @@ def other_project(tmp_path):
     return str(folder)
 
 
-def snapshot():
-    """Loaded modules and search path, without the private package of the entries."""
-    return {k: v for k, v in sys.modules.items() if not k.startswith("selfpatch_")}, list(sys.path)
-
-
+@torch.no_grad()
 @pytest.mark.parametrize("dino_first", [True, False])
-def test_other_project_in_one_process(bare_process, other_project, dino_first):
+def test_beside_dinos_own_modules(bare_process, tmp_path, dino_first):
+    dino = write_project(tmp_path / "dino")
     if dino_first:
-        assert torch.hub.load(other_project, "dino_vits16", source="local") == 42
-    before = snapshot()
-    model = hub("vit_tiny", patch_size=32)
-    assert snapshot() == before
-    assert torch.hub.load(other_project, "dino_vits16", source="local") == 42
-    assert sys.modules["utils"].__file__ == f"{other_project}/utils.py"
+        assert torch.hub.load(dino, "dino_vits16", source="local") == 42
+    path = list(sys.path)
+    model, x = hub("vit_tiny", patch_size=32), torch.randn(1, 3, 96, 64)
+    assert sys.path == path and ("utils" in sys.modules) == dino_first
+    assert torch.hub.load(dino, "dino_vits16", source="local") == 42
+    assert sys.modules["utils"].__file__ == f"{dino}/utils.py"
     assert type(hub("vit_tiny", patch_size=32)) is type(model)  # one copy, however often
 
-
-@torch.no_grad()
-@pytest.mark.parametrize("imported", [True, False])
-def test_modules_of_the_users_own(bare_process, monkeypatch, tmp_path, imported):
-    for name in ("checkpoints", "utils", "errors", "vision_transformer"):
-        (tmp_path / f"{name}.py").write_text("mine = True\n")
-    # not syspath_prepend, whose undoing would leave the shortened path of bare_process to the tests after this one
-    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
-    if imported:
-        import errors
-        assert errors.mine
-    before = snapshot()
-    model, x = hub("vit_tiny", patch_size=32), torch.randn(1, 3, 96, 64)
-    assert snapshot() == before
-    import checkpoints
-    assert checkpoints.mine
-
     features = model(x)
-    state = pickle.loads(pickle.dumps(model.state_dict()))
-    assert model.load_state_dict(state).missing_keys == []
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(twin(x), features)
-    compiled = torch.compile(model, backend="eager")(x)
-    torch.testing.assert_close(compiled, features)
+    torch.testing.assert_close(torch.compile(model, backend="eager")(x), features)
 
 
-def test_imports_inside_functions_find_ours(bare_process, monkeypatch, tmp_path):
-    for name, text in {"hubconf.py": (Path(CHECKOUT) / "hubconf.py").read_text(), "errors.py": "who = 'ours'\n",
-                       "checkpoints.py": "import os, errors as e\n\ndef load_backbone(*args, **kwargs):\n"
-                                         "    from errors import who\n    import errors\n"
-                                         "    return who, errors.who, e.who, os.sep\n"}.items():
-        (tmp_path / name).write_text(text)
-    monkeypatch.setitem(sys.modules, "errors", object())
-    assert torch.hub.load(str(tmp_path), "vit_tiny", source="local") == ("ours", "ours", "ours", "/")
-    (tmp_path / "errors.py").write_text("who = 'newer'\n")  # as force_reload leaves them
-    os.utime(tmp_path / "errors.py", (2 ** 31, 2 ** 31))
-    assert torch.hub.load(str(tmp_path), "vit_tiny", source="local") == ("newer", "newer", "newer", "/")
-    assert hub("vit_tiny", patch_size=32).embed_dim == 192  # another checkout is another package
+def test_a_second_checkout_is_refused(tmp_path):
+    shutil.copy(Path(CHECKOUT) / "hubconf.py", tmp_path)
+    with pytest.raises(ImportError) as error:
+        torch.hub.load(str(tmp_path), "vit_tiny", source="local")
+    assert str(error.value) == (f"the package selfpatch of {CHECKOUT} is loaded already, so that of {tmp_path} cannot "
+                                "be: use one of them in a process")

@@ -8,7 +8,7 @@ from image_cases import chunk, png
 from PIL import Image
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from image_files import UnreadableImage, load_rgb, load_uint8
+from selfpatch.data.files import UnreadableImage, load_rgb, load_uint8
 
 
 def colours(values):

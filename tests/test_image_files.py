@@ -12,9 +12,9 @@ from image_cases import picture, refuse_listing, write_damaged_png
 from PIL import Image, PngImagePlugin
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-import image_files
-from errors import ConfigError
-from image_files import UnreadableImage, load_rgb, load_uint8, orientation, walk
+from selfpatch.data import files as image_files
+from selfpatch.data.files import UnreadableImage, load_rgb, load_uint8, orientation, walk
+from selfpatch.errors import ConfigError
 
 pytestmark = [pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning"),
               pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")]
@@ -94,7 +94,7 @@ def test_a_message_is_one_line_whatever_the_name(tmp_path):
 
 READ = """
 import sys
-from image_files import UnreadableImage, load_rgb, load_uint8, open_image
+from selfpatch.data.files import UnreadableImage, load_rgb, load_uint8, open_image
 for load in (load_uint8, load_rgb):
     try:
         load(sys.argv[1])
@@ -156,7 +156,7 @@ import io, random, sys, tempfile, warnings
 warnings.simplefilter("ignore")
 import numpy as np
 from PIL import Image
-from image_files import UnreadableImage, load_rgb, load_uint8
+from selfpatch.data.files import UnreadableImage, load_rgb, load_uint8
 name, options, count = sys.argv[1], dict(o.split("=") for o in sys.argv[3:]), int(sys.argv[2])
 rng, read, refused = random.Random(name), 0, 0
 noise = np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8)

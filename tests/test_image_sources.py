@@ -9,13 +9,13 @@ import pytest
 import torch
 from image_kinds import SIZES, epoch, files, write_hub, write_list, write_sqlite, write_tar, write_two_tars, write_zip
 
-import named_images
-from data import build_dataset
-from errors import ConfigError
-from image_sources import absolute, open_class_folders, open_folder, open_images, prepare
 from main_selfpatch import get_args_parser
-from named_images import NamedImages, PackedNames, Progress, common_top
-from resuming import describe_images
+from selfpatch.data import names as named_images
+from selfpatch.data.dataset import build_dataset
+from selfpatch.data.names import NamedImages, PackedNames, Progress, common_top
+from selfpatch.data.sources import absolute, open_class_folders, open_folder, open_images, prepare
+from selfpatch.errors import ConfigError
+from selfpatch.pretraining.resuming import describe_images
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning",
                                         "ignore:.*fork.*:DeprecationWarning")

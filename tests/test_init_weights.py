@@ -10,16 +10,16 @@ from layout_files import under
 from networks import assert_same, constant_run, shrink_job, small_wrapper
 from small_job import load, options
 
-import engine
 import main_selfpatch
-from engine import train_step
-from errors import ConfigError
-from fused_loss import FusedDINOLoss
-from initial_weights import read_initial_weights, set_initial_weights
 from main_selfpatch import train_dino
-from optim import build_optimizer, get_params_groups
-from training_run import build_networks
-from vision_transformer import ARCHS, VisionTransformer
+from selfpatch.errors import ConfigError
+from selfpatch.method.fused_loss import FusedDINOLoss
+from selfpatch.method.optim import build_optimizer, get_params_groups
+from selfpatch.method.training_run import build_networks
+from selfpatch.method.vision_transformer import ARCHS, VisionTransformer
+from selfpatch.pretraining import engine
+from selfpatch.pretraining.engine import train_step
+from selfpatch.pretraining.initial_weights import read_initial_weights, set_initial_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")
 IMAGES = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))

@@ -9,9 +9,9 @@ import torch
 from image_cases import picture
 from PIL import Image
 
-import image_files
-import jpeg_decoders
-from image_files import load_rgb, load_uint8
+from selfpatch.data import files as image_files
+from selfpatch.data import jpeg_decoders
+from selfpatch.data.files import load_rgb, load_uint8
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")
 ROOT = Path(__file__).parents[1]
@@ -68,11 +68,11 @@ def test_torchcodec_comes_first_and_what_cannot_be_loaded_is_passed_over(monkeyp
 WORKERS = """
 import sys
 import torch
-from data import build_dataset
-from loader import CropLoader
+from selfpatch.data.dataset import build_dataset
+from selfpatch.data.loader import CropLoader
 torch.manual_seed(0)
 if __name__ == "__main__":
-    import image_files, jpeg_decoders
+    from selfpatch.data import files, jpeg_decoders
     dataset = build_dataset(sys.argv[1], local_crops_number=0, global_crops_size=16)
     loader = CropLoader(dataset, 4, num_workers=2)
     loader.batches.multiprocessing_context = sys.argv[2]

@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from davis_folder import free_port
 from golden_rules import load, rand
 
-from collectives import gather_rows
-from knn import Accuracy, bank_bytes, bank_dtype, class_ranks, classify, neighbours
-from nearest_neighbours import BANK_ROWS, QUERY_ROWS, nearest, search
+from selfpatch.distributed.collectives import gather_rows
+from selfpatch.evaluation.knn import Accuracy, bank_bytes, bank_dtype, class_ranks, classify, neighbours
+from selfpatch.evaluation.nearest_neighbours import BANK_ROWS, QUERY_ROWS, nearest, search
 
 
 def golden_data(salt):

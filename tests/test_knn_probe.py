@@ -8,12 +8,12 @@ import torch
 from networks import assert_same, small_wrapper
 from small_job import load, options
 
-import engine
-from errors import ConfigError, RunStopped
-from image_features import ImageFeature, eval_transform, open_pair, share_loader
-from knn import knn_accuracy
-from knn_probe import KnnProbe
 from main_selfpatch import train_dino
+from selfpatch.errors import ConfigError, RunStopped
+from selfpatch.evaluation.image_features import ImageFeature, eval_transform, open_pair, share_loader
+from selfpatch.evaluation.knn import knn_accuracy
+from selfpatch.pretraining import engine
+from selfpatch.pretraining.knn_probe import KnnProbe
 
 pytestmark = [pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning"),
               pytest.mark.usefixtures("small_network")]

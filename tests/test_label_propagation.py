@@ -6,10 +6,9 @@ import torch.nn.functional as F
 from golden_rules import assert_close, load, rand
 from PIL import Image
 
-import label_propagation
-import propagation_bounds
-from label_propagation import norm_mask, plain_label_propagation, restrict_neighborhood, to_mask
-from propagation_bounds import propagate
+from selfpatch.video import label_propagation, propagation_bounds
+from selfpatch.video.label_propagation import norm_mask, plain_label_propagation, restrict_neighborhood, to_mask
+from selfpatch.video.propagation_bounds import propagate
 
 
 @pytest.mark.parametrize("key, radius, topk", [

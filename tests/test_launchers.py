@@ -12,16 +12,16 @@ from golden_rules import set_weights
 from networks import constant_run, small_wrapper
 from torch import nn
 
-from batchnorm import sync_batchnorms
-from checkpoints import load_backbone
-from engine import train_step
-from fused_loss import FusedDINOLoss
-from losses import DINOLoss
 from main_selfpatch import share_gradients
-from optim import get_params_groups
-from packed_crops import PackedMultiCropWrapper
-from selfpatch_head import MultiCropWrapper, SelfPatchHead
-from vision_transformer import DINOHead, vit_tiny
+from selfpatch.checkpoints.loading import load_backbone
+from selfpatch.distributed.batchnorm import sync_batchnorms
+from selfpatch.method.fused_loss import FusedDINOLoss
+from selfpatch.method.losses import DINOLoss
+from selfpatch.method.optim import get_params_groups
+from selfpatch.method.packed_crops import PackedMultiCropWrapper
+from selfpatch.method.selfpatch_head import MultiCropWrapper, SelfPatchHead
+from selfpatch.method.vision_transformer import DINOHead, vit_tiny
+from selfpatch.pretraining.engine import train_step
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.slow

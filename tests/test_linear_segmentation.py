@@ -12,7 +12,7 @@ from dense_data import UNTRAINED, make_folders, run_job
 from PIL import Image
 
 import eval_linear_segmentation as job
-from linear_segmentation import (
+from selfpatch.evaluation.linear_segmentation import (
     LinearHead,
     build_head,
     full_size_prediction,
@@ -21,7 +21,7 @@ from linear_segmentation import (
     sliding_logits,
     window_starts,
 )
-from segmentation_metrics import IGNORE
+from selfpatch.evaluation.segmentation_metrics import IGNORE
 
 
 def test_head_normalises_and_maps():

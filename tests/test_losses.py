@@ -4,10 +4,10 @@ import math
 import pytest
 import torch
 
-import fused_loss
-from fused_loss import FusedDINOLoss
-from losses import DINOLoss
-from vision_transformer import CropLogits, Logits
+from selfpatch.method import fused_loss
+from selfpatch.method.fused_loss import FusedDINOLoss
+from selfpatch.method.losses import DINOLoss
+from selfpatch.method.vision_transformer import CropLogits, Logits
 
 B, V, K, KP = 3, 5, 11, 7
 GRIDS = (9, 9, 4, 4, 4)  # patches of each view

@@ -9,19 +9,18 @@ import torch
 from networks import assert_same, small_wrapper
 from small_job import SMALL, load, options
 
-import engine
 import main_selfpatch
-import resuming
-import training_loop
-from augmentations import DataAugmentationDINO
-from distributed import Processes
-from engine import health_warnings
-from errors import run_main
-from fused_loss import FusedDINOLoss
-from losses import DINOLoss
 from main_selfpatch import train_dino
-from optim import build_optimizer
-from training_run import Schedules, TrainingRun
+from selfpatch.data.augmentations import DataAugmentationDINO
+from selfpatch.distributed.processes import Processes
+from selfpatch.errors import run_main
+from selfpatch.method.fused_loss import FusedDINOLoss
+from selfpatch.method.losses import DINOLoss
+from selfpatch.method.optim import build_optimizer
+from selfpatch.method.training_run import Schedules, TrainingRun
+from selfpatch.pretraining import engine, resuming
+from selfpatch.pretraining import loop as training_loop
+from selfpatch.pretraining.engine import health_warnings
 
 pytestmark = [pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning"),
               pytest.mark.usefixtures("small_network")]
@@ -53,7 +52,7 @@ def test_run_writes_checkpoints_and_log(two_epochs):
 
 def test_patch_loss_weight_0_is_dino(image_folder, tmp_path, monkeypatch):
     """The teacher sees the two global crops, its centre is theirs, and no patch is matched or projected."""
-    monkeypatch.setattr("selfpatch_head.positive_matching", lambda *_: pytest.fail("matched patches"))
+    monkeypatch.setattr("selfpatch.method.selfpatch_head.positive_matching", lambda *_: pytest.fail("matched patches"))
     monkeypatch.setattr(FusedDINOLoss, "patch_loss", lambda *_: pytest.fail("patch loss"))
     means, batch_means = [], FusedDINOLoss.batch_means
 

@@ -6,11 +6,11 @@ import pytest
 import timm
 import torch
 
-from errors import ConfigError
-from model_options import add_model_options, load_candidates, row_names
-from results import check_output, format_table, write_json
-from selfpatch_head import MultiCropWrapper, SelfPatchHead
-from vision_transformer import DINOHead, vit_small, vit_tiny
+from selfpatch.errors import ConfigError
+from selfpatch.evaluation.model_options import add_model_options, load_candidates, row_names
+from selfpatch.evaluation.tables import check_output, format_table, write_json
+from selfpatch.method.selfpatch_head import MultiCropWrapper, SelfPatchHead
+from selfpatch.method.vision_transformer import DINOHead, vit_small, vit_tiny
 
 
 def options(*words):

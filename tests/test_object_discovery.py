@@ -4,7 +4,7 @@ import pytest
 import torch
 from golden_rules import assert_close, load, rand
 
-from object_discovery import (
+from selfpatch.evaluation.object_discovery import (
     box_iou,
     box_of,
     components,

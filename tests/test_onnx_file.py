@@ -8,12 +8,12 @@ import torch
 from golden_rules import set_weights
 
 import convert_checkpoint
-import onnx_file
-from checkpoint_files import CheckpointError
 from convert_checkpoint import convert_file, get_args_parser, main
-from errors import ConfigError
-from onnx_file import check_image_size, write_onnx
-from vision_transformer import VisionTransformer, vit_tiny
+from selfpatch.checkpoints import onnx_file
+from selfpatch.checkpoints.files import CheckpointError
+from selfpatch.checkpoints.onnx_file import check_image_size, write_onnx
+from selfpatch.errors import ConfigError
+from selfpatch.method.vision_transformer import VisionTransformer, vit_tiny
 
 needs_onnx = pytest.mark.skipif(not all(map(importlib.util.find_spec, ("onnx", "onnxscript", "onnxruntime"))),
                                 reason="onnx, onnxscript or onnxruntime is not installed")

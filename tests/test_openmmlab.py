@@ -5,7 +5,7 @@ import sys
 import pytest
 from openmmlab_data import script_error
 
-from errors import ConfigError
+from selfpatch.errors import ConfigError
 
 MESSAGE = r"OpenMMLab's packages are not all installed \(.*mmcv.*\): run \./install_openmmlab\.sh"
 
@@ -13,13 +13,13 @@ MESSAGE = r"OpenMMLab's packages are not all installed \(.*mmcv.*\): run \./inst
 @pytest.fixture(autouse=True)
 def no_mmcv(monkeypatch):
     monkeypatch.setitem(sys.modules, "mmcv", None)
-    for module in ("openmmlab", "openmmlab_config", "mmcv.ops"):
+    for module in ("selfpatch.openmmlab.jobs", "selfpatch.openmmlab.config", "mmcv.ops"):
         monkeypatch.delitem(sys.modules, module, raising=False)
 
 
 def test_import_raises_config_error():
     with pytest.raises(ConfigError, match=MESSAGE):
-        importlib.import_module("openmmlab")
+        importlib.import_module("selfpatch.openmmlab.jobs")
 
 
 @pytest.mark.parametrize("script", ["detection/train.py", "detection/test.py", "segmentation/train.py",

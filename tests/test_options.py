@@ -8,11 +8,11 @@ from small_job import SMALL, options
 import demo
 import main_selfpatch
 import run_with_submitit
-import training_loop
-from errors import ConfigError, run_main, user_path
-from fused_loss import FusedDINOLoss
-from losses import DINOLoss
 from main_selfpatch import get_args_parser
+from selfpatch.errors import ConfigError, run_main, user_path
+from selfpatch.method.fused_loss import FusedDINOLoss
+from selfpatch.method.losses import DINOLoss
+from selfpatch.pretraining import loop as training_loop
 
 pytestmark = [pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning"),
               pytest.mark.usefixtures("small_network")]

@@ -7,9 +7,9 @@ import pytest
 from golden_rules import GOLDEN
 from PIL import Image
 
-import overlays
 import visualize
-from davis_data import DAVIS_PALETTE, imwrite_indexed
+from selfpatch.video.davis import DAVIS_PALETTE, imwrite_indexed
+from selfpatch.visualization import videos as overlays
 
 CLIP = GOLDEN / "davis_clip"
 MASKS = CLIP / "expected"

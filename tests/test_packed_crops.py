@@ -6,9 +6,9 @@ from golden_rules import assert_close, load, rand, set_weights
 from networks import small_wrapper
 from torch._dynamo.backends.common import aot_autograd
 
-from errors import ConfigError
-from optim import scale_together
-from packed_crops import (
+from selfpatch.errors import ConfigError
+from selfpatch.method.optim import scale_together
+from selfpatch.method.packed_crops import (
     CastTogether,
     Layout,
     PackedMultiCropWrapper,
@@ -19,8 +19,8 @@ from packed_crops import (
     packed_student,
     packed_targets,
 )
-from selfpatch_head import SelfPatchHead, positive_matching
-from vision_transformer import RECOMPUTED
+from selfpatch.method.selfpatch_head import SelfPatchHead, positive_matching
+from selfpatch.method.vision_transformer import RECOMPUTED
 
 DEVICES = ["cpu", *["cuda"] * torch.cuda.is_available()]
 
@@ -164,7 +164,7 @@ def test_stochastic_depth_drops_branches_of_whole_images_at_the_blocks_rates():
 def test_blocks_whose_branches_are_dropped_change_nothing(monkeypatch):
     _, network = pair(drop_path_rate=0.4)
     batches = network.batches(make_crops())
-    monkeypatch.setattr("packed_crops.branch_scales", lambda backbone, x, layout: [
+    monkeypatch.setattr("selfpatch.method.packed_crops.branch_scales", lambda backbone, x, layout: [
         None, torch.zeros(2, len(x), 1)])
     ours, layout = packed_features(network.backbone, batches)
     del network.backbone.blocks[1]

@@ -24,9 +24,9 @@ import pytest
 import torch
 from torchvision.transforms import InterpolationMode
 
-from checkpoint_files import CheckpointError, read_checkpoint, write_checkpoint
-from checkpoints import read_backbone
-from pickled_classes import StandIn
+from selfpatch.checkpoints.files import CheckpointError, read_checkpoint, write_checkpoint
+from selfpatch.checkpoints.loading import read_backbone
+from selfpatch.checkpoints.pickled_classes import StandIn
 
 STARTED = datetime.datetime(2026, 1, 2, 3, 4, tzinfo=datetime.timezone(datetime.timedelta(hours=1)))
 
@@ -157,7 +157,7 @@ def test_containers_and_slices(tmp_path):
 
 def test_options_of_a_class_of_their_own(tmp_path):
     with torch.device("meta"):
-        from vision_transformer import vit_tiny
+        from selfpatch.method.vision_transformer import vit_tiny
         shapes = vit_tiny().state_dict()
     state = {name: torch.zeros(()).expand(tensor.shape) for name, tensor in shapes.items()}
     torch.save({"teacher": state, "args": Attributes(k_num=2)}, tmp_path / "run.pth")

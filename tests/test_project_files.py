@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import main_selfpatch
-from options import get_args_parser
+from selfpatch.pretraining.options import get_args_parser
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "FROM_DINO.md").read_text()
@@ -66,7 +66,7 @@ def test_the_page_for_dinos_users_names_what_there_is():
 def test_the_oddities_are_where_the_page_says():
     for row in PAGE.split("## Oddities that are kept")[1].splitlines():
         for place in (row.split("|")[2].split(";") if row.startswith("|") else ()):
-            if match := re.match(r"\s*(\w+)\.py: (.+)", place):
+            if match := re.match(r"\s*([\w/]+)\.py: (.+)", place):
                 for name in re.findall(r"`(\w+)`", match[2]):
                     assert name in (ROOT / f"{match[1]}.py").read_text(), (match[1], name)
 
@@ -83,5 +83,5 @@ def test_the_defaults_on_the_page_are_the_programs():
 
 def test_the_changelog_names_options_that_there_are():
     changelog = (ROOT / "CHANGELOG.md").read_text()
-    sources = "".join(path.read_text() for path in ROOT.glob("*.py"))
+    sources = "".join(path.read_text() for path in [*ROOT.glob("*.py"), *ROOT.glob("selfpatch/**/*.py")])
     assert not {option for option in re.findall(r"--\w+", changelog) if f'"{option}"' not in sources}

@@ -17,10 +17,10 @@ null = pytest.importorskip("null_cuda", reason="not under a CUDA runtime that co
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from rehearse_gpu import check_capture, count_step, make_way, take_step  # noqa: E402
 
-import engine  # noqa: E402
 import eval_video_segmentation  # noqa: E402
-from errors import ConfigError  # noqa: E402
 from main_selfpatch import get_args_parser, train_dino  # noqa: E402
+from selfpatch.errors import ConfigError  # noqa: E402
+from selfpatch.pretraining import engine  # noqa: E402
 
 ARGS = argparse.Namespace(arch="vit_small", patch_size=16, batch_size=16, accum_steps=1, local_crops_number=8,
                           precision="bf16", compile="off", checkpoint_activations="", pack_crops="auto")
@@ -94,7 +94,8 @@ def test_small_batches_cost_their_own_memory():
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 def test_the_whole_job_from_jpegs_to_a_resumed_checkpoint(image_folder, tmp_path, monkeypatch, precision,
                                                           small_network):
-    monkeypatch.setattr("training_loop.check_weights", lambda _: None)  # whose answer is 0 here, which means no
+    # its answer would be 0 here, which means no
+    monkeypatch.setattr("selfpatch.pretraining.loop.check_weights", lambda _: None)
     words = [*SMALL, "--device", "cuda", "--compile", "off", "--precision", precision, "--num_workers", "2",
              "--data_path", str(image_folder), "--output_dir", str(tmp_path)]
     for epochs in (1, 2):

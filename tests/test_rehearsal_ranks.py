@@ -21,7 +21,7 @@ from rehearse_gpu import make_way, take_step  # noqa: E402
 from small_job import SMALL, load  # noqa: E402
 
 import main_selfpatch  # noqa: E402
-from errors import run_main  # noqa: E402
+from selfpatch.errors import run_main  # noqa: E402
 
 RANKS = 2
 ARGS = argparse.Namespace(arch="vit_tiny", patch_size=16, batch_size=2, local_crops_number=2, precision="bf16",
@@ -96,7 +96,7 @@ def train(*words) -> None:
     """A rank: main_selfpatch.py, with a small network."""
     patch, start = pytest.MonkeyPatch(), torch.distributed.init_process_group
     shrink_job(patch)
-    patch.setattr("training_loop.check_weights", lambda _: None)  # whose answer is 0 here, which means no
+    patch.setattr("selfpatch.pretraining.loop.check_weights", lambda _: None)  # whose answer is 0 here, which means no
     # what ranks tell each other in words goes by the CPU, as nothing arrives from a GPU that computes nothing
     patch.setattr("torch.distributed.init_process_group",
                   lambda backend, **meeting: start(f"cpu:gloo,cuda:{backend}", **meeting))

@@ -12,16 +12,16 @@ import torch
 from networks import assert_same, shrink_job, small_wrapper
 from small_job import load, options
 
-import engine
-import training_loop
-from engine import train_step
-from errors import ConfigError, TrainingError
-from finite import check_logged_steps
-from fused_loss import FusedDINOLoss
-from logger import MetricLogger
 from main_selfpatch import train_dino
-from optim import build_optimizer
-from training_run import TrainingRun, build_schedules
+from selfpatch.errors import ConfigError, TrainingError
+from selfpatch.method.fused_loss import FusedDINOLoss
+from selfpatch.method.optim import build_optimizer
+from selfpatch.method.training_run import TrainingRun, build_schedules
+from selfpatch.pretraining import engine
+from selfpatch.pretraining import loop as training_loop
+from selfpatch.pretraining.engine import train_step
+from selfpatch.pretraining.finite import check_logged_steps
+from selfpatch.pretraining.logs import MetricLogger
 
 EARLIER_RUN = Path(__file__).parent / "earlier_run"
 pytestmark = [pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning"),

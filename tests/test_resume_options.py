@@ -4,9 +4,9 @@ import shutil
 import pytest
 from small_job import load, options
 
-from errors import ConfigError
 from main_selfpatch import train_dino
-from resuming import differences
+from selfpatch.errors import ConfigError
+from selfpatch.pretraining.resuming import differences
 
 pytestmark = [pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning"),
               pytest.mark.usefixtures("small_network")]

@@ -8,11 +8,11 @@ import torch
 from networks import assert_same
 from small_job import load, options
 
-import engine
-from errors import CONTINUE_STATUS, ConfigError, RunStopped, TrainingError
-from loader import RankSampler
 from main_selfpatch import train_dino
-from stopping import STOP, Interruption
+from selfpatch.data.loader import RankSampler
+from selfpatch.distributed.stopping import STOP, Interruption
+from selfpatch.errors import CONTINUE_STATUS, ConfigError, RunStopped, TrainingError
+from selfpatch.pretraining import engine
 
 pytestmark = [pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning"),
               pytest.mark.usefixtures("small_network")]

@@ -28,13 +28,13 @@ from mmseg.models.backbones import VisionTransformer as MMSegViT  # noqa: E402
 from mmseg.registry import DATASETS, MODELS, TRANSFORMS  # noqa: E402
 from mmseg.utils import register_all_modules  # noqa: E402
 
-import openmmlab  # noqa: E402
-from checkpoint_files import CheckpointError, read_checkpoint  # noqa: E402
-from checkpoint_layouts import to_mmseg_names  # noqa: E402
-from errors import run_main  # noqa: E402
-from openmmlab_config import load_config  # noqa: E402
 from segmentation.backbone import SelfPatchViT  # noqa: E402
-from vision_transformer import vit_tiny  # noqa: E402
+from selfpatch.checkpoints.files import CheckpointError, read_checkpoint  # noqa: E402
+from selfpatch.checkpoints.layouts import to_mmseg_names  # noqa: E402
+from selfpatch.errors import run_main  # noqa: E402
+from selfpatch.method.vision_transformer import vit_tiny  # noqa: E402
+from selfpatch.openmmlab import jobs as openmmlab  # noqa: E402
+from selfpatch.openmmlab.config import load_config  # noqa: E402
 
 CONFIGS = ROOT / "segmentation" / "configs"
 SEMANTIC_FPN = CONFIGS / "semantic-fpn_vit-small-16_40k_ade20k.py"

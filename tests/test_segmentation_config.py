@@ -16,7 +16,7 @@ from mmseg.structures import SegDataSample  # noqa: E402
 from mmseg.utils import register_all_modules  # noqa: E402
 
 import segmentation.backbone  # noqa: E402, F401
-from openmmlab_config import replace_prefix  # noqa: E402
+from selfpatch.openmmlab.config import replace_prefix  # noqa: E402
 
 CONFIGS = ROOT / "segmentation" / "configs"
 SEMANTIC_FPN = "semantic-fpn_vit-small-16_40k_ade20k.py"

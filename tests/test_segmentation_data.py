@@ -6,10 +6,10 @@ import pytest
 from dense_data import make_ade20k, make_folders, make_voc, write_pair
 from PIL import Image
 
-from box_data import boxes_of_mask, find_box_data, unique_names
-from errors import ConfigError
-from image_files import load_ids
-from segmentation_data import IGNORE, find_segmentation_data
+from selfpatch.data.files import load_ids
+from selfpatch.errors import ConfigError
+from selfpatch.evaluation.box_data import boxes_of_mask, find_box_data, unique_names
+from selfpatch.evaluation.segmentation import IGNORE, find_segmentation_data
 
 TRUE_BOXES = [[8, 8, 40, 40], [56, 32, 88, 56]]
 

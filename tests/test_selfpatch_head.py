@@ -4,8 +4,8 @@ import torch
 from golden_rules import assert_close, load, rand, set_weights
 from networks import small_wrapper
 
-from selfpatch_head import MultiCropWrapper, SelfPatchHead, gather_patches, positive_matching
-from vision_transformer import DINOHead, vit_tiny
+from selfpatch.method.selfpatch_head import MultiCropWrapper, SelfPatchHead, gather_patches, positive_matching
+from selfpatch.method.vision_transformer import DINOHead, vit_tiny
 
 
 @pytest.mark.parametrize("fast", [True, False], ids=["fast", "plain"])
@@ -161,7 +161,7 @@ def test_wrapper_without_patches_does_no_patch_work(monkeypatch):
     full.load_state_dict(wrapper.state_dict())
     crops = [torch.randn(2, 3, 32, 32)] * 2 + [torch.randn(2, 3, 24, 24)]
     expected = full(crops).image.dense()
-    monkeypatch.setattr("selfpatch_head.positive_matching", lambda *_: pytest.fail("matched patches"))
+    monkeypatch.setattr("selfpatch.method.selfpatch_head.positive_matching", lambda *_: pytest.fail("matched patches"))
     monkeypatch.setattr(wrapper.p_head, "factors", lambda _: pytest.fail("ran the patch head"))
     normalised = []
     wrapper.ca_head.norm.register_forward_pre_hook(lambda _, inputs: normalised.append(tuple(inputs[0].shape)))

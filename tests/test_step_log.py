@@ -12,17 +12,16 @@ import torch
 from networks import constant_run, small_wrapper
 from small_job import options
 
-import engine
-import step_log
-from errors import ConfigError, TrainingError
-from finite import clipping, gradient_norms
-from fused_loss import FusedDINOLoss
-from loader import DataWait
-from logger import MetricLogger
 from main_selfpatch import train_dino
-from model_flops import flops_per_image, peak_tflops
-from step_log import StepLog, rows_until
-from vision_transformer import ARCHS
+from selfpatch.data.loader import DataWait
+from selfpatch.errors import ConfigError, TrainingError
+from selfpatch.method.fused_loss import FusedDINOLoss
+from selfpatch.method.vision_transformer import ARCHS
+from selfpatch.pretraining import engine, step_log
+from selfpatch.pretraining.finite import clipping, gradient_norms
+from selfpatch.pretraining.flops import flops_per_image, peak_tflops
+from selfpatch.pretraining.logs import MetricLogger
+from selfpatch.pretraining.step_log import StepLog, rows_until
 
 pytestmark = [pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning"),
               pytest.mark.usefixtures("small_network")]

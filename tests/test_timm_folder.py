@@ -13,12 +13,12 @@ import torch
 from golden_rules import set_weights
 from timm.models import _factory
 
-import timm_folder
-from checkpoint_files import CheckpointError
-from checkpoint_info import CheckpointInfo
 from convert_checkpoint import convert_file, get_args_parser, main
-from timm_folder import CARD, CONFIG, WEIGHTS, card_options, model_card
-from vision_transformer import vit_small, vit_tiny
+from selfpatch.checkpoints import timm_folder
+from selfpatch.checkpoints.files import CheckpointError
+from selfpatch.checkpoints.info import CheckpointInfo
+from selfpatch.checkpoints.timm_folder import CARD, CONFIG, WEIGHTS, card_options, model_card
+from selfpatch.method.vision_transformer import vit_small, vit_tiny
 
 needs_local_dir = pytest.mark.skipif("local-dir" not in Path(_factory.__file__).read_text(),
                                      reason="timm reads local-dir: from 1.0.16 on")

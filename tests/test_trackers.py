@@ -5,9 +5,9 @@ from types import ModuleType
 import pytest
 from small_job import options
 
-from errors import ConfigError
 from main_selfpatch import train_dino
-from trackers import Trackers, check_trackers, chosen_trackers
+from selfpatch.errors import ConfigError
+from selfpatch.pretraining.trackers import Trackers, check_trackers, chosen_trackers
 
 pytestmark = [pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning"),
               pytest.mark.usefixtures("small_network")]

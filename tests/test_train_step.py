@@ -7,11 +7,11 @@ from golden_rules import assert_close, load, rand, set_weights
 from networks import constant_run
 
 import utils
-from engine import train_step
-from fused_loss import FusedDINOLoss
-from losses import DINOLoss
-from selfpatch_head import MultiCropWrapper, SelfPatchHead
-from vision_transformer import DINOHead, vit_tiny
+from selfpatch.method.fused_loss import FusedDINOLoss
+from selfpatch.method.losses import DINOLoss
+from selfpatch.method.selfpatch_head import MultiCropWrapper, SelfPatchHead
+from selfpatch.method.vision_transformer import DINOHead, vit_tiny
+from selfpatch.pretraining.engine import train_step
 
 
 def golden_wrapper(salt, tag):

@@ -10,11 +10,11 @@ from golden_rules import load, rand
 from torch import nn
 
 import utils
-from checkpoint_files import CheckpointError
-from errors import ConfigError
-from losses import DINOLoss
-from optim import update_teacher
-from schedules import cosine_schedule
+from selfpatch.checkpoints.files import CheckpointError
+from selfpatch.errors import ConfigError
+from selfpatch.method.losses import DINOLoss
+from selfpatch.method.optim import update_teacher
+from selfpatch.method.schedules import cosine_schedule
 
 
 def test_golden_schedules():
@@ -146,7 +146,7 @@ def test_restart_loads_what_is_there_and_names_a_file_that_does_not_fit(tmp_path
 
 
 MAIN = """
-import errors, sys
+import sys; from selfpatch import errors
 def main(word):
     if word == "config":
         raise errors.ConfigError("--lr is nan")

@@ -3,7 +3,7 @@ import pytest
 import torch
 from golden_rules import assert_close, load, rand, set_weights
 
-from vision_transformer import DINOHead, VisionTransformer, vit_base, vit_small, vit_tiny
+from selfpatch.method.vision_transformer import DINOHead, VisionTransformer, vit_base, vit_small, vit_tiny
 
 
 @pytest.mark.parametrize("key, height, width", [

@@ -9,10 +9,10 @@ import torch
 from golden_rules import set_weights
 from PIL import Image
 
-import drawing
 import visualize
-from selfpatch_head import MultiCropWrapper, SelfPatchHead, positive_matching
-from vision_transformer import DINOHead, vit_tiny
+from selfpatch.method.selfpatch_head import MultiCropWrapper, SelfPatchHead, positive_matching
+from selfpatch.method.vision_transformer import DINOHead, vit_tiny
+from selfpatch.visualization import drawing
 from visualize import head_attention, self_attention
 
 

@@ -10,13 +10,13 @@ from safetensors.torch import load_file
 
 import convert_checkpoint
 import visualize
-from checkpoints import build_backbone, build_head, read_backbone
-from davis_metrics import score_sequence
-from demo_scenes import draw_scene
-from label_propagation import to_mask, to_one_hot
-from patch_features import PatchFeatures
-from propagation_bounds import propagate
-from vision_transformer import vit_tiny
+from selfpatch.checkpoints.loading import build_backbone, build_head, read_backbone
+from selfpatch.method.vision_transformer import vit_tiny
+from selfpatch.video.frame_features import PatchFeatures
+from selfpatch.video.label_propagation import to_mask, to_one_hot
+from selfpatch.video.propagation_bounds import propagate
+from selfpatch.video.scores import score_sequence
+from selfpatch.visualization.scenes import draw_scene
 
 WEIGHTS = Path(__file__).parents[1] / "weights"
 FILE = WEIGHTS / "vit_tiny_imagenette.safetensors"

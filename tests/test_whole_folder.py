@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from whole_folder import whole_folder
+from selfpatch.whole_files import whole_folder
 
 
 def write(folder, text, fail=False):

@@ -12,8 +12,8 @@ import torch  # noqa: E402
 from networks import shrink_job  # noqa: E402
 
 import main_selfpatch  # noqa: E402
-from errors import run_main  # noqa: E402
-from rank_watch import RankWatch  # noqa: E402
+from selfpatch.distributed.rank_watch import RankWatch  # noqa: E402
+from selfpatch.errors import run_main  # noqa: E402
 
 torch.set_num_threads(1)
 shrink_job(pytest.MonkeyPatch())

@@ -9,7 +9,7 @@ import davis_metrics
 import eval_video_segmentation
 import main_selfpatch
 import visualize
-from errors import run_main
+from selfpatch.errors import run_main
 
 pytestmark = pytest.mark.usefixtures("small_network")
 LONG, NUL = "x" * 4000, "a\0b"

@@ -6,7 +6,7 @@ import pytest
 from davis_folder import UNTRAINED, make_davis, run
 
 import eval_video_segmentation as job
-from davis_data import read_mask
+from selfpatch.video.davis import read_mask
 
 DEAD_PID = 2**22 + 1  # above the largest that Linux gives
 

@@ -11,13 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
-import image_files
-import loader as loader_module
-from data import build_dataset
-from errors import TrainingError
-from image_files import UnreadableImage, load_rgb
-from loader import CropLoader
-from utils import fix_random_seeds
+from selfpatch.data import files as image_files
+from selfpatch.data import loader as loader_module
+from selfpatch.data.dataset import build_dataset
+from selfpatch.data.files import UnreadableImage, load_rgb
+from selfpatch.data.loader import CropLoader
+from selfpatch.errors import TrainingError
+from selfpatch.pretraining.resuming import fix_random_seeds
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning",
                                         "ignore:.*fork.*:DeprecationWarning")

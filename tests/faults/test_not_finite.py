@@ -6,13 +6,13 @@ import torch
 from networks import assert_same, constant_run, small_wrapper
 from small_job import load, options
 
-import engine
-from engine import train_step
-from errors import TrainingError
-from finite import NotFiniteError, check_logged_steps
-from fused_loss import FusedDINOLoss
-from logger import MetricLogger
 from main_selfpatch import train_dino
+from selfpatch.errors import TrainingError
+from selfpatch.method.fused_loss import FusedDINOLoss
+from selfpatch.pretraining import engine
+from selfpatch.pretraining.engine import train_step
+from selfpatch.pretraining.finite import NotFiniteError, check_logged_steps
+from selfpatch.pretraining.logs import MetricLogger
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")
 CROPS = [[torch.randn(2, 3, 32, 32) for _ in range(3)]]

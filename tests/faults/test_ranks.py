@@ -10,7 +10,7 @@ import pytest
 from davis_folder import free_port
 from processes import SCRIPT, Job, run
 
-from loader import RankSampler
+from selfpatch.data.loader import RankSampler
 
 pytestmark = pytest.mark.slow
 
@@ -99,9 +99,9 @@ def test_the_error_of_one_rank_is_told_to_the_other(image_folder, start_without_
 BLOCKED = """
 import sys, time
 from datetime import timedelta
-from distributed import init_distributed_mode
-from errors import TrainingError
-from rank_watch import RankWatch
+from selfpatch.distributed.processes import init_distributed_mode
+from selfpatch.errors import TrainingError
+from selfpatch.distributed.rank_watch import RankWatch
 rank = init_distributed_mode("cpu").rank
 with RankWatch(rank, 2, timedelta(minutes=30), notice_after=6):
     if rank == int(sys.argv[1]):
@@ -167,9 +167,9 @@ def test_a_rank_that_stays_stopped_is_an_error_after_the_timeout(start_without_l
 BOTH = """
 import sys
 from datetime import timedelta
-from distributed import init_distributed_mode
-from errors import TrainingError, run_main
-from rank_watch import RankWatch
+from selfpatch.distributed.processes import init_distributed_mode
+from selfpatch.errors import TrainingError, run_main
+from selfpatch.distributed.rank_watch import RankWatch
 def main():
     with RankWatch(init_distributed_mode("cpu").rank, 2, timedelta(minutes=30)):
         raise TrainingError("the loss is not finite")

@@ -13,11 +13,11 @@ from networks import assert_same
 from processes import SCRIPT
 from small_job import load, options
 
-import checkpoint_files
-from checkpoint_files import CheckpointError, WriteError, read_checkpoint, write_checkpoint
-from errors import ConfigError, TrainingError
 from main_selfpatch import train_dino
-from run_folder import RunFolder
+from selfpatch.checkpoints import files as checkpoint_files
+from selfpatch.checkpoints.files import CheckpointError, WriteError, read_checkpoint, write_checkpoint
+from selfpatch.errors import ConfigError, TrainingError
+from selfpatch.pretraining.run_folder import RunFolder
 
 pytestmark = [pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning"),
               pytest.mark.usefixtures("small_network")]
@@ -34,7 +34,8 @@ def words(image_folder, tmp_path):
 
 def test_a_folder_that_a_live_process_holds_is_refused(tmp_path, words):
     holder = subprocess.Popen(
-        [sys.executable, "-c", "import sys; from run_folder import RunFolder; f = RunFolder(sys.argv[1]); f.lock(); "
+        [sys.executable, "-c", "import sys; from selfpatch.pretraining.run_folder import RunFolder; "
+         "f = RunFolder(sys.argv[1]); f.lock(); "
          "print('locked', flush=True); sys.stdin.read()", str(tmp_path)],
         cwd=SCRIPT.parents[2], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert holder.stdout.readline() == "locked\n"

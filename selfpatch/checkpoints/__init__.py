@@ -1,0 +1,1 @@
+"""Checkpoints of every kind: recognising, reading, writing and converting them."""

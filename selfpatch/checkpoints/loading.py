@@ -1,0 +1,220 @@
+"""Load the backbone of any supported checkpoint, strictly.
+
+    model = load_backbone("checkpoint.pth")             # prints one line about what was loaded
+    state, info = read_backbone("dino_vits16.pth")      # float32 tensors under this project's names, and metadata
+    head = build_head(info)                             # the SelfPatchHead of a training run
+
+Supported are training runs of SelfPatch, DINO and other methods, bare backbones, VISSL checkpoints, wrappers, timm
+and Hugging Face files, and mmdet and mmseg models, as .pth or .safetensors; docs/CHECKPOINTS.md lists them.
+"""
+import os
+import re
+from pathlib import Path
+
+import torch
+
+from selfpatch.checkpoints import layouts, networks
+from selfpatch.checkpoints.files import CheckpointError, read_checkpoint, read_metadata
+from selfpatch.checkpoints.info import OWN_WORDS, CheckpointInfo, describe, summarise
+from selfpatch.checkpoints.pickled_classes import StandIn
+from selfpatch.method.selfpatch_head import SelfPatchHead
+from selfpatch.method.vision_transformer import ARCHS, VisionTransformer
+
+RESNET = re.compile(r"(^|\.)layer1\.\d+\.conv1\.weight$")
+
+
+def resolve_path(path: str | Path) -> Path:
+    """The checkpoint file for a path: checkpoint.pth inside a run's folder, or the path itself."""
+    if not str(path):
+        raise CheckpointError("the path of the checkpoint is empty")
+    path = Path(os.path.expanduser(path))
+    return path / "checkpoint.pth" if os.path.isfile(path / "checkpoint.pth") else path
+
+
+def read_backbone(path: str | Path, key: str = "teacher") -> tuple[dict[str, torch.Tensor], CheckpointInfo]:
+    """Read the backbone of any supported checkpoint.
+
+    Args:
+        path: checkpoint file, or the folder of a run with a checkpoint.pth in it.
+        key: network of a training run, teacher or student, or a word in its prefix; other files have a single network.
+
+    Returns:
+        The backbone's state dict, in float32 under this project's names, and the checkpoint's metadata.
+
+    Raises:
+        CheckpointError: not a checkpoint, no such key, not a ViT, a ViT that this project's backbone cannot hold, or
+            missing, unexpected or mis-shaped tensors.
+    """
+    path = resolve_path(path)
+    content = read_checkpoint(path)
+    try:
+        found = networks.list_networks(content)
+        network = networks.choose_network(found, key)
+        if network is None:
+            raise _no_network(content, [one.name for one in found], key, path)
+        others = [one for one in found if one is not network]
+        beside = [one.prefix for one in others if one.path == network.path]
+        backbone, rest = layouts.split_backbone(network.tensors, network.prefix, beside)
+        shapes = layouts.to_our_names(layouts.shapes_of(backbone))
+        if parts := layouts.unsupported_parts(shapes):
+            raise CheckpointError(f"{path} holds a Vision Transformer with {', '.join(parts)}, which this project's "
+                                  "backbone does not have: load it with timm")
+        info = describe(content, read_metadata(path), network, shapes, path)
+    except layouts.LayoutError as error:
+        raise CheckpointError(f"{path} does not fit: {error}") from None
+    info.key, info.other_tensors = key if network.role or key != "teacher" else None, rest
+    info.ignored = layouts.modules_of([name.removeprefix(network.prefix) for name in rest
+                                       if not name.startswith(tuple(filter(None, beside)))])
+    own = OWN_WORDS.intersection(network.path)
+    info.also = tuple(one.name for one in others if not (own and OWN_WORDS.intersection(one.path)))
+    expected = _meta_backbone(info).state_dict()
+    message = f"{path} does not fit {info.arch} with patch size {info.patch_size}"
+    check_state_dict(shapes, expected, message)  # before any of their data is touched
+    state = layouts.to_our_names({name: tensor.float().contiguous() for name, tensor in backbone.items()})
+    check_state_dict(state, expected, message)
+    return state, info
+
+
+def _no_network(content: dict, names: list[str], key: str, path: Path) -> CheckpointError:
+    """Why no network in the file is the one for a key; names are those of the networks that it has."""
+    if names:
+        return CheckpointError(f"{path} has no network {key!r}: it has "
+                               + ", ".join(name or "a single one without a name" for name in names))
+    part = content
+    for step in layouts.VISSL_STEPS if layouts.VISSL_STEPS[0] in content else ():
+        part = part.get(step)
+        if not isinstance(part, dict):
+            return CheckpointError(f"{path} is a VISSL checkpoint without {step} in {layouts.VISSL_STEPS[0]}")
+    for name, part in content.items():
+        if isinstance(part, StandIn) and isinstance(part.state, dict) and "_modules" in part.state:
+            return CheckpointError(f"{path} has a whole {part.origin} as {name!r}, not its tensors: ask its author for "
+                                   "the state_dict")
+    tensors = list(networks.collect_tensors(content, nested=True))
+    if any(RESNET.search(name) for name in tensors):
+        return CheckpointError(f"{path} holds a ResNet, but SelfPatch's backbone is a Vision Transformer")
+    return CheckpointError(f"{path} holds no Vision Transformer: no {layouts.PATCH_EMBEDDINGS[0][0]}; "
+                           f"{summarise('it has', tensors)}")
+
+
+def check_state_dict(state: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], message: str) -> None:
+    """Check keys, shapes, types and values of a state dict against the one that a model expects.
+
+    Raises:
+        CheckpointError: message, then everything that is wrong.
+    """
+    common = [name for name in expected if name in state]
+    errors = {
+        "missing": [name for name in expected if name not in state],
+        "unexpected": [name for name in state if name not in expected],
+        "wrong shape": [f"{name} is {list(state[name].shape)}, expected {list(expected[name].shape)}"
+                        for name in common if state[name].shape != expected[name].shape],
+        "not floating point": [name for name in common
+                               if expected[name].is_floating_point() and not state[name].is_floating_point()],
+        "NaN or infinite values": [name for name in common if state[name].shape == expected[name].shape
+                                   and state[name].device.type != "meta" and not state[name].sum().isfinite()]}
+    if any(errors.values()):
+        raise CheckpointError(
+            f"{message}: {'; '.join(summarise(what, names) for what, names in errors.items() if names)}")
+
+
+def _meta_backbone(info: CheckpointInfo, **kwargs) -> VisionTransformer:
+    if info.num_heads:
+        kwargs.setdefault("num_heads", info.num_heads)
+    with torch.device("meta"):  # no memory and no initialisation, since every tensor comes from the file
+        return ARCHS[info.arch](info.patch_size, img_size=info.grid * info.patch_size, class_token=info.class_token,
+                                final_norm=info.final_norm, **kwargs)
+
+
+def build_backbone(state: dict[str, torch.Tensor], info: CheckpointInfo, arch: str | None = None,
+                   patch_size: int | None = None, **kwargs) -> VisionTransformer:
+    """Build the network for the result of read_backbone, with its weights, in eval mode.
+
+    Args:
+        state, info: as read_backbone returns them; the network shares the tensors of state.
+        arch, patch_size: what the user asked for; None accepts the file's.
+        kwargs: further arguments of VisionTransformer: drop_path_rate; num_heads, which few files record (the
+            published detectors have 8 in vit_small).
+
+    Raises:
+        CheckpointError: arch or patch_size contradicts the file.
+    """
+    if arch is not None and ARCHS[arch] is not ARCHS[info.arch]:
+        raise CheckpointError(f"arch {arch} contradicts {info.path}, which holds {info.arch}: ask for {info.arch}, or "
+                              "for none")
+    if patch_size is not None and patch_size != info.patch_size:
+        raise CheckpointError(f"patch size {patch_size} contradicts {info.path}, whose patch size is "
+                              f"{info.patch_size}: ask for {info.patch_size}, or for none")
+    model = _meta_backbone(info, **kwargs)
+    model.load_state_dict(state, strict=True, assign=True)
+    return model.eval()
+
+
+def build_head(info: CheckpointInfo, k_num: int | None = None) -> SelfPatchHead:
+    """Build the SelfPatchHead of a training run, with its weights, in eval mode.
+
+    Args:
+        info: as read_backbone returns it.
+        k_num: number of positive patches; None takes the run's own, 4 if unknown.
+
+    Raises:
+        CheckpointError: the file has no such head, or its tensors do not fit.
+    """
+    state = {name.removeprefix("ca_head."): tensor for name, tensor in info.other_tensors.items()
+             if name.startswith("ca_head.")}
+    if not state:
+        raise CheckpointError(f"{info.path} has no ca_head (it is a {info.kind}): give a SelfPatch training checkpoint")
+    backbone = _meta_backbone(info)
+    head = SelfPatchHead(backbone.embed_dim, backbone.num_heads, k_num or info.k_num)
+    message = f"the ca_head in {info.path} does not fit {info.arch}"
+    try:
+        layouts.check_plain(state)
+    except layouts.LayoutError as error:
+        raise CheckpointError(f"{message}: {error}") from None
+    check_state_dict(layouts.shapes_of(state), head.state_dict(), message)
+    state = {name: tensor.float() for name, tensor in state.items()}
+    check_state_dict(state, head.state_dict(), message)
+    head.load_state_dict(state)
+    return head.eval()
+
+
+def print_line(model: VisionTransformer, info: CheckpointInfo) -> None:
+    """What was loaded, in one line, and a note where its number of attention heads is a guess."""
+    print(f"loaded {info}")
+    if info.kind.startswith("mmdet") and not info.num_heads:
+        print(f"note: {model.num_heads} attention heads, as in pretraining; the file does not record the number, "
+              "and the published detectors have 8: load_backbone(path, num_heads=8)")
+
+
+def load_with_info(path: str | Path, key: str = "teacher", arch: str | None = None, patch_size: int | None = None,
+                   random_weights: bool = False, **kwargs) -> tuple[VisionTransformer, CheckpointInfo | None]:
+    """Load a backbone for a job and print one line about it; see read_backbone and build_backbone.
+
+    Args:
+        path: empty only together with random_weights, which builds an untrained network and returns no metadata.
+
+    Raises:
+        CheckpointError: as read_backbone and build_backbone, or neither or both of path and random_weights are given.
+    """
+    if path and random_weights:
+        raise CheckpointError(f"--random_weights contradicts --pretrained_weights {path}: give one of the two")
+    if path:
+        state, info = read_backbone(path, key)
+        if "num_heads" in kwargs:
+            info = info.with_heads(kwargs["num_heads"], "as asked for")
+        model = build_backbone(state, info, arch, patch_size, **kwargs)
+        print_line(model, info)
+        return model, info
+    if not random_weights:
+        raise CheckpointError("--pretrained_weights is empty, so the features would be those of a random network: "
+                              "give a checkpoint, or --random_weights to run without one")
+    arch, patch_size = arch or "vit_small", 16 if patch_size is None else patch_size
+    if not 1 <= patch_size <= 224:
+        raise CheckpointError(f"patch size {patch_size} is not between 1 and 224")
+    print(f"random weights: {arch}, patch size {patch_size}, untrained")
+    return ARCHS[arch](patch_size, **kwargs).eval(), None
+
+
+def load_backbone(path: str | Path, key: str = "teacher", arch: str | None = None, patch_size: int | None = None,
+                  random_weights: bool = False, **kwargs) -> VisionTransformer:
+    """The network of load_with_info, without the metadata."""
+    return load_with_info(path, key, arch, patch_size, random_weights, **kwargs)[0]

@@ -1,0 +1,1 @@
+"""Images as a data set: sources, readers, augmentations and the loader."""

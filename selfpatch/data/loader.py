@@ -1,0 +1,335 @@
+"""Batches of crops on the device, loaded by worker processes. An epoch can be continued at any batch, to the bit.
+
+A worker that is killed is replaced, and the batches that it would have given come out the same; one that gives nothing
+for too long is an error that names the file it was reading.
+"""
+import gc
+import multiprocessing.connection
+import signal
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from ctypes import c_int64
+from functools import partial
+from itertools import islice
+from multiprocessing.process import BaseProcess
+from multiprocessing.sharedctypes import RawArray
+
+import torch
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate, get_worker_info
+
+from selfpatch.data.dataset import TrainingImages
+from selfpatch.data.device_augmentations import DeviceAugmentation, RandomCrops
+from selfpatch.data.time_limit import TimeLimit, time_limit
+from selfpatch.errors import TrainingError
+
+# those that ask a run to end; SIGUSR1 and SIGUSR2 are what Slurm and submitit send before the time is up
+SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
+MAX_RESTARTS = 3  # of workers, in an epoch
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# In the workers
+
+
+class Tracked(Dataset):
+    """A data set whose workers note which image each is reading, where the main process can read it."""
+
+    def __init__(self, dataset: TrainingImages, num_workers: int):
+        self.dataset, self.loading = dataset, RawArray(c_int64, max(num_workers, 1))
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int):
+        return self.dataset.load(index, self.note)
+
+    def note(self, index: int) -> None:
+        info = get_worker_info()
+        self.loading[info.id if info else 0] = index
+
+
+def collate(samples: list) -> tuple:
+    """(crops, errors, worker, its random state after the batch); the last two are None without workers."""
+    crops, errors = default_collate(samples)
+    info = get_worker_info()
+    return crops, errors, *((info.id, torch.get_rng_state().numpy().tobytes()) if info else (None, None))
+
+
+def init_worker(worker_id: int, first_batch: int, states: list[bytes | None]) -> None:
+    """Prepare a worker that begins at first_batch: its random state is that of the one whose batches it continues.
+
+    Args:
+        states: random states by worker; None for one that has not given a batch in this epoch.
+    """
+    gc.enable()  # off in the process that trains, see training_loop.rare_collection
+    # Ctrl-C and Slurm signal every process of a job: the main one decides when the workers end
+    for number in (getattr(signal, name) for name in SIGNALS if hasattr(signal, name)):
+        signal.signal(number, signal.SIG_IGN)
+    if (state := states[worker_id]) is not None:
+        torch.set_rng_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))
+    elif first_batch:
+        first_seed = get_worker_info().seed - worker_id
+        torch.manual_seed(first_seed + (first_batch + worker_id) % len(states))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# In the main process
+
+
+class RankSampler(DistributedSampler):
+    """A rank's share of the images, shuffled by epoch, without the first ones: start of them."""
+
+    start = 0
+
+    def __iter__(self) -> Iterator[int]:
+        return islice(super().__iter__(), self.start, None)
+
+
+def prefetch(batches: Iterable[list[torch.Tensor]], device: torch.device,
+             copy_stream: torch.cuda.Stream | None = None) -> Iterator[list[torch.Tensor]]:
+    """The batches on the device.
+
+    On a GPU, copies from pinned memory run on copy_stream. No operation of a training step waits for the GPU, so the
+    next batch is asked for, and copied, while the GPU still works on this one.
+    """
+    for crops in batches:
+        if copy_stream is None:
+            yield [crop.to(device) for crop in crops]
+            continue
+        with torch.cuda.stream(copy_stream):
+            crops = [crop.to(device, non_blocking=True) for crop in crops]
+        stream = torch.cuda.current_stream(device)
+        stream.wait_stream(copy_stream)
+        for crop in crops:
+            crop.record_stream(stream)  # or the allocator could give the memory to the next copy too early
+        yield crops
+
+
+class DataWait:
+    """How long training waits for batches, from begin on.
+
+    On a GPU that is the time for which the device has nothing to do, between the end of one step's work and the arrival
+    of the next batch: the host runs ahead, and where it waits while the device is busy nothing is lost.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device, self.measured, self.events = device, False, []
+
+    def begin(self) -> None:
+        """Start to measure, or start anew."""
+        self.measured, self.start, self.seconds, self.events = True, time.perf_counter(), 0.0, []
+
+    def timed(self, batches: Iterable) -> Iterator:
+        """The batches, the time to the arrival of each being counted."""
+        batches = iter(batches)
+        if self.measured:  # what was done between two epochs is no part of either
+            self.begin()
+        while True:
+            before, asked = self.mark(), time.perf_counter()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            if before is not None:
+                self.events.append((before, self.mark()))
+            elif self.measured:
+                self.seconds += time.perf_counter() - asked
+            yield batch
+
+    def mark(self) -> torch.cuda.Event | None:
+        """An event at the end of the work that a GPU has been given so far."""
+        if not self.measured or self.device.type != "cuda":
+            return None
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
+        return event
+
+    def share(self) -> float:
+        """The share of the time since the last call. Call it when the device has been waited for."""
+        for before, after in self.events:
+            after.synchronize()
+            self.seconds += before.elapsed_time(after) / 1000
+        share = self.seconds / max(time.perf_counter() - self.start, 1e-9)
+        self.begin()
+        return share
+
+
+class WorkerDied(Exception):
+    """A data worker ended before its work was done; the message says which one and by what."""
+
+
+class TooManyBadImages(TrainingError):
+    """More images than --max_bad_images allows cannot be read."""
+
+
+def ended_workers() -> Iterator:
+    """The batches of workers of which one has ended as they were started."""
+    raise WorkerDied("a data worker was ended as it started")
+    yield
+
+
+def raise_for_exit(workers: list[BaseProcess]) -> None:
+    """Raise WorkerDied if one of the workers has ended; RuntimeError if that was for want of shared memory."""
+    ended = multiprocessing.connection.wait([worker.sentinel for worker in workers], timeout=1)
+    for worker in workers:
+        if worker.sentinel in ended:
+            worker.join(1)  # its connections close a moment before it has a status
+        if worker.exitcode == -signal.SIGBUS:  # how a full /dev/shm shows itself, which new workers would meet again
+            raise RuntimeError("DataLoader worker is killed by signal: Bus error")
+        if worker.exitcode:
+            how = f"signal {-worker.exitcode}" if worker.exitcode < 0 else f"status {worker.exitcode}"
+            raise WorkerDied(f"the data worker with pid {worker.pid} was ended by {how}")
+
+
+class CropLoader:
+    """Batches of this rank's share of the images, reshuffled by sampler.set_epoch.
+
+    A batch is a list of V normalised crops, float32 [B, 3, H, W], on the device: 2 global ones, then the local ones.
+    Images that cannot be read are replaced; bad_images has the reasons.
+
+    Args:
+        dataset: from data.build_dataset.
+        batch_size: B, images of this rank.
+        num_workers: processes that load and crop; 0 does it in this one.
+        rank, world_size: which share of how many.
+        seed: of the order of images.
+        compiled: fuse the augmentation on the device with torch.compile.
+        max_bad_images: share of the images that may be unreadable.
+        timeout: seconds that a batch may take to load; 0 for no limit.
+
+    Raises:
+        TooManyBadImages: while iterating.
+        TrainingError: while iterating, if workers, or the reading of a file, hang, or workers are killed.
+    """
+
+    def __init__(self, dataset: TrainingImages, batch_size: int, num_workers: int = 0,
+                 device: torch.device | str = "cpu", rank: int = 0, world_size: int = 1, seed: int = 0,
+                 compiled: bool = False, max_bad_images: float = 0.001, timeout: float = 600):
+        self.dataset, self.batch_size, self.device = dataset, batch_size, torch.device(device)
+        self.max_bad_images, self.bad_images, self.timeout = max_bad_images, set(), timeout
+        self.wait = DataWait(self.device)
+        self.sampler = RankSampler(dataset, world_size, rank, shuffle=True, seed=seed)
+        on_gpu = self.device.type == "cuda"
+        self.tracked = Tracked(dataset, num_workers)
+        # workers start anew each epoch: persistent ones would carry random state that a resumed run does not have
+        self.batches = DataLoader(self.tracked, batch_size, sampler=self.sampler, num_workers=num_workers,
+                                  pin_memory=on_gpu, drop_last=True, collate_fn=collate)
+        self.copy_stream = torch.cuda.Stream(self.device) if on_gpu else None
+        self.augment = None
+        if isinstance(dataset.transform, RandomCrops):
+            self.augment = DeviceAugmentation(dataset.transform.local_crops_number, compiled).to(self.device)
+        self.position, self.worker_states, self.resume_state = 0, {}, None
+        self.epoch_rng, self.workers = None, []
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[torch.Tensor]]:
+        for crops in self.wait.timed(prefetch(self.readable(), self.device, self.copy_stream)):
+            yield self.augment(crops) if self.augment else crops
+
+    def state_dict(self) -> dict:
+        """Where the epoch is, between two batches, and every random state that the next ones depend on."""
+        state = {"batch": self.position, "batch_size": self.batch_size, "rng": torch.get_rng_state(),
+                 "worker_rng": dict(self.worker_states), "num_workers": self.batches.num_workers}
+        return state | ({"cuda_rng": torch.cuda.get_rng_state(self.device)} if self.device.type == "cuda" else {})
+
+    def load_state_dict(self, state: dict) -> None:
+        """Begin the next epoch to be iterated at state["batch"].
+
+        The batches are those of the uninterrupted epoch, to the bit, if the generators had the same state when both
+        began, and num_workers is the same. With "batch" alone they are of the same images, cropped anew.
+        """
+        self.resume_state = state
+
+    def readable(self) -> Iterator[list[torch.Tensor]]:
+        """The crops of each batch, on the CPU; what could not be read is counted."""
+        state, self.resume_state = self.resume_state or {}, None
+        self.position, self.worker_states = state.get("batch", 0), dict(state.get("worker_rng", {}))
+        self.epoch_rng, restarts = torch.get_rng_state(), 0
+        batches = self.start()
+        if "rng" in state:
+            torch.set_rng_state(state["rng"])
+        if "cuda_rng" in state and self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda_rng"], self.device)
+        while True:
+            try:
+                crops, errors, worker, worker_rng = self.next_batch(batches)
+            except StopIteration:
+                return
+            except WorkerDied as died:
+                restarts += 1
+                if restarts > MAX_RESTARTS:
+                    raise TrainingError(f"{died}, and workers were restarted {MAX_RESTARTS} times in this epoch: they "
+                                        "may be short of memory, lower --num_workers") from None
+                print(f"warning: {died}; new workers continue at the same batch", flush=True)
+                current = torch.get_rng_state()
+                torch.set_rng_state(self.epoch_rng)  # from which the DataLoader draws its workers' first seed
+                batches = self.start()
+                torch.set_rng_state(current)
+                continue
+            if worker is not None:
+                self.worker_states[(self.first + worker) % self.batches.num_workers] = worker_rng
+            self.position += 1
+            self.bad_images.update(filter(None, errors))
+            self.check_bad_images()
+            yield crops
+
+    def start(self) -> Iterator:
+        """An iterator of the DataLoader from this position on."""
+        self.close()
+        count, self.first = self.batches.num_workers, self.position
+        self.sampler.start = self.first * self.batch_size
+        states = [self.worker_states.get((self.first + i) % count) for i in range(count)]
+        self.batches.worker_init_fn = partial(init_worker, first_batch=self.first, states=states)
+        others, handler = set(multiprocessing.active_children()), signal.getsignal(signal.SIGCHLD)
+        try:
+            batches = iter(self.batches)
+        except RuntimeError as error:  # torch's handler, if a worker ends before the last one has started
+            if "DataLoader worker" not in str(error):
+                raise
+            batches = ended_workers()
+        self.workers = [child for child in multiprocessing.active_children() if child not in others]
+        if threading.current_thread() is threading.main_thread():
+            # torch's handler would raise in the middle of a step; without it, a death is found by next_batch
+            signal.signal(signal.SIGCHLD, handler)
+        return batches
+
+    def next_batch(self, batches: Iterator) -> tuple:
+        """The next batch of the workers.
+
+        Raises:
+            WorkerDied: one of them was killed.
+            TrainingError: they have given nothing for too long.
+        """
+        try:
+            with time_limit(self.timeout):
+                return next(batches)
+        except TimeLimit:
+            worker = (self.position - self.first) % max(len(self.workers), 1)
+            path = self.dataset.images.location(self.tracked.loading[worker])
+            who = f"data worker {worker}" if self.workers else "loading"
+            self.close()  # or torch would wait for each worker again
+            raise TrainingError(f"{who} has given nothing for {self.timeout:g} s (--loader_timeout); the last image "
+                                f"that it began to read is {path}") from None
+        except (RuntimeError, OSError, EOFError) as error:
+            # torch's own error, its pinning thread's, or that of the connection over which a worker hands on its memory
+            by_words = any(words in str(error) for words in ("DataLoader worker", "Pin memory thread"))
+            if by_words or isinstance(error, (ConnectionError, FileNotFoundError, EOFError)):
+                raise_for_exit(self.workers)
+            raise
+
+    def check_bad_images(self) -> None:
+        """Raise TooManyBadImages if more than the share max_bad_images of the data set is in bad_images."""
+        if len(self.bad_images) > self.max_bad_images * len(self.dataset):
+            listed = sorted(self.bad_images)
+            shown = "; ".join(listed[:5]) + (f"; and {len(listed) - 5} more" if listed[5:] else "")
+            raise TooManyBadImages(f"{shown} ({len(listed)} of {len(self.dataset)} images, which is more than "
+                                   f"--max_bad_images {self.max_bad_images:g})")
+
+    def close(self) -> None:
+        """End the workers. They ignore SIGTERM, by which torch would end them at the interpreter's exit."""
+        for worker in self.workers:
+            worker.kill()
+        self.workers = []

@@ -1,0 +1,339 @@
+"""Processes and devices: this process's rank among those the launcher started, and its device."""
+import ctypes
+import math
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from datetime import datetime, timedelta
+from typing import NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from selfpatch.errors import ConfigError, TrainingError, program_name
+
+T = TypeVar("T")
+
+
+class Processes(NamedTuple):
+    """This process among all of a job: its number, how many there are, its number on this machine, its device."""
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    device: torch.device = torch.device("cpu")
+
+
+def init_distributed_mode(device: str = "auto", local_rank: int = 0, port: int = 29500, dist_url: str = "env://",
+                          timeout: timedelta = timedelta(minutes=30), notice_after: float = 10) -> Processes:
+    """Join the other processes of a launcher, where the environment names any.
+
+    torchrun and torch.distributed.launch set RANK, WORLD_SIZE and LOCAL_RANK; Slurm's srun sets SLURM_*.
+
+    Args:
+        device: auto, cuda, cpu or mps, see pick_device.
+        local_rank: used where the launcher gives it as the option --local_rank only (torch before 2.0).
+        port: of rank 0, where the launcher sets no MASTER_PORT.
+        dist_url: how the processes find each other, see torch.distributed.init_process_group.
+        timeout: how long to wait for the other processes, here and in every exchange with them.
+        notice_after: seconds of waiting after which a line on stderr says for whom.
+
+    Raises:
+        ConfigError: the device does not exist, the environment is inconsistent, or other processes do not join.
+    """
+    launch = read_launcher(local_rank)
+    processes = Processes(launch.rank, launch.world_size, launch.local_rank, pick_device(device, launch.local_rank))
+    join(launch, "nccl" if processes.device.type == "cuda" else "gloo", port, dist_url, timeout, notice_after)
+    return processes
+
+
+class Launch(NamedTuple):
+    """What the environment says about this process, and the names of the variables that say so."""
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    variables: tuple[str, ...] = ()
+
+
+def read_launcher(local_rank: int = 0) -> Launch:
+    """This process by the variables of torchrun or srun; one process of its own where there are none.
+
+    Raises:
+        ConfigError: a variable is not a number, or the rank is not below the number of processes.
+    """
+    env = os.environ
+    if "RANK" in env and "WORLD_SIZE" in env:
+        variables, local = ("RANK", "WORLD_SIZE"), "LOCAL_RANK"
+    elif "SLURM_PROCID" in env and not is_interactive_step() and (
+            "SLURM_STEP_NUM_TASKS" in env or env.get("ENVIRONMENT") != "BATCH"):
+        # a batch script has SLURM_PROCID too, but plain python in it is a single process
+        count = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in env else "SLURM_NTASKS"
+        variables, local, local_rank = ("SLURM_PROCID", count), "SLURM_LOCALID", 0
+    elif others := [name for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE") if read_number(name, 1) > 1]:
+        raise ConfigError(f"{assignments(tuple(others))}: mpirun's processes cannot join each other here: start them "
+                          f"with torchrun or srun, or unset {others[0]} to run a single process", every_rank=True)
+    else:
+        return Launch()
+    rank, world_size = read_number(variables[0], 0), read_number(variables[1], 1)
+    if not rank < world_size:
+        raise ConfigError(f"{assignments(variables)}: the rank must be less than the number of processes; to run a "
+                          f"single process, unset {' '.join(variables)}", every_rank=True)
+    return Launch(rank, world_size, read_number(local, local_rank), variables)
+
+
+def read_number(name: str, default: int) -> int:
+    """The environment variable as a number from 0, or the default where it is not set."""
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal():
+        raise ConfigError(f"the environment variable {name} is {text!r}, not a number from 0: unset it, or start this "
+                          "job with torchrun or srun", every_rank=True)
+    return int(text)
+
+
+def is_interactive_step() -> bool:
+    """Whether this is the shell of `srun --pty bash`, whose SLURM_* count all tasks though plain python is one process.
+
+    An srun started in that shell passes SLURM_PTY_PORT on to its tasks, but they have no terminal. A task that srun
+    itself has started in a terminal is one of several.
+    """
+    return "SLURM_PTY_PORT" in os.environ and has_terminal() and parent_name() != "slurmstepd"
+
+
+def parent_name() -> str:
+    """Name of the program that started this process; empty where there is no /proc."""
+    try:
+        with open(f"/proc/{os.getppid()}/comm") as file:
+            return file.read().strip()
+    except OSError:
+        return ""
+
+
+def has_terminal() -> bool:
+    """Whether the process has a controlling terminal, be its input and output redirected or not."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True
+
+
+def assignments(variables: tuple[str, ...]) -> str:
+    return " ".join(f"{name}={os.environ.get(name, '')}" for name in variables)
+
+
+def join(launch: Launch, backend: str, port: int = 29500, dist_url: str = "env://",
+         timeout: timedelta = timedelta(minutes=30), notice_after: float = 10,
+         option: str = " (--dist_timeout)") -> None:
+    """torch.distributed.init_process_group for several processes, saying what it waits for when that takes long.
+
+    Args:
+        option: what sets the timeout, for messages.
+
+    Raises:
+        ConfigError: the processes did not come together, for whatever reason.
+    """
+    if launch.world_size == 1:
+        return
+    if launch.variables[0].startswith("SLURM"):
+        os.environ.setdefault("MASTER_ADDR", first_slurm_host())
+    if dist_url == "env://":  # keep what a launcher has set: `torchrun --standalone` picks a port of its own
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", str(port))
+    more = f"{launch.world_size - 1} other process{'es' * (launch.world_size > 2)}"
+    place = f"{os.environ['MASTER_ADDR']}:{read_number('MASTER_PORT', 0)}" if dist_url == "env://" else dist_url
+    who = f"rank {launch.rank} ({assignments(launch.variables)})"
+    alone = f"to run a single process, unset {' '.join(launch.variables)}"
+    limit, start, missing = f"{format_duration(timeout)}{option}", datetime.now(), []
+
+    def notice() -> None:
+        absent = f"missing: {name_ranks(missing)}; " if missing else ""
+        print(f"{program_name()}: {who} waits for {more} at {place} until {start + timeout:%Y-%m-%d %H:%M}, {limit} in "
+              f"all; {absent}{alone}", file=sys.stderr, flush=True)
+
+    timer = threading.Timer(notice_after, notice)
+    timer.daemon = True
+    timer.start()
+    try:
+        meeting = {"init_method": dist_url}
+        if dist_url == "env://":
+            missing[:] = [0] if launch.rank else []
+            meeting = {"store": connect_store(timeout, server=launch.rank == 0)}
+            call_roll(meeting["store"], launch, timeout, missing)
+        dist.init_process_group(backend, rank=launch.rank, world_size=launch.world_size, timeout=timeout, **meeting)
+    except (RuntimeError, ValueError, OSError) as error:
+        waited = datetime.now() - start >= 0.9 * timeout
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        absent = f", {name_ranks(missing)} did not" if missing else ""
+        reason = f"not all of them joined within {limit}{absent}" if waited else first_line
+        raise ConfigError(f"{who} could not join {more} at {place}: {reason}; {alone}", every_rank=True) from None
+    finally:
+        timer.cancel()
+
+
+def call_roll(store: dist.Store, launch: Launch, timeout: timedelta, missing: list[int]) -> None:
+    """Wait until every rank is there, keeping the list of those that are missing up to date."""
+    store.set(f"here/{launch.rank}", "")
+    deadline = time.monotonic() + timeout.total_seconds()
+    missing[:] = range(launch.world_size)
+    while True:
+        missing[:] = [rank for rank in missing if not store.check([f"here/{rank}"])]
+        if not missing:
+            return
+        if time.monotonic() > deadline:
+            raise TimeoutError("some processes are missing")
+        time.sleep(0.05)
+
+
+def name_ranks(ranks: list[int]) -> str:
+    shown = ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
+    return f"rank{'s' * (len(ranks) > 1)} {shown}"
+
+
+def format_duration(duration: timedelta) -> str:
+    minutes = duration.total_seconds() / 60
+    return f"{minutes / 60:g} hours" if minutes >= 120 else f"{minutes:.3g} minutes"
+
+
+def connect_store(timeout: timedelta, server: bool = False) -> dist.Store | None:
+    """A connection to the store at MASTER_ADDR:MASTER_PORT; None where the processes met by another --dist_url.
+
+    Args:
+        timeout: of every operation.
+        server: be the store as well, on rank 0, unless torchrun is.
+    """
+    env = os.environ
+    if not env.get("MASTER_PORT", "").isdecimal():
+        return None
+    world_size, of_torchrun = read_launcher().world_size, env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), world_size, server and not of_torchrun,
+                          timeout, wait_for_workers=False)
+    # torchrun starts all processes again after a failure, with the same store
+    return dist.PrefixStore(f"selfpatch/{env.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+
+
+def first_slurm_host() -> str:
+    """Name of the first node of a Slurm step, where rank 0 runs."""
+    nodes = os.environ.get("SLURM_STEP_NODELIST", os.environ.get("SLURM_JOB_NODELIST", "127.0.0.1"))
+    try:
+        return subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True,
+                              check=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        # no scontrol on the node: expand the first name of a list such as 'a,b' or 'n[01-04,7]-rack'
+        return re.sub(r"\[(\w+)[^\]]*\]", r"\1", re.split(r",(?![^\[]*\])", nodes)[0])
+
+
+def pick_device(name: str = "auto", local_rank: int = 0) -> torch.device:
+    """The device called auto, cuda, cuda:1, cpu or mps; plain cuda is the local rank's own GPU.
+
+    On a GPU float32 is float32, without TF32, until allow_tf32 says otherwise.
+
+    Raises:
+        ConfigError: there is no such device.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        if name == "mps" and "WORLD_SIZE" in os.environ:
+            name = "cpu"  # several processes cannot share tensors on MPS
+    device_type, _, number = name.partition(":")
+    if device_type == "cuda" and (number.isdecimal() or not number):
+        gpus, local_rank = torch.cuda.device_count(), int(number or local_rank)
+        # Slurm can show each task its own GPU only (--gpus-per-task): number 0, whatever the local rank
+        index = 0 if gpus == 1 and "SLURM_LOCALID" in os.environ and "LOCAL_RANK" not in os.environ else local_rank
+        if index >= gpus:
+            raise ConfigError(f"--device {name}: this process needs GPU {index}, but torch sees {gpus}: "
+                              "start as many processes as there are GPUs, or use --device cpu", every_rank=True)
+        torch.cuda.set_device(index)
+        allow_tf32(False)
+        return torch.device("cuda", index)
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError("--device mps: torch sees no Apple GPU here, use --device cpu")
+    if name not in ("mps", "cpu"):
+        raise ConfigError(f"--device {name}: there is no such device: use auto, cuda, cuda:1, cpu or mps")
+    return torch.device(name)
+
+
+def allow_tf32(allowed: bool) -> None:
+    """Whether float32 products and convolutions on a GPU may round their inputs to 10 bits of mantissa."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
+
+
+def is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def get_rank() -> int:
+    return dist.get_rank() if is_distributed() else 0
+
+
+def get_world_size() -> int:
+    return dist.get_world_size() if is_distributed() else 1
+
+
+def is_main_process() -> bool:
+    return get_rank() == 0
+
+
+def together(function: Callable[[], T]) -> T:
+    """Call function on every rank, and where one of them raises, raise the first error on all of them.
+
+    A rank that ended alone would leave the others waiting for it.
+    """
+    result, error = None, None
+    try:
+        result = function()
+    except (ConfigError, TrainingError) as raised:
+        error = raised
+    if is_distributed():
+        errors = [None] * get_world_size()
+        dist.all_gather_object(errors, error)
+        error = next((one for one in errors if one), None)
+        if error:
+            error.every_rank, error.on_all_ranks = False, True
+            time.sleep(0.5)  # a process that ends now would reset connections from which others still receive
+    if error:
+        raise error
+    return result
+
+
+def on_main_process(function: Callable[[], T]) -> T:
+    """What function returns on rank 0, on every rank; if it raises there, raise it on all of them."""
+    result = together(lambda: function() if is_main_process() else None)
+    if is_distributed():
+        results = [result]
+        dist.broadcast_object_list(results)
+        result = results[0]
+    return result
+
+
+def is_lost_contact(error: Exception) -> bool:
+    """Whether an exchange with other processes failed because one of them has ended or does not answer."""
+    return isinstance(error, dist.DistNetworkError) or isinstance(error, RuntimeError | OSError) and any(
+        words in str(error) for words in (
+            "Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Broken pipe [",
+            "remote process", "Application timeout caused pair closure"))
+
+
+def keep_freed_memory() -> None:
+    """Let malloc keep the memory of freed tensors for this process (Linux, glibc; elsewhere nothing happens).
+
+    Returning it to the system and faulting it in again at every layer takes 4 % of a training step on a CPU.
+    """
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):
+            libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: allocate up to 32 MiB, its maximum, from the heap
+            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: never shrink the heap
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Peak memory of this process in GiB: allocated on the GPU where there is one, else resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    if sys.platform == "win32":
+        return math.nan
+    import resource  # Unix only
+    unit = 1 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -1,0 +1,84 @@
+"""What an evaluation hands over: one printed table, and a JSON file, written whole, that replaces none silently."""
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from selfpatch.errors import ConfigError
+
+
+def tell_apart(names: Sequence[str], taken: Iterable[str] = ()) -> list[str]:
+    """The names in their order, where one that an earlier name has, or that is taken, gets " (2)", " (3)", … after it.
+
+    All results differ; a name that is given once and not taken stays as it is.
+    """
+    used, given, found = set(taken), set(names), []
+    for name in names:
+        number, unique = 1, name
+        while unique in used or number > 1 and unique in given:
+            number += 1
+            unique = f"{name} ({number})"
+        used.add(unique)
+        found.append(unique)
+    return found
+
+
+def folder_names(names: Sequence[str]) -> list[str]:
+    """Names of folders for the rows of a table, all within one folder: without separators, and neither . nor .."""
+    plain = [name.replace(os.sep, "_") for name in names]
+    return tell_apart(["backbone" if name in ("", os.curdir, os.pardir) else name for name in plain])
+
+
+def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns as wide as their longest cell, the first aligned left and the others right."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    lines = [[cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in
+              enumerate(zip(row, widths, strict=True))] for row in (header, *rows)]
+    return "\n".join("  ".join(line).rstrip() for line in lines)
+
+
+def check_output(output: str | Path | None, overwrite: bool, option: str = "--output") -> None:
+    """Find out before long work whether a result can be written.
+
+    Raises:
+        ConfigError: the file exists and overwrite is False, or its folder does not exist or cannot be written to.
+    """
+    if not output:
+        return
+    path = Path(output)
+    if os.path.lexists(path) and (path.is_dir() or not overwrite):
+        raise ConfigError(f"{option} {path} exists: give another name" + ("" if path.is_dir() else ", or --overwrite"))
+    if not path.parent.is_dir():
+        raise ConfigError(f"{option} {path}: {path.parent} is not a folder, create it first")
+    if not os.access(path.parent, os.W_OK):
+        raise ConfigError(f"{option} {path}: {path.parent} cannot be written to")
+
+
+def check_png(output: str | Path, overwrite: bool) -> Path:
+    """check_output for a picture; its path.
+
+    Raises:
+        ConfigError: the name does not end in .png as well.
+    """
+    if Path(output).suffix.lower() != ".png":
+        raise ConfigError(f"--output {output}: the picture is a PNG, so give a name that ends in .png")
+    check_output(output, overwrite)
+    return Path(output)
+
+
+def write_json(content: object, output: str | Path) -> None:
+    """Write a JSON file whole or not at all, and print that it was.
+
+    Raises:
+        ConfigError: the disk is full or cannot be written.
+    """
+    path = Path(output)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise ConfigError(f"--output {path} cannot be written ({error.strerror})") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+    print(f"wrote {path}")

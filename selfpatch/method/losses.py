@@ -1,0 +1,182 @@
+"""The paper's two losses in plain form, to be read and changed. fused_loss.py has the same numbers in less memory.
+
+With V views (crops) of each of B images, the two global ones first, and logits t of the teacher, s of the student:
+
+    P_t = softmax((t − C) / τ_t)        P_s = softmax(s / τ_s)        H(p, q) = −Σ_k p_k log q_k
+
+    image = mean over views a ∈ {0, 1} and v ≠ a of H(P_t(view a), P_s(view v))     DINO (Caron et al. 2021), Eq. 3
+    patch = mean over views, and over the patches i of each, of H(P_t(positives of i), P_s(i))       SelfPatch, Sec. 3
+    loss = image + 0.1 · patch
+
+The centres C keep the teacher from giving all samples the same prototype, and the low temperature τ_t keeps it from
+spreading each sample evenly over all prototypes.
+"""
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+from selfpatch.distributed.processes import get_world_size
+from selfpatch.method.schedules import linear_warmup
+from selfpatch.method.vision_transformer import CropLogits, Logits
+
+
+class Losses(NamedTuple):
+    """Scalars of one step, float32, in nats.
+
+    The entropies are of the teacher's mean assignment over the batch: 0 where it has collapsed to one prototype, ln K
+    where all prototypes are used equally.
+    """
+    total: torch.Tensor
+    image: torch.Tensor
+    patch: torch.Tensor
+    image_entropy: torch.Tensor
+    patch_entropy: torch.Tensor
+
+
+def cross_entropy(p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+    """H(p, q) = −Σ_k p_k log q_k of distributions [..., K] -> [...]."""
+    return -(p * log_q).sum(-1)
+
+
+def entropy(p: torch.Tensor) -> torch.Tensor:
+    """Entropy of the distribution p [K]."""
+    return -(p * p.clamp_min(1e-30).log()).sum()
+
+
+class DINOLoss(nn.Module):
+    """Cross-entropy between the centred, sharpened teacher and the student, for images and for patches.
+
+    To try a variant, subclass and override teacher_probs, student_log_probs, image_loss or patch_loss; autograd does
+    the rest.
+
+    Args:
+        out_dim, out_dim_selfpatch: prototypes of the image and of the patch head.
+        ncrops: V, views of each image.
+        warmup_teacher_temp, teacher_temp, warmup_teacher_temp_epochs: τ_t rises linearly from the first to the second
+            over the warm-up epochs, and is constant after them.
+        nepochs: unused; DINO's signature has it.
+        student_temp: τ_s.
+        center_momentum: of the centres' moving average.
+        patch_loss_weight: 0 is DINO's loss.
+    """
+
+    def __init__(self, out_dim: int, out_dim_selfpatch: int, ncrops: int, warmup_teacher_temp: float = 0.04,
+                 teacher_temp: float = 0.04, warmup_teacher_temp_epochs: int = 0, nepochs: int = 1,
+                 student_temp: float = 0.1, center_momentum: float = 0.9, patch_loss_weight: float = 0.1):
+        super().__init__()
+        self.ncrops, self.student_temp, self.center_momentum = ncrops, student_temp, center_momentum
+        self.patch_loss_weight = patch_loss_weight
+        self.teacher_temp = linear_warmup(warmup_teacher_temp, teacher_temp, warmup_teacher_temp_epochs)
+        self.register_buffer("center", torch.zeros(1, 1, out_dim))
+        self.register_buffer("patch_center", torch.zeros(1, out_dim_selfpatch))
+
+    def forward(self, student: CropLogits, teacher: CropLogits, epoch: int) -> Losses:
+        """Losses of one batch. The centres do not move: see batch_means and update_centers.
+
+        Args:
+            student: logits of all V views.
+            teacher: the same; the two global views suffice where patch_loss_weight is 0.
+            epoch: from 0; it sets the teacher's temperature.
+        """
+        temp = self.teacher_temp(epoch)
+        image, image_entropy = self.image_loss(student.image, teacher.image, temp)
+        patch, patch_entropy = torch.zeros_like(image), torch.zeros_like(image)
+        if self.patch_loss_weight:
+            patch, patch_entropy = self.patch_loss(student.patches, teacher.patches, temp)
+        return Losses(image + self.patch_loss_weight * patch, image, patch, image_entropy, patch_entropy)
+
+    def teacher_probs(self, logits: torch.Tensor, center: torch.Tensor, temp: float) -> torch.Tensor:
+        """P_t = softmax((t − C) / τ_t), [..., K], in float32 under autocast too."""
+        return ((logits.float() - center) / temp).softmax(-1)
+
+    def student_log_probs(self, logits: torch.Tensor) -> torch.Tensor:
+        """log P_s = log softmax(s / τ_s), [..., K], in float32 under autocast too."""
+        return F.log_softmax(logits.float() / self.student_temp, dim=-1)
+
+    def image_loss(self, student: Logits, teacher: Logits, temp: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Each of the teacher's two global views against all other views of the student (DINO, Eq. 3).
+
+        Args:
+            student, teacher: image logits [V·B, K], view by view.
+
+        Returns:
+            the loss, and the entropy of the teacher's mean assignment.
+        """
+        log_q = self.student_log_probs(student.dense()).unflatten(0, (self.ncrops, -1))  # [V, B, K]
+        batch_size = log_q.shape[1]
+        p = self.teacher_probs(teacher.dense()[:2 * batch_size], self.center[0], temp).unflatten(0, (2, -1))
+        pairs = [cross_entropy(p[a], log_q[v]).mean() for a in (0, 1) for v in range(self.ncrops) if v != a]
+        return torch.stack(pairs).mean(), entropy(p.mean((0, 1)))
+
+    def patch_loss(self, student: list[Logits], teacher: list[Logits],
+                   temp: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Each patch of the student against its positives, aggregated by the teacher in the same view (SelfPatch).
+
+        Every view has the same weight, so a patch of a small local crop weighs more than one of a global crop.
+
+        Args:
+            student, teacher: patch logits [V_r·B, N_r, K] for each run of V_r equally sized views.
+
+        Returns:
+            the loss, and the entropy of the teacher's mean assignment.
+        """
+        losses, probs = [], []
+        for s, t in zip(student, teacher, strict=True):
+            p = self.teacher_probs(t.dense(), self.patch_center, temp)
+            losses.append(cross_entropy(p, self.student_log_probs(s.dense())).mean(1))  # [V_r·B]
+            probs.append(p.mean(1))
+        return torch.cat(losses).mean(), entropy(torch.cat(probs).mean(0))
+
+    @torch.no_grad()
+    def batch_means(self, teacher: CropLogits) -> list[torch.Tensor]:
+        """Mean logits over all views: of images [1, 1, out_dim], and of patches [1, out_dim_selfpatch] if used.
+
+        Call it outside autocast: the centres are kept in float32.
+        """
+        means = [teacher.image.dense().mean(0)[None, None]]
+        if self.patch_loss_weight:
+            rows = torch.cat([patches.dense().flatten(0, 1) for patches in teacher.patches])
+            means.append(rows.mean(0, keepdim=True))
+        return means
+
+    @torch.no_grad()
+    def update_centers(self, batch_means: Sequence[list[torch.Tensor]]) -> None:
+        """C ← m·C + (1 − m)·(mean logits of one step) (DINO, Eq. 4).
+
+        Args:
+            batch_means: what batch_means gave for each small batch of the step; averaged here, and over all ranks.
+        """
+        self.move_centers(*self.sum_means(batch_means))
+
+    def start_update(self, batch_means: Sequence[list[torch.Tensor]]) -> Callable[[], None]:
+        """update_centers in two parts: the exchange with other ranks begins here, the function returned is the rest.
+
+        What lies between them (a backward pass) does not wait for the exchange.
+        """
+        if type(self).update_centers is not DINOLoss.update_centers:  # a variant's own
+            return partial(self.update_centers, batch_means)
+        return partial(self.move_centers, *self.sum_means(batch_means))
+
+    @torch.no_grad()
+    def sum_means(self, batch_means: Sequence[list[torch.Tensor]]) -> tuple[list[torch.Tensor], dist.Work | None]:
+        """The means of a step, being summed over all ranks by one exchange, which is to be waited for."""
+        means = [torch.stack(means).mean(0) for means in zip(*batch_means, strict=True)]
+        if get_world_size() == 1:
+            return means, None
+        sums = torch.cat([mean.flatten() for mean in means])
+        exchange = dist.all_reduce(sums, async_op=True)
+        return [part.view_as(mean) for part, mean in
+                zip(sums.split([mean.numel() for mean in means]), means, strict=True)], exchange
+
+    @torch.no_grad()
+    def move_centers(self, sums: list[torch.Tensor], exchange: dist.Work | None) -> None:
+        if exchange:
+            exchange.wait()
+        # without a patch loss there are no patch means, and the patch centre is unchanged
+        for center, total in zip((self.center, self.patch_center), sums, strict=False):
+            center.lerp_(total / get_world_size() if exchange else total, 1 - self.center_momentum)

@@ -1,0 +1,301 @@
+"""MultiCropWrapper in half as many launches on a GPU: what works token by token sees the tokens of all crops together.
+
+    x, layout = packed_features(backbone, [global_crops, local_crops])  # tokens [T, D] of all images
+    image_tokens, targets = packed_targets(head, x, layout)             # [I, D], [T, D]
+
+They compute what vision_transformer.py and selfpatch_head.py compute, which are easier to read. After a change there,
+use --pack_crops off, or make it here too: tests/test_packed_crops.py compares the two. Subclasses are not packed.
+Attention stays within an image, so it runs once per resolution (as in DINOv3). The weights of a block are cast to
+autocast's precision by one launch instead of one each.
+"""
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from timm.layers import Mlp
+from timm.models.vision_transformer import Attention, Block
+from torch import nn
+
+from selfpatch.method.selfpatch_head import ClassAttention, MultiCropWrapper, SelfPatchHead, check_grid
+from selfpatch.method.vision_transformer import CropLogits, VisionTransformer, recomputing
+
+Weights = dict[nn.Linear, tuple[torch.Tensor, torch.Tensor | None]]
+
+
+@dataclass
+class Layout:
+    """What T tokens are, image by image: by resolution the number of images, I in all, and rows and columns of each."""
+    images: list[int]
+    grids: list[tuple[int, int]]
+
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        """Images of each resolution, and tokens of each image."""
+        return [(images, rows * columns) for images, (rows, columns) in zip(self.images, self.grids, strict=True)]
+
+    @property
+    def sizes(self) -> list[int]:
+        """Tokens of each resolution."""
+        return [images * tokens for images, tokens in self.shapes]
+
+    def split(self, tokens: torch.Tensor) -> list[torch.Tensor]:
+        """Rows [T, D'] -> [images, tokens of an image, D'] of each resolution, which are views."""
+        return [part.unflatten(0, shape) for part, shape in zip(tokens.split(self.sizes), self.shapes, strict=True)]
+
+
+def cast_copies(tensors: Sequence[torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
+    """Copies in another dtype, by one launch."""
+    copies = [torch.empty_like(t, dtype=dtype) for t in tensors]
+    torch._foreach_copy_(copies, list(tensors))
+    return copies
+
+
+# closed to the compiler, which would launch a kernel for each tensor
+cast_copies_whole = torch.library.custom_op("selfpatch::cast_copies", cast_copies, mutates_args=(),
+                                            schema="(Tensor[] tensors, ScalarType dtype) -> Tensor[]")
+
+
+@cast_copies_whole.register_fake
+def _(tensors: Sequence[torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
+    return [torch.empty_like(t, dtype=dtype) for t in tensors]
+
+
+def cast_by_one_launch(tensors: Sequence[torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
+    # outside of compiled code an operator of our own would only cost the host time
+    return (cast_copies_whole if torch.compiler.is_compiling() else cast_copies)(tensors, dtype)
+
+
+class CastTogether(torch.autograd.Function):
+    """Tensors of one dtype in another, and their gradients back in their own, by one launch each."""
+
+    @staticmethod
+    def forward(ctx, dtype: torch.dtype, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.dtype = tensors[0].dtype
+        ctx.set_materialize_grads(False)
+        return tuple(cast_by_one_launch(tensors, dtype))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        copies = iter(cast_by_one_launch([g for g in grads if g is not None], ctx.dtype))
+        return None, *[None if g is None else next(copies) for g in grads]
+
+
+def autocast_dtype(x: torch.Tensor) -> torch.dtype:
+    """The dtype that products of x come out in."""
+    enabled = torch.is_autocast_enabled(x.device.type)
+    return torch.get_autocast_dtype(x.device.type) if enabled else x.dtype
+
+
+def cast_weights(module: nn.Module, x: torch.Tensor) -> Weights:
+    """Weight and bias of all Linear layers in a module, in the dtype that products with x take place in."""
+    layers = [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
+    weights = [weight for layer in layers for weight in (layer.weight, layer.bias) if weight is not None]
+    if autocast_dtype(x) != weights[0].dtype:
+        weights = CastTogether.apply(autocast_dtype(x), *weights)
+    weights = iter(weights)
+    return {layer: (next(weights), None if layer.bias is None else next(weights)) for layer in layers}
+
+
+# ---------------------------------------------------------------- backbone
+
+def packed_features(backbone: VisionTransformer, batches: Sequence[torch.Tensor]) -> tuple[torch.Tensor, Layout]:
+    """What the backbone makes of batches of images [B_r, 3, H_r, W_r]: [T, D], for a backbone without class token."""
+    layout = Layout([len(images) for images in batches], [backbone.grid_size(images) for images in batches])
+    x = torch.cat([backbone.prepare_tokens(images).flatten(0, 1) for images in batches])
+    for block, scales in zip(backbone.blocks, branch_scales(backbone, x, layout), strict=True):
+        x = packed_block(block, x, layout, scales, backbone.checkpoint_activations)
+    return backbone.norm(x), layout
+
+
+def packed_block(block: Block, x: torch.Tensor, layout: Layout, scales: torch.Tensor | None = None,
+                 recompute: str = "") -> torch.Tensor:
+    """A block on tokens x [T, D]; scales [2, T, 1] of its two branches, None for 1; recompute as in run_block."""
+    if recompute == "block":
+        return recomputing(packed_block, True)(block, x, layout, scales)
+    weights = cast_weights(block, x)
+    attend = recomputing(lambda x: packed_attention(block.attn, block.norm1(x), layout, weights),
+                         recompute == "attention")
+    mix = recomputing(lambda x: packed_mlp(block.mlp, block.norm2(x), weights), recompute == "mlp")
+    attended = attend(x)
+    x = x + (attended if scales is None else attended * scales[0])
+    mixed = mix(x)
+    return x + (mixed if scales is None else mixed * scales[1])
+
+
+def packed_attention(attn: Attention, x: torch.Tensor, layout: Layout, weights: Weights) -> torch.Tensor:
+    """Self-attention within each image, on tokens x [T, D] of all images."""
+    outputs = []
+    for qkv in layout.split(F.linear(x, *weights[attn.qkv])):
+        q, k, v = qkv.unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)  # [images, heads, tokens, d] each
+        outputs.append(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2).flatten(0, 1))
+    return F.linear(torch.cat(outputs), *weights[attn.proj])
+
+
+def packed_mlp(mlp: Mlp, x: torch.Tensor, weights: Weights) -> torch.Tensor:
+    return F.linear(mlp.act(F.linear(x, *weights[mlp.fc1])), *weights[mlp.fc2])
+
+
+def branch_scales(backbone: VisionTransformer, x: torch.Tensor, layout: Layout) -> list[torch.Tensor | None]:
+    """Stochastic depth of all blocks, drawn at once: [2, T, 1] for the branches of each, None where none is dropped.
+
+    A branch of an image is scaled by 0 if it is dropped, else by 1 / (1 - rate), in its output's dtype, as by timm.
+    """
+    depth, rate = len(backbone.blocks), backbone.drop_path_rate
+    if not rate or not backbone.training:
+        return [None] * depth
+    keep = (1 - torch.linspace(0, rate, depth, device=x.device))[:, None, None]
+    by_image = (torch.bernoulli(keep.expand(-1, 2, sum(layout.images))) / keep).to(autocast_dtype(x))
+    by_token = [part[..., None].expand(-1, -1, -1, tokens).flatten(2)
+                for part, (_, tokens) in zip(by_image.split(layout.images, dim=2), layout.shapes, strict=True)]
+    return [None, *torch.cat(by_token, dim=2)[1:, ..., None]]  # the first block's rate is 0
+
+
+# ---------------------------------------------------------------- SelfPatch head
+
+def packed_student(head: SelfPatchHead, x: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:
+    """What head(x) gives for each resolution: class tokens [I, D], patches [T, D]."""
+    return packed_class_tokens(head, x, layout), head.norm(x)
+
+
+def packed_class_tokens(head: SelfPatchHead, x: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """What head.image_token(x) gives for each resolution, [I, D]."""
+    c = head.cls_token[:, 0].expand(sum(layout.images), -1)
+    for block in head.cls_blocks:
+        weights = cast_weights(block, x)
+        u = block.norm1(x).to(autocast_dtype(x))
+        c = c + attend_absorbed(block.attn, block.norm1(c), u, layout, weights)
+        c = c + packed_mlp(block.mlp, block.norm2(c), weights)
+    return head.norm(c)
+
+
+def attend_absorbed(attn: ClassAttention, c: torch.Tensor, u: torch.Tensor, layout: Layout,
+                    weights: Weights) -> torch.Tensor:
+    """ClassAttention.attend_absorbed of class tokens c [I, D] over themselves and the patches u [T, D] -> [I, D]."""
+    heads = (attn.num_heads, -1)
+    (K, k_bias), (V, v_bias) = weights[attn.k], weights[attn.v]
+    q = F.linear(c, *weights[attn.q]).unflatten(-1, heads)
+    q = q * q.shape[-1] ** -0.5
+    bias = (q * k_bias.unflatten(0, heads)).sum(-1, keepdim=True)
+    q = torch.einsum("bhd,hdD->bhD", q, K.unflatten(0, heads))
+    mixed = [mix_absorbed(*tensors) for tensors in
+             zip(*(t.split(layout.images) for t in (q, bias, c[:, None])), layout.split(u), strict=True)]
+    mixed = torch.einsum("bhD,hdD->bhd", torch.cat(mixed), V.unflatten(0, heads)).flatten(1) + v_bias
+    return F.linear(mixed, *weights[attn.proj])
+
+
+def mix_absorbed(q: torch.Tensor, bias: torch.Tensor, c: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    """The class token c [B, 1, D] and patches u [B, N, D], mixed by the attention of q [B, heads, D] -> like q.
+
+    bias [B, heads, 1] of all scores of a head, which changes nothing: it is there for the gradient of the key's bias.
+    """
+    p = torch.cat([(q * c).sum(-1, keepdim=True), q @ u.mT], dim=-1).add(bias).softmax(-1)
+    return p[..., 1:] @ u + p[..., :1] * c
+
+
+def packed_targets(head: SelfPatchHead, x: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:
+    """What head.targets(x, grid) gives for each resolution: class tokens [I, D], each patch's target [T, D]."""
+    for grid in layout.grids:
+        check_grid(grid[0] * grid[1], grid)
+    positives = packed_positives(x, layout, head.k_num)
+    c = head.cls_token[:, 0]  # one row for all, class tokens of images and then of patches, until they have attended
+    for block in head.cls_blocks:
+        weights, u = cast_weights(block, x), block.norm1(x).to(autocast_dtype(x))
+        keys, values = (F.linear(u, *weights[layer]) for layer in (block.attn.k, block.attn.v))
+        c = c + attend_projected(block.attn, block.norm1(c).to(u.dtype), keys, values, positives, layout, weights)
+        c = c + packed_mlp(block.mlp, block.norm2(c), weights)
+    return head.norm(c).split([sum(layout.images), len(x)])
+
+
+def attend_projected(attn: ClassAttention, c: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
+                     positives: torch.Tensor, layout: Layout, weights: Weights) -> torch.Tensor:
+    """ClassAttention.attend_projected for all images, and for the positives of all patches.
+
+    Args:
+        c: class tokens [I + T, D], or [1, D] for one that is the same everywhere.
+        keys, values: of all patches, [T, D].
+        positives: rows of these, [T, k].
+
+    Returns:
+        [I + T, D].
+    """
+    q, k, v = (F.linear(c, *weights[layer]).expand(sum(layout.images) + len(keys), -1)
+               .split([*layout.images, len(keys)]) for layer in (attn.q, attn.k, attn.v))
+    keys, values = [*layout.split(keys), keys[positives]], [*layout.split(values), values[positives]]
+    mixed = [attend_one(*(t.unflatten(-1, (attn.num_heads, -1)) for t in tensors))
+             for tensors in zip(q, k, v, keys, values, strict=True)]
+    return F.linear(torch.cat(mixed).flatten(1), *weights[attn.proj])
+
+
+def attend_one(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keys: torch.Tensor,
+               values: torch.Tensor) -> torch.Tensor:
+    """Attention of one query over its own key and others: q, k, v [B, heads, d], keys, values [B, M, heads, d]."""
+    scores = torch.cat([(q * k).sum(-1)[:, None], (q[:, None] * keys).sum(-1)], dim=1)
+    p = (scores * q.shape[-1] ** -0.5).softmax(1)[..., None]
+    return p[:, 0] * v + (p[:, 1:] * values).sum(1)
+
+
+def packed_positives(x: torch.Tensor, layout: Layout, k_num: int) -> torch.Tensor:
+    """positive_matching in all images at once, as rows of the tokens: [T, k_num]."""
+    rows = neighbour_rows(layout, x.device)
+    x = F.normalize(x.float(), dim=-1)
+    first_half = torch.stack([(x * x[rows[:, j]]).sum(-1) for j in range(4)], dim=1)  # [T, 4, D] is large
+    # similarity is symmetric: to the neighbour in direction j as that one's in the opposite direction, 7 - j
+    opposite = rows[:, 4:] * 4 + torch.arange(3, -1, -1, device=rows.device)
+    similarity = torch.cat([first_half, first_half.flatten()[opposite]], dim=1)
+    return rows.gather(1, similarity.topk(k_num, dim=1).indices)
+
+
+def neighbour_rows(layout: Layout, device: torch.device) -> torch.Tensor:
+    """Rows of each token's 8 neighbours on a torus, [T, 8], in neighbour_similarity's order."""
+    start, parts = 0, []
+    cell = torch.arange(8, device=device)
+    cell = cell + (cell >= 4)  # 0 … 8 in the 3×3 window, whose cell 4 is the token itself
+    for images, (rows, columns) in zip(layout.images, layout.grids, strict=True):
+        token = torch.arange(rows * columns, device=device)[:, None]
+        row, column = (token // columns + cell // 3 - 1) % rows, (token % columns + cell % 3 - 1) % columns
+        first = start + rows * columns * torch.arange(images, device=device)[:, None, None]
+        parts.append((first + row * columns + column).flatten(0, 1))
+        start += images * rows * columns
+    return torch.cat(parts)
+
+
+# ---------------------------------------------------------------- both
+
+class PackedMultiCropWrapper(MultiCropWrapper):
+    """MultiCropWrapper with one pass of everything over all resolutions; its state dict is the same.
+
+    Args:
+        backbone: a VisionTransformer without class token.
+        ca_head: a SelfPatchHead.
+
+    Where one of them is of another class, which may compute something else, there is a pass for each resolution.
+    """
+
+    @property
+    def packs(self) -> bool:
+        return type(self.backbone) is VisionTransformer and type(self.ca_head) is SelfPatchHead and self.ca_head.fast
+
+    def packed_features(self, crops: list[torch.Tensor]) -> tuple[torch.Tensor, Layout]:
+        return packed_features(self.backbone, self.batches(crops))
+
+    def features(self, crops: list[torch.Tensor]) -> list[tuple[torch.Tensor, tuple[int, int]]]:
+        if not self.packs:
+            return super().features(crops)
+        x, layout = self.packed_features(crops)
+        return list(zip(layout.split(x), layout.grids, strict=True))
+
+    def forward(self, crops: list[torch.Tensor]) -> CropLogits:
+        if not self.packs:
+            return super().forward(crops)
+        x, layout = self.packed_features(crops)
+        if not self.use_patches:
+            return CropLogits(self.c_head.factors(packed_class_tokens(self.ca_head, x, layout)), [])
+        return self.logits(*packed_student(self.ca_head, x, layout), layout.shapes)
+
+    def targets(self, crops: list[torch.Tensor]) -> CropLogits:
+        if not self.packs or not self.use_patches:
+            return super().targets(crops)
+        x, layout = self.packed_features(crops)
+        return self.logits(*packed_targets(self.ca_head, x, layout), layout.shapes)

@@ -1,0 +1,296 @@
+"""The paper's idea: each patch learns from the neighbours that look most like it (Yun et al. 2022, arXiv 2206.07990).
+
+    head = SelfPatchHead(384, num_heads=6, k_num=4)
+    student = head(x)               # [B, N, D] -> [B, 1 + N, D]: class token over all patches, then the patches
+    teacher = head.targets(x)       # the same class token, then for each patch a summary of its positives
+"""
+import torch
+import torch.nn.functional as F
+from timm.layers import Mlp, trunc_normal_
+from torch import nn
+
+from selfpatch.errors import ConfigError
+from selfpatch.method.vision_transformer import CropLogits, Logits, init_weights
+
+
+def neighbour_similarity(x: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """Cosine similarity of every patch to its 8 neighbours on a torus, [B, N, 8] in float32.
+
+    Neighbours are in row-major order: upper left, upper, upper right, left, right, lower left, lower, lower right.
+
+    Args:
+        x: patch features [B, N, D], row-major.
+        grid: rows and columns of patches, rows · columns = N.
+    """
+    x = F.normalize(x.float(), dim=-1).unflatten(1, grid)
+    first_half = []
+    for dy, dx in ((-1, -1), (-1, 0), (-1, 1), (0, -1)):
+        first_half.append((x * x.roll((-dy, -dx), dims=(1, 2))).sum(-1))
+    # similarity is symmetric: a patch's lower right neighbour is the one whose upper left neighbour it is, and so on
+    second_half = [s.roll((dy, dx), dims=(1, 2)) for s, (dy, dx) in
+                   zip(reversed(first_half), ((0, -1), (-1, 1), (-1, 0), (-1, -1)), strict=True)]
+    return torch.stack(first_half + second_half, dim=-1).flatten(1, 2)
+
+
+def positive_matching(x: torch.Tensor, grid: tuple[int, int], k_num: int) -> torch.Tensor:
+    """Indices [B, N, k_num] of the neighbours most similar to each patch, best first (SelfPatch, positive matching)."""
+    _, neighbour = neighbour_similarity(x, grid).topk(k_num, dim=-1)
+    cell = neighbour + (neighbour >= 4)  # 0 … 8 in the 3×3 window, whose cell 4 is the patch itself
+    patch = torch.arange(x.shape[1], device=x.device)[:, None]
+    row = (patch // grid[1] + cell // 3 - 1) % grid[0]
+    column = (patch % grid[1] + cell % 3 - 1) % grid[1]
+    return row * grid[1] + column
+
+
+def gather_patches(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Rows of x [B, N, D] at index [B, N, k] -> [B·N, k, D]."""
+    rows = index + torch.arange(len(x), device=x.device)[:, None, None] * x.shape[1]
+    return x.flatten(0, 1)[rows.flatten(0, 1)]
+
+
+class ClassAttention(nn.Module):
+    """Multi-head attention with the class token as its only query (CaiT, Touvron et al. 2021, Sec. 3).
+
+    The three methods compute the same from different inputs: forward is the plain form.
+    """
+
+    def __init__(self, dim: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.q, self.k, self.v, self.proj = (nn.Linear(dim, dim) for _ in range(4))
+
+    def forward(self, u: torch.Tensor) -> torch.Tensor:
+        """softmax(q kᵀ / √d) v with q from the class token u[:, 0], and k, v from all of u [B, 1 + M, D] -> [B, D]."""
+        q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, heads, 1 or 1 + M, d]
+                   for t in (self.q(u[:, :1]), self.k(u), self.v(u)))
+        weights = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1)
+        return self.proj((weights @ v).transpose(1, 2).flatten(1))
+
+    def attend_projected(self, c: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """From class tokens c [B, D] and the patches' own keys and values [B, M, D], projected beforehand -> [B, D]."""
+        k = torch.cat([self.k(c)[:, None], keys], dim=1)
+        v = torch.cat([self.v(c)[:, None], values], dim=1)
+        q, k, v = (t.unflatten(-1, (self.num_heads, -1)) for t in (self.q(c)[:, None], k, v))
+        # with one query per row a fused kernel saves nothing, and those on GPUs stop at 65,535 rows
+        weights = ((q * k).sum(-1) * k.shape[-1] ** -0.5).softmax(dim=1)
+        return self.proj((weights[..., None] * v).sum(1).flatten(1))
+
+    def attend_absorbed(self, u: torch.Tensor) -> torch.Tensor:
+        """From u [B, 1 + M, D] as in forward, without projecting M patches for one query -> [B, D].
+
+        The key projection is absorbed into the query, q·(K u) = (Kᵀ q)·u, and the values are projected after mixing.
+        """
+        q, (K, V) = self.q(u[:, 0]), (layer.weight.unflatten(0, (self.num_heads, -1)) for layer in (self.k, self.v))
+        q, bias = q.unflatten(-1, (self.num_heads, -1)), self.k.bias.unflatten(0, (self.num_heads, -1))
+        scores = torch.einsum("bhd,hdD->bhD", q, K) @ u.mT + (q * bias).sum(-1, keepdim=True)
+        mixed = (scores * q.shape[-1] ** -0.5).softmax(-1) @ u
+        return self.proj(torch.einsum("bhD,hdD->bhd", mixed, V).flatten(1) + self.v.bias)
+
+
+class ClassAttentionBlock(nn.Module):
+    """Pre-norm class attention and MLP on class tokens c; patches x are keys and values, and do not change.
+
+    The three ways through it are those of ClassAttention.
+    """
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float = 4.0):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = ClassAttention(dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+
+    def forward(self, c: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Class tokens c [B, D] over patches x [B, M, D] -> [B, D]."""
+        c = c + self.attn(self.norm1(torch.cat([c[:, None], x], dim=1)))
+        return c + self.mlp(self.norm2(c))
+
+    def project(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [B, N, D] of patches x [B, N, D]."""
+        u = self.norm1(x)
+        return self.attn.k(u), self.attn.v(u)
+
+    def attend_projected(self, c: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        c = c + self.attn.attend_projected(self.norm1(c), keys, values)
+        return c + self.mlp(self.norm2(c))
+
+    def attend_absorbed(self, c: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        c = c + self.attn.attend_absorbed(self.norm1(torch.cat([c[:, None], x], dim=1)))
+        return c + self.mlp(self.norm2(c))
+
+
+class SelfPatchHead(nn.Module):
+    """Positive matching and aggregation of neighbouring patches (SelfPatch, Sec. 3).
+
+    The student calls the head, the teacher its targets. Both exist in the paper's plain form and in a faster one. The
+    faster one is the default, except in a subclass that overrides the plain methods, summarise or aggregate.
+
+    Args:
+        in_dim: width of the backbone.
+        num_heads: attention heads, as many as the backbone has.
+        k_num: positives of a patch among its 8 neighbours.
+
+    Raises:
+        ConfigError: k_num is not in 1 … 8.
+    """
+
+    fast = True
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if {"summarise", "aggregate"} & cls.__dict__.keys():
+            cls.fast = False  # or the change would have no effect
+
+    def __init__(self, in_dim: int, num_heads: int, k_num: int = 4):
+        super().__init__()
+        if not 1 <= k_num <= 8:
+            raise ConfigError(f"k_num is {k_num}, but a patch has 8 neighbours: choose 1 to 8")
+        self.k_num = k_num
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, in_dim))
+        self.cls_blocks = nn.ModuleList(ClassAttentionBlock(in_dim, num_heads) for _ in range(2))
+        self.norm = nn.LayerNorm(in_dim, eps=1e-6)
+        trunc_normal_(self.cls_token, std=0.02)
+        self.apply(init_weights)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Student: backbone features x [B, N, D] -> class token over all patches, and the patches, [B, 1 + N, D]."""
+        return self.norm(torch.cat([self.class_token(x)[:, None], x], dim=1))
+
+    def image_token(self, x: torch.Tensor) -> torch.Tensor:
+        """Row 0 of forward and of targets alone, [B, 1, D]: all that DINO's loss needs."""
+        return self.norm(self.class_token(x)[:, None])
+
+    def targets(self, x: torch.Tensor, grid: tuple[int, int] | None = None) -> torch.Tensor:
+        """Teacher: x [B, N, D] -> class token over all patches, and over each patch's positives, [B, 1 + N, D].
+
+        Args:
+            grid: rows and columns of patches; a square if None.
+
+        Raises:
+            ConfigError: the grid does not have N patches, or has fewer than 3 in a side.
+        """
+        positives = positive_matching(x, check_grid(x.shape[1], grid), self.k_num)
+        if self.fast:
+            c, targets = self.aggregate_projected(x, positives)
+        else:
+            c, targets = self.summarise(x), self.aggregate(x, positives)
+        return self.norm(torch.cat([c[:, None], targets], dim=1))
+
+    def class_token(self, x: torch.Tensor) -> torch.Tensor:
+        return self.summarise_absorbed(x) if self.fast else self.summarise(x)
+
+    def summarise(self, x: torch.Tensor) -> torch.Tensor:
+        """What the class token gathers from patches x [B, M, D] in the two blocks, [B, D]."""
+        c = self.cls_token[:, 0].expand(len(x), -1)
+        for block in self.cls_blocks:
+            c = block(c, x)
+        return c
+
+    def aggregate(self, x: torch.Tensor, positives: torch.Tensor) -> torch.Tensor:
+        """Each patch's target [B, N, D]: what the class token gathers from its positives (indices [B, N, k]) alone."""
+        return self.summarise(gather_patches(x, positives)).unflatten(0, positives.shape[:2])
+
+    def summarise_absorbed(self, x: torch.Tensor) -> torch.Tensor:
+        """summarise, for many patches: no patch is projected."""
+        c = self.cls_token[:, 0].expand(len(x), -1)
+        for block in self.cls_blocks:
+            c = block.attend_absorbed(c, x)
+        return c
+
+    def aggregate_projected(self, x: torch.Tensor, positives: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """summarise(x) and aggregate(x, positives): each patch is projected once, however often it is a positive."""
+        B, N, D = x.shape
+        c = self.cls_token[:, 0].expand(B, D)
+        targets = self.cls_token[:, 0].expand(B * N, D)
+        for block in self.cls_blocks:
+            keys, values = block.project(x)
+            c = block.attend_projected(c, keys, values)
+            targets = block.attend_projected(targets, gather_patches(keys, positives),
+                                             gather_patches(values, positives))
+        return c, targets.unflatten(0, (B, N))
+
+
+def check_grid(num_patches: int, grid: tuple[int, int] | None) -> tuple[int, int]:
+    """The grid, a square if None.
+
+    Raises:
+        ConfigError: it has another number of patches, or fewer than 3 in a side.
+    """
+    grid = grid or (round(num_patches ** 0.5),) * 2
+    if grid[0] * grid[1] != num_patches:
+        raise ConfigError(f"{num_patches} patches do not fill a grid of {grid[0]}×{grid[1]}: pass the right grid")
+    if min(grid) < 3:
+        raise ConfigError(f"on a {grid[0]}×{grid[1]} grid a patch has no 8 distinct neighbours: "
+                          "the crop needs at least 3 patches a side")
+    return grid
+
+
+class MultiCropWrapper(nn.Module):
+    """Backbone and heads over a list of crops, one forward pass per resolution.
+
+    The student is called, wrapper(crops); the teacher gives wrapper.targets(crops).
+
+    Args:
+        backbone: gives patch features [B, N, D], and grid_size(images).
+        ca_head: the SelfPatchHead. The four names are the prefixes in every checkpoint.
+        c_head, p_head: projection heads (DINOHead) of the class token and of the patches.
+        use_patches: False for DINO: no patch logits, and a teacher that sees the two global crops only.
+    """
+
+    def __init__(self, backbone: nn.Module, ca_head: nn.Module, c_head: nn.Module, p_head: nn.Module,
+                 use_patches: bool = True):
+        super().__init__()
+        self.backbone, self.ca_head, self.c_head, self.p_head = backbone, ca_head, c_head, p_head
+        self.use_patches = use_patches
+
+    def forward(self, crops: list[torch.Tensor]) -> CropLogits:
+        """Student: logits of each crop's class token and of its patches.
+
+        Args:
+            crops: V tensors [B, 3, H, W], equal sizes next to each other, the two global ones first.
+        """
+        if not self.use_patches:
+            return self.project([self.ca_head.image_token(x) for x, _ in self.features(crops)])
+        return self.project([self.ca_head(x) for x, _ in self.features(crops)])
+
+    def targets(self, crops: list[torch.Tensor]) -> CropLogits:
+        """Teacher: the same of each crop's class token, and of what it gathers from each patch's positives."""
+        if not self.use_patches:
+            return self.project([self.ca_head.image_token(x) for x, _ in self.features(crops[:2])])
+        return self.project([self.ca_head.targets(x, grid) for x, grid in self.features(crops)])
+
+    def compile(self, **kwargs) -> None:
+        """Compile both in place; names in the state dict stay."""
+        super().compile(**kwargs)
+        self.targets = torch.compile(self.targets, **kwargs)
+
+    def features(self, crops: list[torch.Tensor]) -> list[tuple[torch.Tensor, tuple[int, int]]]:
+        """Backbone features [V_r·B, N_r, D] of each run of V_r equally sized crops, and the grid of their patches."""
+        return [(self.backbone(images), self.backbone.grid_size(images)) for images in self.batches(crops)]
+
+    @staticmethod
+    def batches(crops: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Each run of V_r equally sized crops as one tensor [V_r·B, 3, H_r, W_r]."""
+        runs = []
+        for crop in crops:  # torch 2.6 cannot compile itertools.groupby over shapes
+            if runs and runs[-1][0].shape == crop.shape:
+                runs[-1].append(crop)
+            else:
+                runs.append([crop])
+        return [torch.cat(run) for run in runs]
+
+    def project(self, tokens: list[torch.Tensor]) -> CropLogits:
+        """Tokens [V_r·B, 1 + N_r, D] of each resolution -> logits, with one pass of each projection head."""
+        image = torch.cat([t[:, 0] for t in tokens])
+        if not self.use_patches:
+            return CropLogits(self.c_head.factors(image), [])
+        patches = torch.cat([t[:, 1:].flatten(0, 1) for t in tokens])
+        return self.logits(image, patches, [(len(t), t.shape[1] - 1) for t in tokens])
+
+    def logits(self, image: torch.Tensor, patches: torch.Tensor, shapes: list[tuple[int, int]]) -> CropLogits:
+        """Logits of image tokens [I, D], and of patches [T, D], of which shapes has images and patches of each."""
+        image = self.c_head.factors(image)
+        z, prototypes = self.p_head.factors(patches)
+        parts = z.split([images * patches for images, patches in shapes])
+        return CropLogits(image, [Logits(part.unflatten(0, shape), prototypes)
+                                  for part, shape in zip(parts, shapes, strict=True)])

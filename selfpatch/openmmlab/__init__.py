@@ -1,0 +1,1 @@
+"""Mask R-CNN, Semantic FPN and UperNet through mmdetection and mmsegmentation."""

@@ -1,0 +1,1 @@
+"""The pretraining job: options, steps, epochs, resuming and logs."""

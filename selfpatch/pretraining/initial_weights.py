@@ -1,0 +1,133 @@
+"""Starting a run from the weights of a checkpoint: its backbone for student and teacher, and its heads where they fit.
+
+    source, info = read_initial_weights("dino_vits16.pth", "vit_small", patch_size=16)
+    print(set_initial_weights(student, teacher, source, info))
+
+Any file that checkpoints/loading.py reads will do. Of a training run the teacher is taken, for the
+student too, so that both start equal, as in a run from scratch.
+"""
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from selfpatch.checkpoints import layouts
+from selfpatch.checkpoints.info import CheckpointInfo
+from selfpatch.checkpoints.loading import build_backbone, check_state_dict, print_line, read_backbone
+from selfpatch.distributed.processes import is_main_process
+from selfpatch.errors import ConfigError, printable
+from selfpatch.method.selfpatch_head import MultiCropWrapper
+from selfpatch.method.vision_transformer import ARCHS, VisionTransformer
+
+OURS = "SelfPatch run"
+HEADS = {"ca_head": "", "c_head": "--out_dim", "p_head": "--out_dim_selfpatch"}  # and what says how large they are
+
+
+def read_initial_weights(path: str, arch: str, patch_size: int) -> tuple[VisionTransformer, CheckpointInfo]:
+    """The network in the file of --init_weights and its metadata; rank 0 prints the loader's line about it.
+
+    Args:
+        path: file, or a run's folder.
+        arch, patch_size: of the run.
+
+    Raises:
+        ConfigError: the file cannot be read, or holds another network than the options ask for.
+    """
+    state, info = read_backbone(path)
+    source = build_backbone(state, info)
+    if is_main_process():
+        heads = HEADS if info.kind.startswith(OURS) else ()  # which set_initial_weights will report on
+        print_line(source, replace(info, ignored=tuple(name for name in info.ignored if name not in heads)))
+    if ARCHS[arch] is not ARCHS[info.arch]:
+        raise ConfigError(f"--arch {arch} contradicts --init_weights {info.path}, which holds {info.arch}: give --arch "
+                          f"{info.arch}, or another file")
+    if patch_size != info.patch_size:
+        raise ConfigError(f"--patch_size {patch_size} contradicts --init_weights {info.path}, whose patch size is "
+                          f"{info.patch_size}: give --patch_size {info.patch_size}, or another file")
+    with torch.device("meta"):
+        num_heads = ARCHS[arch](patch_size=patch_size).num_heads
+    if source.num_heads != num_heads:  # a checkpoint of the run could not tell, so that every job would read it wrongly
+        raise ConfigError(f"--arch {arch} trains with {num_heads} attention heads, and the network of --init_weights "
+                          f"{info.path} has {source.num_heads} ({info.heads_from}): give another file")
+    return source, info
+
+
+def backbone_state(source: VisionTransformer, grid: int) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """A network's weights for this project's backbone, and in words what is changed for it.
+
+    Class token and final norm are left out. A run's position embedding is always laid out for images of 224 pixels,
+    whatever its crops, so that any run can be resumed and read by its options alone: another grid is resized to that
+    one (bicubic, by the rule of the forward pass, so that features of 224-pixel images do not change by it).
+
+    Args:
+        grid: patches per side of the run's position embedding.
+    """
+    side = round((source.pos_embed.shape[1] - source.num_prefix_tokens) ** 0.5)
+    left_out = [part for part, has in (("class token", source.has_class_token),
+                                       ("final norm", not isinstance(source.norm, nn.Identity))) if has]
+    changes = [f"without its {' and '.join(left_out)}"] if left_out else []
+    if side != grid:
+        changes.append(f"position embedding resized from {side}×{side} to {grid}×{grid}")
+    state = {name: tensor for name, tensor in source.state_dict().items()
+             if name != "cls_token" and not name.startswith("norm.")}
+    with torch.no_grad():
+        return state | {"pos_embed": source.interpolate_pos_encoding((grid, grid))}, changes
+
+
+def head_state(head: nn.Module, name: str, info: CheckpointInfo) -> tuple[dict[str, torch.Tensor] | None, str]:
+    """A head's weights in a training run, None where they do not fit, and then the reason in words.
+
+    DINO's only head is the image head.
+
+    Raises:
+        CheckpointError: they are of the right shapes, but sparse, not floating point or not finite.
+    """
+    prefix = f"{name}." if info.kind.startswith(OURS) else "head." if name == "c_head" else None
+    state = {key.removeprefix(prefix): tensor for key, tensor in info.other_tensors.items()
+             if prefix and key.startswith(prefix)}
+    if not info.kind.startswith(OURS) and "last_layer.weight_v" not in state:
+        return None, ""  # a classifier, if anything
+    expected = head.state_dict()
+    if not state:
+        return None, ""
+    if {key: tensor.shape for key, tensor in state.items()} != {key: t.shape for key, t in expected.items()}:
+        return None, f"another shape, see {HEADS[name]}" if HEADS[name] else "another shape"
+    message = f"the {name} in {info.path} does not fit"
+    try:
+        layouts.check_plain(state)
+    except layouts.LayoutError as error:
+        raise ConfigError(printable(f"{message}: {error}")) from None
+    check_state_dict(state, expected, message)
+    gain = state.get("last_layer.weight_g")
+    if gain is not None and not head.last_layer.weight_g.requires_grad and (gain != 1).any():
+        return None, "prototypes of other lengths than 1, see --norm_last_layer"
+    return state, ""
+
+
+def set_initial_weights(student: MultiCropWrapper, teacher: MultiCropWrapper, source: VisionTransformer,
+                        info: CheckpointInfo) -> str:
+    """Give both networks the file's weights, in place; heads that it does not have stay as they are.
+
+    The centres of the loss start at zero, as in every new run.
+
+    Args:
+        source, info: of read_initial_weights.
+
+    Returns:
+        one line that says what came from where.
+    """
+    grid = round(student.backbone.pos_embed.shape[1] ** 0.5)
+    state, changes = backbone_state(source, grid)
+    student.backbone.load_state_dict(state)
+    taken, fresh = ["backbone" + (f" ({'; '.join(changes)})" if changes else "")], []
+    for name in HEADS:
+        head = getattr(student, name)
+        state, reason = head_state(head, name, info)
+        if state is None:
+            fresh.append(name + (f" ({reason})" if reason else ""))
+        else:
+            head.load_state_dict(state)
+            taken.append(name)
+    teacher.load_state_dict(student.state_dict())
+    return printable(f"student and teacher start with {', '.join(taken)} from {info.path}; "
+                     + (f"fresh: {', '.join(fresh)}" if fresh else "nothing is fresh"))

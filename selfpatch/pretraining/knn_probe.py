@@ -1,0 +1,71 @@
+"""k-NN accuracy of the teacher while it is trained: on images with classes, which training does not see.
+
+    probe = KnnProbe("imagenet/val", image_size=224)
+    probe(run.teacher)                          # {"knn_top1": 51.2, "knn_top5": 76.4, "knn_seconds": 30.1}
+"""
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader
+
+from selfpatch.distributed.processes import get_world_size
+from selfpatch.evaluation.image_features import ImageFeature, eval_transform, open_pair, share_loader
+from selfpatch.evaluation.knn import knn_accuracy
+from selfpatch.method.selfpatch_head import MultiCropWrapper
+
+K = 20
+HELD_OUT = 0.2  # of a folder without train/ and val/: classified by the rest
+
+
+class Interruptible:
+    """The batches of a rank's share of images, with a function called between them, equally often on all ranks."""
+
+    def __init__(self, loader: DataLoader, check: Callable[[], None]):
+        self.loader, self.dataset, self.check = loader, loader.dataset, check
+
+    def __iter__(self) -> Iterator:
+        # of several ranks one may fail within the batches, and then the others would wait for it here
+        self.check()
+        for batch in self.loader:
+            yield batch
+            if get_world_size() == 1:
+                self.check()
+
+
+class KnnProbe:
+    """Classifies images by their 20 nearest neighbours (see evaluation/knn.py), features being SelfPatch's class token.
+
+    Where there are fewer than 20 images to compare with, all of them are the neighbours.
+
+    Args:
+        folder: with train/ and val/ in it, each with class folders; or class folders, of whose images every fifth is
+            classified by the others.
+        image_size: side of the centre crop.
+        batch_size, num_workers: of the loader, in each process.
+        dtype: of autocast; float32 for none.
+
+    Raises:
+        ConfigError: there is no such folder, or its classes or images do not fit.
+    """
+
+    def __init__(self, folder: str | Path, image_size: int = 224, batch_size: int = 64, num_workers: int = 0,
+                 device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32):
+        divided = (Path(folder) / "train").is_dir() and (Path(folder) / "val").is_dir()
+        pair = open_pair(folder, None, None, None if divided else HELD_OUT, transform=eval_transform(image_size))
+        self.device, self.dtype = torch.device(device), dtype
+        self.loaders = [share_loader(images, batch_size, num_workers, self.device.type == "cuda") for images in pair]
+
+    def __call__(self, teacher: MultiCropWrapper, check: Callable[[], None] = lambda: None) -> dict[str, float]:
+        """Accuracies in per cent, and how long they took. Every rank calls it.
+
+        Args:
+            check: called after each batch, or, with several ranks, before each set of images; what it raises ends the
+                evaluation.
+        """
+        start = time.monotonic()
+        loaders = [Interruptible(loader, check) for loader in self.loaders]
+        feature = ImageFeature(teacher.backbone, "head", head=teacher.ca_head, dtype=self.dtype)
+        accuracy = next(iter(knn_accuracy(feature, *loaders, ks=[K], device=self.device).values()))
+        return {"knn_top1": accuracy.top1, "knn_top5": accuracy.top5, "knn_seconds": time.monotonic() - start}

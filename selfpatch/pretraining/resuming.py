@@ -1,0 +1,242 @@
+"""Continuing a run: what its checkpoint holds besides the training state, and whether it is still the same run."""
+import argparse
+import os
+import random
+import re
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from selfpatch.checkpoints.files import read_checkpoint
+from selfpatch.data.dataset import TrainingImages
+from selfpatch.data.loader import CropLoader
+from selfpatch.distributed.processes import Processes, is_distributed
+from selfpatch.errors import ConfigError
+from selfpatch.method.training_run import TrainingRun
+from selfpatch.method.vision_transformer import ARCHS
+from selfpatch.pretraining.logs import MetricLogger
+from selfpatch.pretraining.run_folder import RunFolder
+
+# With another value of one of these it would be another run; "batch" is the images of a step, "data" the images.
+# With another network or optimizer the checkpoint does not fit at all.
+FIXED = ("k_num", "norm_last_layer", "patch_loss_weight", "global_crops_scale", "global_crops_size",
+         "local_crops_number", "local_crops_scale", "local_crops_size", "seed", "batch", "data")
+# where files are and how the work is done, not what is computed
+IRRELEVANT = {"data_path", "output_dir", "init_weights", "saveckp_freq", "save_every_minutes", "save_every_steps",
+              "log_every", "log_with", "tensorboard", "peak_tflops", "num_workers", "max_bad_images", "loader_timeout",
+              "allow_changed", "knn_data", "knn_every", "device", "dist_url", "dist_timeout", "port", "local_rank",
+              "world_size", "batch_size_per_gpu", "accum_steps", "fused_loss", "compile", "checkpoint_activations",
+              "pack_crops"}
+
+
+# paths of one folder on different machines, and what each process or machine has of its own; "data" is compared
+MAY_DIFFER_BETWEEN_RANKS = {"data_path", "knn_data", "num_workers", "device", "dist_url", "port", "local_rank"}
+
+
+def fix_random_seeds(*seed: int) -> None:
+    """Seed torch, numpy and random from one or several numbers, such as (seed, rank, epoch)."""
+    mixed = int(np.random.SeedSequence(seed).generate_state(1)[0])
+    torch.manual_seed(mixed)
+    np.random.seed(mixed)
+    random.seed(mixed)
+
+
+def plain_args(args: argparse.Namespace, world_size: int, dataset: TrainingImages | None = None) -> dict:
+    """The options as plain values, which torch.load(weights_only=True) reads, and what identifies the images."""
+    plain = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    return plain | {"world_size": world_size} | ({"data": describe_images(dataset)} if dataset else {})
+
+
+def describe_images(dataset: TrainingImages) -> str:
+    """Number of images, and a checksum of their names, the same in every form of the data."""
+    checksum = 0
+    for name in dataset.images.names:
+        checksum = zlib.crc32(name.encode(errors="surrogateescape"), checksum)
+    return f"{len(dataset)} images, checksum {checksum:08x}"
+
+
+def with_batch(args: dict) -> dict:
+    """The options and "batch", the images of a step, where the number of processes is known."""
+    counts = [args.get(name) for name in ("batch_size_per_gpu", "world_size")]
+    return args if None in counts else args | {"batch": counts[0] * counts[1] * args.get("accum_steps", 1)}
+
+
+def differences(ours: dict, theirs: dict) -> dict[str, tuple]:
+    """name: (our value, theirs) of every option that both have and that changes what is computed."""
+    def comparable(name: str, value):
+        if name == "arch":
+            return ARCHS.get(value, value)  # deit_small is vit_small
+        if name == "data" and isinstance(value, str):
+            return re.sub(r" in \d+ folders", "", value)  # as it was written before lists had no folders
+        return list(value) if isinstance(value, tuple) else value
+
+    ours, theirs = with_batch(ours), with_batch(theirs)
+    return {name: (ours[name], theirs[name]) for name in ours if name in theirs and name not in IRRELEVANT
+            and comparable(name, ours[name]) != comparable(name, theirs[name])}
+
+
+def compare_with_checkpoint(ours: dict, theirs: dict, allowed: list[str], path: Path) -> list[str]:
+    """What has changed since the checkpoint was written, as lines to print.
+
+    Raises:
+        ConfigError: it would be another run, and allowed does not name the option.
+    """
+    changed = differences(ours, theirs)
+    if refused := [name for name in changed if name in FIXED and name not in allowed]:
+        what = ", ".join(f"{option(name)} {changed[name][0]} (there {changed[name][1]})" for name in refused)
+        raise ConfigError(f"{path} is of another run: {what}; give its values, choose another --output_dir, or "
+                          f"continue all the same with --allow_changed {' '.join(refused)}")
+    return [f"changed since the checkpoint: {option(name)} {new} (was {old})" for name, (new, old) in changed.items()]
+
+
+def unused_weights(given: str, saved: str | None, path: Path) -> str:
+    """The line about --init_weights where a run continues; empty where the option is not given.
+
+    Args:
+        saved: with which the run began, "" for random weights; None if its checkpoint does not say.
+    """
+    if not given:
+        return ""
+    began = ""
+    if saved is not None and (not saved or os.path.abspath(saved) != os.path.abspath(given)):
+        began = f", of a run that began from {saved or 'random weights'}: for a new run choose another --output_dir"
+    return f"--init_weights {given} is not used: continuing from {path}{began}"
+
+
+def option(name: str) -> str:
+    return {"batch": "images in a step:", "data": "data:"}.get(name, f"--{name}")
+
+
+def compare_ranks(ours: dict) -> None:
+    """Find out whether all ranks have the same options and images.
+
+    Raises:
+        ConfigError: on every rank, naming the first rank that differs from rank 0, and the option.
+    """
+    if not is_distributed():
+        return
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, ours)
+    for rank, theirs in enumerate(everyone):
+        for name in sorted((ours.keys() | theirs.keys()) - MAY_DIFFER_BETWEEN_RANKS):
+            first, other = everyone[0].get(name), theirs.get(name)
+            if first != other:
+                raise ConfigError(f"rank {rank} has {option(name)} {other}, rank 0 {first}: start all processes with "
+                                  "the same options and the same images")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The state within an epoch
+
+
+def epoch_state(loader: CropLoader, logger: MetricLogger) -> dict:
+    """What a checkpoint within an epoch holds besides the run's state: sums of losses and random states, by rank."""
+    own = {"loader": loader.state_dict(), "meters": logger.state_dict()}
+    if not is_distributed():
+        return {"ranks": [own]}
+    ranks = [None] * dist.get_world_size()
+    dist.all_gather_object(ranks, own)
+    return {"ranks": ranks}
+
+
+def resume(run: TrainingRun, loader: CropLoader, folder: RunFolder, path: Path | None, args: argparse.Namespace,
+           processes: Processes) -> tuple[dict, dict]:
+    """Continue from the folder's checkpoint where there is one, on all ranks alike.
+
+    Args:
+        path: what folder.find returned on rank 0.
+
+    Returns:
+        the arguments of RunLog that the checkpoint has kept, and the state within the epoch for begin_epoch, {} at
+        the start of one.
+
+    Raises:
+        ConfigError: the checkpoint is damaged, does not fit, or is of another run.
+    """
+    if path is None:
+        return {"rows": []}, {}
+    state = folder.take_state() or read_checkpoint(path)
+    check_types(state, path)
+    saved = state.get("args") or {}
+    saved = dict(saved) if isinstance(saved, dict) else vars(saved)
+    ours = plain_args(args, processes.world_size, loader.dataset)
+    for line in compare_with_checkpoint(ours, saved, args.allow_changed, path):
+        if processes.rank == 0:
+            print(line)
+    if processes.rank == 0 and (line := unused_weights(args.init_weights, saved.get("init_weights"), path)):
+        print(line)
+    if steps := state.get("step_of_epoch"):
+        state["step_of_epoch"] = convert_steps(steps, with_batch(saved).get("batch"), with_batch(ours)["batch"], path)
+    try:
+        run.load_state_dict(state)
+    except ConfigError as error:
+        changed = "".join(f", here {option(name)} {new} and there {old}"
+                          for name, (new, old) in differences(ours, saved).items())
+        raise ConfigError(f"{path}: {error}{changed}: give the options of that run, or another --output_dir") from None
+    if run.epoch > args.epochs or (run.epoch == args.epochs and run.step % run.steps_per_epoch):
+        raise ConfigError(f"--epochs {args.epochs}, but {path} is in epoch {run.epoch} already: give more --epochs, or "
+                          "another --output_dir")
+    log = {"resumed": run.step > 0, "start_epoch": run.epoch, "rows": state.get("log"),
+           "older": state.get("older_log", [0, 0])}
+    return log, {"ranks": state["ranks"]} if "ranks" in state else {}
+
+
+def check_types(state: dict, path: Path) -> None:
+    """Raise ConfigError if what a checkpoint holds besides the training state is of other types than it should be."""
+    def rows_ok(rows) -> bool:
+        return rows is None or isinstance(rows, list) and all(
+            isinstance(row, dict) and isinstance(row.get("epoch"), int) for row in rows)
+
+    def ranks_ok(ranks) -> bool:
+        return ranks is None or isinstance(ranks, list) and all(
+            isinstance(rank, dict) and isinstance(rank.get("loader"), dict) and isinstance(rank.get("meters"), dict)
+            for rank in ranks)
+
+    older = state.get("older_log", [0, 0])
+    sound = {"args": isinstance(state.get("args"), dict | argparse.Namespace | None), "log": rows_ok(state.get("log")),
+             "ranks": ranks_ok(state.get("ranks")),
+             "step_of_epoch": isinstance(state.get("step_of_epoch", 0), int) and state.get("step_of_epoch", 0) >= 0,
+             "older_log": isinstance(older, list) and [type(number) for number in older] == [int, int]}
+    if wrong := [name for name, is_sound in sound.items() if not is_sound]:
+        raise ConfigError(f"{path}: its {wrong[0]} is not what a training run writes: give another --output_dir")
+
+
+def convert_steps(steps: int, old_batch: int | None, new_batch: int, path: Path) -> int:
+    """Steps into an epoch with new_batch images each that are as many images as steps with old_batch.
+
+    Raises:
+        ConfigError: there is no such number.
+    """
+    images = steps * (old_batch or new_batch)
+    if images % new_batch:
+        raise ConfigError(f"{path} lies {images} images into an epoch, which is no whole number of steps of "
+                          f"{new_batch} images: continue with {old_batch} images a step until the epoch ends")
+    return images // new_batch
+
+
+def begin_epoch(run: TrainingRun, loader: CropLoader, logger: MetricLogger, within: dict, seed: int,
+                processes: Processes) -> None:
+    """Seed everything for the epoch that run.step is in, and place loader and logger where they were within it.
+
+    The batches are those of the run that was not interrupted, to the bit, with the same numbers of processes and
+    workers; with others, their images are.
+    """
+    ranks, step = within.get("ranks", []), run.step % run.steps_per_epoch
+    loader.sampler.set_epoch(run.epoch)
+    same = len(ranks) == processes.world_size and all(
+        ranks[processes.rank]["loader"].get(name) == number for name, number in (
+            ("num_workers", loader.batches.num_workers), ("batch_size", loader.batch_size)))
+    # seeds depend on the epoch alone: a resumed run draws what the uninterrupted one would have drawn
+    fix_random_seeds(seed, processes.rank, run.epoch, *([] if same or not step else [step]))
+    if same:
+        loader.load_state_dict(ranks[processes.rank]["loader"])
+        logger.load_state_dict(ranks[processes.rank]["meters"])
+    elif step:
+        loader.load_state_dict({"batch": step * run.accum_steps})
+        if processes.rank == 0:  # the epoch's means are over all ranks
+            for name in ranks[0]["meters"] if ranks else ():
+                sums = torch.tensor([rank["meters"][name] for rank in ranks], dtype=torch.float64).sum(0)
+                logger.load_state_dict({name: sums.tolist()})

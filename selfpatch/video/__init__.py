@@ -1,0 +1,1 @@
+"""DAVIS 2017: label propagation through videos and its scores."""

@@ -1,0 +1,321 @@
+"""DAVIS on disk: which sequences there are, their frames, and indexed PNG masks.
+
+    DAVIS/ImageSets/2017/val.txt                     one sequence per line
+    DAVIS/JPEGImages/480p/<sequence>/00000.jpg …     frames, named by number
+    DAVIS/Annotations/480p/<sequence>/00000.png …    masks: 0 background, 1 … n objects, 255 void
+
+Frames and masks are read as stored: an EXIF orientation tag is ignored, since nothing would turn the mask with it.
+"""
+import codecs
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from selfpatch.data.files import UnreadableImage, is_hidden, load_ids, load_rgb, open_image, orientation, read_bytes
+from selfpatch.errors import ConfigError
+
+VOID = 255
+SCALE_SIZE = 480  # short side of the frames that a backbone sees
+MIN_SIDE, MAX_ASPECT = 16, 16  # of a frame: smaller or longer ones leave nothing to segment, or no memory
+
+
+class DataError(ConfigError):
+    """Something in the user's files cannot be used; the message names the file and says why."""
+
+
+def davis_palette() -> bytes:
+    """256 RGB colours: bits 0, 3, 6 of the id become the highest bits of red, bits 1, 4, 7 of green, 2, 5 of blue."""
+    ids = np.arange(256)
+    colours = np.zeros((256, 3), np.uint8)
+    for channel in range(3):
+        for bit in range(3):
+            colours[:, channel] |= ((ids >> (3 * bit + channel) & 1) << (7 - bit)).astype(np.uint8)
+    return colours.tobytes()
+
+
+DAVIS_PALETTE = davis_palette()
+
+
+class Mask(NamedTuple):
+    """A mask and how it was read: ids, uint8 [H, W], its palette, whether 255 stood for an object, its EXIF tag."""
+    ids: np.ndarray
+    palette: bytes = DAVIS_PALETTE
+    binary: bool = False
+    orientation: int = 1
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """A video: its name, its frames in order, and the annotation of its first frame, as a file and as read."""
+    name: str
+    frames: tuple[Path, ...]
+    annotation: Path
+    mask: Mask = field(repr=False, compare=False)
+
+    def annotations(self) -> list[Path] | None:
+        """The annotation of every frame, or None if some frames have none."""
+        paths = [self.annotation.with_name(f"{frame.stem}.png") for frame in self.frames]
+        return paths if all(path.is_file() for path in paths) else None
+
+    def lacks_end(self) -> bool:
+        """Whether there are annotations of frames after the last one."""
+        return max(mask_numbers(self.annotation.parent)) > int(self.frames[-1].stem)
+
+
+# ---------------------------------------------------------------- sequences
+
+def read_set(davis_path: str | Path, name: str = "val") -> list[str]:
+    """Sequence names of ImageSets/2017/<name>.txt, in the file's order.
+
+    Comments after # are skipped. Lines of DAVIS 2016, a frame and its mask, stand for their sequence.
+
+    Raises:
+        DataError: no such file, not UTF-8, no name, a name that occurs twice, or a line without one.
+    """
+    path = Path(davis_path) / "ImageSets" / "2017" / f"{name}.txt"
+    names, repeated = [], set()
+    for number, line in enumerate(read_lines(path), 1):
+        line = re.sub(r"(^|\s)#.*", "", line).strip()
+        # /JPEGImages/480p/bear/00000.jpg /Annotations/480p/bear/00000.png, perhaps with columns after them
+        frame = re.match(r"(.+?)\.jpe?g(\s|$)", line, re.IGNORECASE)
+        sequence = frame[1].rpartition("/")[0].rpartition("/")[2] if frame else line.rstrip("/")
+        if line and not sequence:
+            raise DataError(f"{path}: line {number} names no sequence ({line}): give a name, such as bear, or "
+                            "/JPEGImages/480p/bear/00000.jpg")
+        if sequence in names and not frame:
+            repeated.add(sequence)
+        elif line and sequence not in names:
+            names.append(sequence)
+    if not names:
+        raise DataError(f"{path}: lists no sequence")
+    if repeated:
+        raise DataError(f"{path}: lists {', '.join(sorted(repeated))} more than once")
+    return names
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text in UTF-8, with or without a byte order mark."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file; give the folder that has ImageSets and JPEGImages in it") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+    try:
+        if b"\0" in data or data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            raise UnicodeError
+        return data.decode("utf-8-sig").splitlines()
+    except UnicodeError:
+        raise DataError(f"{path}: not UTF-8 text; save it in that encoding") from None
+
+
+def numbered_files(folder: Path, suffixes: tuple[str, ...], content: str) -> list[Path]:
+    """The files of a folder with one of the suffixes, sorted by the number that each is named after.
+
+    Raises:
+        DataError: there are none, they cannot be listed, a name is not a number, or two have the same number.
+    """
+    try:
+        paths = [folder / name for name in os.listdir(folder)] if folder.is_dir() else []
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be listed ({error.strerror})") from None
+    paths = [path for path in paths if path.suffix.lower() in suffixes and not is_hidden(path.name)]
+    if not paths:
+        raise DataError(f"{folder}: no {content} ({', '.join('*' + s for s in suffixes)})")
+    for path in paths:
+        if not (path.stem.isascii() and path.stem.isdigit()):
+            raise DataError(f"{path}: the name is not a number, so its place in the video is unknown")
+    paths.sort(key=lambda path: int(path.stem))
+    for one, other in zip(paths, paths[1:], strict=False):
+        if int(one.stem) == int(other.stem):
+            raise DataError(f"{other}: {one.name} has the same number")
+    return paths
+
+
+def mask_numbers(folder: Path) -> set[int]:
+    return {int(path.stem) for path in folder.glob("*.png") if path.stem.isascii() and path.stem.isdigit()}
+
+
+def check_no_gaps(frames: list[Path], masks: set[int]) -> None:
+    """Raise DataError if the numbers of frames skip one, or lack that of a mask, be it after the last frame."""
+    numbers = [int(path.stem) for path in frames]
+    step = min((b - a for a, b in zip(numbers, numbers[1:], strict=False)), default=1)
+    expected = set(range(numbers[0], numbers[-1], step)) | masks
+    missing = sorted(expected - set(numbers))
+    if missing:
+        digits = len(frames[0].stem)
+        listed = ", ".join(f"{number:0{digits}}" for number in missing[:5]) + (", …" if missing[5:] else "")
+        raise DataError(f"{frames[0].parent}: lacks frame {listed} ({len(missing)} of {len(frames) + len(missing)}); "
+                        "--allow_gaps treats the others as consecutive")
+
+
+def check_name(name: str) -> None:
+    """Refuse a sequence name that is more than the name of a folder, such as ../x."""
+    if "/" in name or "\\" in name or is_hidden(name):
+        raise DataError(f"ImageSets/2017 lists {name!r}, which is not the name of a folder of JPEGImages/480p")
+
+
+def find_frames(davis_path: str | Path, name: str) -> list[Path]:
+    """The frames of a sequence in order. A DataError says what is wrong with its name or theirs."""
+    check_name(name)
+    return numbered_files(Path(davis_path) / "JPEGImages" / "480p" / name, (".jpg", ".jpeg"), "frames")
+
+
+def find_sequence(davis_path: str | Path, name: str, allow_gaps: bool = False) -> Sequence:
+    """The frames and first annotation of a sequence, of which only the first frame and mask are read.
+
+    Args:
+        allow_gaps: accept numbers that skip frames.
+
+    Raises:
+        DataError: bad name, no frames, frames not named by numbers or with gaps, no first annotation, one that is not
+            indexed or of another size than its frame, or a frame too small or too long to segment.
+    """
+    frames = find_frames(davis_path, name)
+    annotation = Path(davis_path) / "Annotations" / "480p" / name / f"{frames[0].stem}.png"
+    if not annotation.is_file():
+        raise DataError(f"{annotation}: the first frame's annotation is missing")
+    if not allow_gaps:
+        check_no_gaps(frames, mask_numbers(annotation.parent))
+    (width, height), mask = open_image(frames[0]).size, read_mask(annotation)
+    if mask.ids.shape != (height, width):
+        raise DataError(f"{annotation}: is {mask.ids.shape[1]}×{mask.ids.shape[0]}, its frame {width}×{height}")
+    check_sides(frames[0], width, height)
+    return Sequence(name, tuple(frames), annotation, mask)
+
+
+# ---------------------------------------------------------------- frames
+
+def check_sides(path: str | Path, width: int, height: int) -> None:
+    if min(width, height) < MIN_SIDE or max(width, height) > MAX_ASPECT * min(width, height):
+        raise DataError(f"{path}: is {width}×{height}, but a side must have {MIN_SIDE} pixels or more, and at most "
+                        f"{MAX_ASPECT} times those of the other")
+
+
+def orientation_note(path: str | Path, tag: int) -> str:
+    """What to say about the EXIF orientation tag of a frame or mask; empty if it is 1, upright."""
+    return "" if tag == 1 else f"{path}: EXIF orientation {tag} is ignored, as masks are of the pixels as stored"
+
+
+def resized_shape(height: int, width: int, scale_size: int = SCALE_SIZE) -> tuple[int, int]:
+    """The short side becomes scale_size; the long one keeps the aspect ratio, rounded down to a multiple of 64."""
+    if height > width:
+        return scale_size * height // width // 64 * 64, scale_size
+    return scale_size, scale_size * width // height // 64 * 64
+
+
+class Frame(NamedTuple):
+    """A frame as resized RGB, uint8 [H, W, 3], its original height and width, and its EXIF orientation tag."""
+    image: np.ndarray
+    height: int
+    width: int
+    orientation: int = 1
+
+
+def load_frame(path: str | Path, scale_size: int = SCALE_SIZE, shape: tuple[int, int] | None = None) -> Frame:
+    """Read a frame.
+
+    Args:
+        shape: (height, width) that it must have, those of the first frame.
+
+    Raises:
+        UnreadableImage: the file is missing, damaged or not an image.
+        DataError: it has another shape, or is too small or too long to segment.
+    """
+    data = read_bytes(path)
+    stored = open_image(path, data)  # refuses damaged files, of which OpenCV would decode the readable part
+    width, height = stored.size
+    if shape not in (None, (height, width)):
+        raise DataError(f"{path}: is {width}×{height}, the first frame {shape[1]}×{shape[0]}")
+    check_sides(path, width, height)
+    try:
+        if stored.format == "JPEG" and stored.mode in ("RGB", "L"):  # by OpenCV, as published
+            image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+            image = cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+        else:
+            image = np.asarray(load_rgb(path, data))
+        image = cv2.resize(image, resized_shape(height, width, scale_size)[::-1])  # bilinear, on uint8 as published
+    except cv2.error:
+        raise UnreadableImage(f"cannot read the image {path} (OpenCV cannot decode it): convert it") from None
+    return Frame(image, height, width, orientation(stored))
+
+
+# ---------------------------------------------------------------- masks
+
+def read_mask(path: str | Path, binary: bool | None = None) -> Mask:
+    """Read a PNG of ids; the palette is DAVIS's if it has none.
+
+    Args:
+        binary: whether 255 in a grey PNG is object 1, as in DAVIS 2016, and not void. None: it is if there are no
+            other values than 0 and 255, which one mask of a video must decide for all.
+
+    Raises:
+        UnreadableImage: the file is missing or damaged, or has another mode or a lossy format.
+        DataError: binary, and there are other ids beside 255.
+    """
+    data = read_bytes(path)
+    image = open_image(path, data)
+    ids, palette = load_ids(path, data, image)
+    if palette is None:
+        values = set(np.flatnonzero(np.bincount(ids.ravel(), minlength=256)).tolist())
+        binary = values <= {0, VOID} and VOID in values if binary is None else binary
+        if binary and VOID in values:
+            if not values <= {0, VOID}:
+                raise DataError(f"{path}: has 255 beside other ids, but 255 is the object of this video's first mask")
+            ids = np.where(ids == VOID, 1, 0).astype(np.uint8)
+    return Mask(ids, palette or DAVIS_PALETTE, bool(binary), orientation(image))
+
+
+def binary_note(path: str | Path, mask: Mask) -> str:
+    """What to say about a video's first annotation if it is one of DAVIS 2016; empty if it is none."""
+    return f"{path}: a grey mask of 0 and 255 is read as one object, as in DAVIS 2016" if mask.binary else ""
+
+
+def read_masks(paths: list[Path], first: Mask | None = None) -> np.ndarray:
+    """Masks of one video -> uint8 [T, H, W]. What 255 means in all of them is decided by the first.
+
+    Args:
+        first: the mask of paths[0], if that has been read already.
+    """
+    first = read_mask(paths[0]) if first is None else first
+    masks = [first.ids]
+    for path in paths[1:]:
+        masks.append(read_mask(path, first.binary).ids)
+        if masks[-1].shape != first.ids.shape:
+            height, width = first.ids.shape
+            raise DataError(f"{path}: is {masks[-1].shape[1]}×{masks[-1].shape[0]}, {paths[0]} {width}×{height}")
+    return np.stack(masks)
+
+
+def imwrite_indexed(filename: str | Path, array: np.ndarray, color_palette: bytes = DAVIS_PALETTE) -> None:
+    """Write ids, uint8 [H, W], as an indexed PNG."""
+    if array.ndim != 2 or array.dtype != np.uint8:
+        raise ValueError(f"a mask is uint8 [H, W], not {array.dtype} {list(array.shape)}")
+    image = Image.fromarray(array)
+    image.putpalette(bytes(color_palette))
+    image.save(filename, "PNG", compress_level=3)  # half the time of the default 6, for slightly larger files
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a small file whole or not at all, and print whether it replaced one.
+
+    Raises:
+        DataError: the disk is full, or a folder is in the way.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    replaced = path.exists()
+    try:
+        temporary.write_text(text)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written ({error.strerror})") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+    print(f"{path} {'replaced' if replaced else 'written'}")

@@ -1,0 +1,1 @@
+"""Pictures of features, videos and training curves."""

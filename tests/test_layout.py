@@ -1,0 +1,24 @@
+"""The layers of the package: imports run down between its folders, and none leaves it."""
+import ast
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+IMPORTS = [(path.relative_to(ROOT), name)
+           for path in (ROOT / "selfpatch").rglob("*.py") for node in ast.walk(ast.parse(path.read_text()))
+           for name in ([node.module] if isinstance(node, ast.ImportFrom) else
+                        [alias.name for alias in node.names] if isinstance(node, ast.Import) else [])]
+
+
+def test_imports_between_folders_have_no_cycle():
+    graph = {}
+    for path, name in IMPORTS:
+        if name.startswith("selfpatch.") and path.parts[1] != (folder := name.split(".")[1]):
+            graph.setdefault(path.parts[1].removesuffix(".py"), set()).add(folder)
+    order = list(TopologicalSorter(graph).static_order())  # raises CycleError
+    assert order.index("errors") < order.index("method") < order.index("pretraining")
+
+
+def test_the_package_imports_nothing_of_the_root():
+    roots = {path.stem for path in ROOT.glob("*.py")} | {"detection", "segmentation", "benchmarks", "tests"}
+    assert not [(path, name) for path, name in IMPORTS if name.split(".")[0] in roots - {"selfpatch"}]
