@@ -47,8 +47,8 @@ def commands(args: argparse.Namespace, images: Path) -> dict[str, list[str]]:
             **{part: [*step, *words] for part, words in (VARIANTS | MODES).items()}}
     jobs = {name: [*words, "--json", str(args.output / f"{name}.json")] for name, words in jobs.items()}
     return jobs | {
-        "tests": ["-m", "pytest", "tests/test_engine.py", "tests/test_device_augmentations.py", "tests/test_data.py",
-                  "tests/test_train_step.py", "tests/test_packed_crops.py"],
+        "tests": ["-m", "pytest", "tests/method", "tests/pretraining/test_engine.py",
+                  "tests/data/test_device_augmentations.py", "tests/data/test_data.py"],
         "data": ["benchmarks/data.py", "--device", "cuda", "--workers", args.workers, "--batch_size", args.batch_size,
                  "--compile", args.compile, "--images", "256", "--data_path", str(images), "--json",
                  str(args.output / "data.json")],

@@ -11,8 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
-
-ROOT = Path(__file__).parents[1]
+from repository import ROOT
 
 
 def skip_without_packages() -> None:

@@ -1,9 +1,9 @@
 """The layers of the package: imports run down between its folders, and none leaves it."""
 import ast
 from graphlib import TopologicalSorter
-from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+from repository import ROOT
+
 IMPORTS = [(path.relative_to(ROOT), name)
            for path in (ROOT / "selfpatch").rglob("*.py") for node in ast.walk(ast.parse(path.read_text()))
            for name in ([node.module] if isinstance(node, ast.ImportFrom) else

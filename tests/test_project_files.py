@@ -1,14 +1,13 @@
 """Files about the project say the same as the code: dependencies, citation, public CI, the page for DINO's users."""
 import os
 import re
-from pathlib import Path
 
 import pytest
+from repository import ROOT
 
 import main_selfpatch
 from selfpatch.pretraining.options import get_args_parser
 
-ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "FROM_DINO.md").read_text()
 
 

@@ -1,14 +1,14 @@
 """The README's Python examples, as printed."""
 import re
-from pathlib import Path
 
 import pytest
 import torch
+from repository import ROOT
 from small_job import load, options
 
 import main_selfpatch
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+README = (ROOT / "README.md").read_text()
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")
 
 

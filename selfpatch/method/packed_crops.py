@@ -4,7 +4,8 @@
     image_tokens, targets = packed_targets(head, x, layout)             # [I, D], [T, D]
 
 They compute what vision_transformer.py and selfpatch_head.py compute, which are easier to read. After a change there,
-use --pack_crops off, or make it here too: tests/test_packed_crops.py compares the two. Subclasses are not packed.
+use --pack_crops off, or make it here too: tests/method/test_packed_crops.py compares the two. Subclasses are not
+packed.
 Attention stays within an image, so it runs once per resolution (as in DINOv3). The weights of a block are cast to
 autocast's precision by one launch instead of one each.
 """

@@ -8,7 +8,8 @@ import time
 
 import pytest
 from davis_folder import free_port
-from processes import SCRIPT, Job, run
+from processes import Job, run
+from repository import ROOT
 
 from selfpatch.data.loader import RankSampler
 
@@ -113,7 +114,7 @@ with RankWatch(rank, 2, timedelta(minutes=30), notice_after=6):
 @pytest.mark.parametrize("failing", [0, 1])
 def test_a_blocked_rank_is_ended_when_another_has_told_its_error(failing):
     env = {**os.environ, "WORLD_SIZE": "2", "MASTER_PORT": free_port(), "MASTER_ADDR": "127.0.0.1"}
-    ranks = [subprocess.Popen([sys.executable, "-c", BLOCKED, str(failing)], cwd=SCRIPT.parents[2], text=True,
+    ranks = [subprocess.Popen([sys.executable, "-c", BLOCKED, str(failing)], cwd=ROOT, text=True,
                               stderr=subprocess.PIPE, env=env | {"RANK": rank, "LOCAL_RANK": rank})
              for rank in ("0", "1")]
     try:
@@ -180,7 +181,7 @@ run_main(main)
 def test_ranks_that_fail_alike_do_not_wait_for_each_other():
     env = {**os.environ, "WORLD_SIZE": "2", "MASTER_PORT": free_port(), "MASTER_ADDR": "127.0.0.1"}
     start = time.monotonic()
-    ranks = [subprocess.Popen([sys.executable, "-c", BOTH], cwd=SCRIPT.parents[2], text=True, stderr=subprocess.PIPE,
+    ranks = [subprocess.Popen([sys.executable, "-c", BOTH], cwd=ROOT, text=True, stderr=subprocess.PIPE,
                               env=env | {"RANK": rank, "LOCAL_RANK": rank}) for rank in ("0", "1")]
     try:
         assert all("the loss is not finite" in process.communicate(timeout=60)[1] for process in ranks)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from networks import assert_same
 from processes import SCRIPT
+from repository import ROOT
 from small_job import load, options
 
 from main_selfpatch import train_dino
@@ -37,7 +38,7 @@ def test_a_folder_that_a_live_process_holds_is_refused(tmp_path, words):
         [sys.executable, "-c", "import sys; from selfpatch.pretraining.run_folder import RunFolder; "
          "f = RunFolder(sys.argv[1]); f.lock(); "
          "print('locked', flush=True); sys.stdin.read()", str(tmp_path)],
-        cwd=SCRIPT.parents[2], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert holder.stdout.readline() == "locked\n"
     with pytest.raises(ConfigError, match=rf"is in use by process {holder.pid} on .* since 20.*: wait until"):
         train_dino(options(*words))

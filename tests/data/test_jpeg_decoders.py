@@ -2,19 +2,18 @@
 import io
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from image_cases import picture
 from PIL import Image
+from repository import ROOT
 
 from selfpatch.data import files as image_files
 from selfpatch.data import jpeg_decoders
 from selfpatch.data.files import load_rgb, load_uint8
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")
-ROOT = Path(__file__).parents[1]
 DECODERS = jpeg_decoders.installed_decoders()
 NAMES = [pytest.param(name, marks=pytest.mark.skipif(name not in DECODERS, reason=f"{name} has no decoder here"))
          for name in ("torchcodec", "torchvision")]

@@ -5,7 +5,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from openmmlab_data import (
-    ROOT,
     check_stored_pixels,
     free_port,
     script_error,
@@ -13,6 +12,7 @@ from openmmlab_data import (
     start,
     write_coco,
 )
+from repository import ROOT
 
 skip_without_packages()
 

@@ -1,11 +1,9 @@
 """The GPU path under a CUDA runtime that computes nothing and counts (see benchmarks/rehearse_gpu.py).
 
-    REHEARSE -m pytest -n0 tests/test_rehearsal.py
+    REHEARSE -m pytest -n0 tests/pretraining/test_rehearsal.py
 """
 import argparse
 import gc
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +12,6 @@ from small_job import SMALL, load
 
 null = pytest.importorskip("null_cuda", reason="not under a CUDA runtime that counts")
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from rehearse_gpu import check_capture, count_step, make_way, take_step  # noqa: E402
 
 import eval_video_segmentation  # noqa: E402

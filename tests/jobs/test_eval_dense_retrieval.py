@@ -2,13 +2,13 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from dense_data import UNTRAINED, make_ade20k, make_folders, run_job
 from PIL import Image
+from repository import ROOT
 
 import eval_dense_retrieval as job
 from selfpatch.data.augmentations import IMAGENET_MEAN
@@ -134,7 +134,7 @@ def test_two_processes_give_the_figures_of_one(folders, tmp_path):
                               strict=True):
         words = [sys.executable, *launcher, "eval_dense_retrieval.py", "--data", f"folders:{folders}", "--num_classes",
                  3, *UNTRAINED, "--patch_size", 32, "--memory_size", 999, "--output", tmp_path / name]
-        subprocess.run(list(map(str, words)), cwd=Path(__file__).parents[1], check=True, capture_output=True,
+        subprocess.run(list(map(str, words)), cwd=ROOT, check=True, capture_output=True,
                        timeout=300)
     one, two = (list(figures(tmp_path / name).values())[0] for name in names)
     assert two == pytest.approx(one, abs=1e-4)

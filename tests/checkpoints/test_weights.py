@@ -1,11 +1,11 @@
 """The weights in the project: complete, as their card says, and better than none at following objects."""
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from repository import ROOT
 from safetensors.torch import load_file
 
 import convert_checkpoint
@@ -18,7 +18,7 @@ from selfpatch.video.propagation_bounds import propagate
 from selfpatch.video.scores import score_sequence
 from selfpatch.visualization.scenes import draw_scene
 
-WEIGHTS = Path(__file__).parents[1] / "weights"
+WEIGHTS = ROOT / "weights"
 FILE = WEIGHTS / "vit_tiny_imagenette.safetensors"
 
 

@@ -2,7 +2,6 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from dense_data import UNTRAINED, make_folders, run_job
 from PIL import Image
+from repository import ROOT
 
 import eval_linear_segmentation as job
 from selfpatch.evaluation.linear_segmentation import (
@@ -142,7 +142,7 @@ def test_two_processes_train_the_same_head(folders, tmp_path):
                               strict=True):
         words = [sys.executable, *launcher, "eval_linear_segmentation.py",
                  *options(folders, tmp_path / name, "--patch_size", 32, "--iterations", 3)]
-        subprocess.run(list(map(str, words)), cwd=Path(__file__).parents[1], check=True, capture_output=True,
+        subprocess.run(list(map(str, words)), cwd=ROOT, check=True, capture_output=True,
                        timeout=300)
     one, two = (json.loads((tmp_path / name).read_text())["networks"][0]["figures"] for name in names)
     assert two == pytest.approx(one, abs=2e-3)

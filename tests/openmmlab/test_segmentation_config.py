@@ -3,7 +3,8 @@ import re
 
 import pytest
 import torch
-from openmmlab_data import ROOT, skip_without_packages, write_ade
+from openmmlab_data import skip_without_packages, write_ade
+from repository import ROOT
 
 skip_without_packages()
 

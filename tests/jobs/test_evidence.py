@@ -16,12 +16,9 @@ import eval_video_segmentation
 import visualize
 from selfpatch.errors import ConfigError, RunStopped, TrainingError
 
-ROOT = Path(__file__).parents[1]
-
 
 @pytest.fixture
 def evidence(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
     import evidence
     handler = signal.getsignal(signal.SIGTERM)
     yield evidence

@@ -1,6 +1,6 @@
 """Two ranks, each on a GPU that computes nothing: what they send each other, and the whole job.
 
-    REHEARSE -m pytest -n0 tests/test_rehearsal_ranks.py
+    REHEARSE -m pytest -n0 tests/pretraining/test_rehearsal_ranks.py
 """
 import argparse
 import json
@@ -14,8 +14,6 @@ import torch
 
 null = pytest.importorskip("null_cuda", reason="not under a CUDA runtime that counts")
 
-ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]  # the ranks run this file as a script
 from networks import shrink_job  # noqa: E402
 from rehearse_gpu import make_way, take_step  # noqa: E402
 from small_job import SMALL, load  # noqa: E402
@@ -32,8 +30,9 @@ TIMED_STEPS = 10  # by DistributedDataParallel, which waits for its own events i
 def start_ranks(*words) -> None:
     """Run this file as two ranks, which have to succeed."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={RANKS}", null.__file__]
+    env = os.environ | {"NULL_DEVICES": str(RANKS), "PYTHONPATH": os.pathsep.join(sys.path)}
     result = subprocess.run([sys.executable, *launcher, __file__, *map(str, words)], capture_output=True, text=True,
-                            env=os.environ | {"NULL_DEVICES": str(RANKS)}, timeout=300)
+                            env=env, timeout=300)
     assert result.returncode == 0, result.stdout + result.stderr
 
 

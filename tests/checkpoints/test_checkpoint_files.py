@@ -5,14 +5,12 @@ import resource
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from repository import ROOT
 
 from selfpatch.checkpoints.files import CheckpointError, printable, read_checkpoint, read_metadata, write_checkpoint
-
-ROOT = Path(__file__).parents[1]
 
 
 def test_fifo_device_and_folder_are_refused_at_once(tmp_path):

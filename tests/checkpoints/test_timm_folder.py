@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 from golden_rules import set_weights
+from repository import ROOT
 from timm.models import _factory
 
 from convert_checkpoint import convert_file, get_args_parser, main
@@ -71,7 +72,7 @@ def test_local_dir_gives_the_same_features(tmp_path, capsys, make):
 @needs_local_dir
 def test_the_readmes_line_loads_the_weights(tmp_path, run_file, monkeypatch):
     convert_file(run_file, tmp_path / "vit", "timm")
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    readme = (ROOT / "README.md").read_text()
     monkeypatch.chdir(tmp_path)
     model = eval(re.search(r"timm\.create_model\('local-dir:vit'[^)]*\)", readme)[0])
     assert torch.equal(model.blocks[0].norm1.weight, torch.load(run_file, weights_only=False)["teacher"][

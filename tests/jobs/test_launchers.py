@@ -3,13 +3,13 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.multiprocessing as mp
 from golden_rules import set_weights
 from networks import constant_run, small_wrapper
+from repository import ROOT
 from torch import nn
 
 from main_selfpatch import share_gradients
@@ -23,7 +23,6 @@ from selfpatch.method.selfpatch_head import MultiCropWrapper, SelfPatchHead
 from selfpatch.method.vision_transformer import DINOHead, vit_tiny
 from selfpatch.pretraining.engine import train_step
 
-ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.slow
 
 

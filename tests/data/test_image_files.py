@@ -3,13 +3,13 @@ import os
 import struct
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from image_cases import picture, refuse_listing, write_damaged_png
 from PIL import Image, PngImagePlugin
+from repository import ROOT
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from selfpatch.data import files as image_files
@@ -18,7 +18,6 @@ from selfpatch.errors import ConfigError
 
 pytestmark = [pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning"),
               pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")]
-ROOT = Path(__file__).parents[1]
 
 
 # ---------------------------------------------------------------- formats

@@ -1,18 +1,16 @@
 """The command for all figures of a GPU, benchmarks/gpu.py, on one that computes nothing: no part of it ends early.
 
-    REHEARSE -m pytest -n0 -s tests/test_rehearsal_gpu.py        # shows the closing table
+    REHEARSE -m pytest -n0 -s tests/pretraining/test_rehearsal_gpu.py        # shows the closing table
 """
 import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from repository import ROOT
 
 null = pytest.importorskip("null_cuda", reason="not under a CUDA runtime that counts")
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
 import gpu  # noqa: E402
 
 

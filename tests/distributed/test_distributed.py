@@ -5,10 +5,10 @@ import subprocess
 import sys
 import time
 from datetime import timedelta
-from pathlib import Path
 
 import pytest
 import torch
+from repository import ROOT
 
 from selfpatch.distributed import processes as distributed
 from selfpatch.distributed.processes import Processes, init_distributed_mode, pick_device
@@ -81,7 +81,7 @@ def test_terminal_of_a_shell_and_of_none():
                 "from selfpatch.distributed import processes; print('terminal:', processes.has_terminal())"]
     in_pty = [sys.executable, "-c", f"import pty; pty.spawn({print_it!r})"]
     for command, expected in ((in_pty, "terminal: True"), (print_it, "terminal: False")):
-        result = subprocess.run(command, cwd=Path(__file__).parents[1], start_new_session=True, capture_output=True,
+        result = subprocess.run(command, cwd=ROOT, start_new_session=True, capture_output=True,
                                 stdin=subprocess.DEVNULL, text=True, timeout=120)
         assert expected in result.stdout, result
 

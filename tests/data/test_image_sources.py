@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from image_kinds import SIZES, epoch, files, write_hub, write_list, write_sqlite, write_tar, write_two_tars, write_zip
+from repository import ROOT
 
 from main_selfpatch import get_args_parser
 from selfpatch.data import names as named_images
@@ -19,7 +20,7 @@ from selfpatch.pretraining.resuming import describe_images
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning",
                                         "ignore:.*fork.*:DeprecationWarning")
-README = (Path(__file__).parents[1] / "README.md").read_text()
+README = (ROOT / "README.md").read_text()
 
 
 def write_function(folder, path):

@@ -2,12 +2,12 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from dense_data import UNTRAINED, make_folders, make_voc, run_job
 from PIL import Image
+from repository import ROOT
 
 import discover_objects as job
 from selfpatch.data.augmentations import IMAGENET_MEAN, IMAGENET_STD
@@ -76,7 +76,7 @@ def test_two_processes_find_the_same_boxes(voc, tmp_path):
                               strict=True):
         words = [sys.executable, *launcher, "discover_objects.py", "--data", f"voc:{voc}", *UNTRAINED, "--output",
                  tmp_path / name]
-        subprocess.run(list(map(str, words)), cwd=Path(__file__).parents[1], check=True, capture_output=True,
+        subprocess.run(list(map(str, words)), cwd=ROOT, check=True, capture_output=True,
                        timeout=300)
     one, two = (json.loads((tmp_path / name).read_text()) for name in names)
     assert one["boxes"] == two["boxes"] and one["networks"] == two["networks"]

@@ -1,7 +1,6 @@
 """Weights under the names of other projects become this project's backbone, or the error says what they have."""
 import re
 import runpy
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,12 +9,12 @@ import torch
 import torchvision
 from golden_rules import set_weights
 from layout_files import assert_is, empty_like, half_state, saved, timm_network, under
+from repository import ROOT
 
 from selfpatch.checkpoints.files import CheckpointError
 from selfpatch.checkpoints.layouts import UNSUPPORTED
 from selfpatch.checkpoints.loading import load_backbone, read_backbone
 
-ROOT = Path(__file__).parents[1]
 IMAGE = torch.randn(1, 3, 48, 48, generator=torch.Generator().manual_seed(0))
 
 

@@ -2,18 +2,18 @@
 import json
 import math
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
 from matplotlib.colors import same_color
 from PIL import Image
+from repository import ROOT
 
 import visualize
 from selfpatch.errors import ConfigError
 from selfpatch.visualization import curves as curve_pictures
 
-EARLIER_RUN = Path(__file__).parent / "earlier_run"
+EARLIER_RUN = ROOT / "tests" / "earlier_run"
 
 
 def run(*options):

@@ -2,14 +2,12 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from repository import ROOT
 
 from selfpatch.method.vision_transformer import vit_small
 from selfpatch.pretraining.flops import flops_per_image
-
-ROOT = Path(__file__).parents[1]
 
 
 def run(script, *words):
@@ -46,7 +44,6 @@ def test_gpu_figures_need_a_gpu(tmp_path, monkeypatch):
 
 
 def test_gpu_figures_are_read_from_what_the_parts_wrote(tmp_path, monkeypatch, capsys):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
     import gpu
     way = {"seconds": 0.06, "images_per_second": 2000.0, "utilisation": 0.45, "peak_gib": 20.0}
     (tmp_path / "step.json").write_text(json.dumps({"ours": way, "plain": way | {"seconds": 0.3, "peak_gib": 50.0}}))

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from repository import ROOT
 
 import hubconf
 from selfpatch.method.vision_transformer import vit_tiny
 
-CHECKOUT = str(Path(__file__).parent.parent)
+CHECKOUT = str(ROOT)
 
 
 def hub(entry, **kwargs):

@@ -2,8 +2,9 @@
 import numpy as np
 import pytest
 import torch
-from openmmlab_data import ROOT, skip_without_packages
+from openmmlab_data import skip_without_packages
 from PIL import Image
+from repository import ROOT
 
 skip_without_packages()
 

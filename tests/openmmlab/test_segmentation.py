@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from golden_rules import set_weights
 from image_cases import write_damaged_png
 from openmmlab_data import (
-    ROOT,
     check_stored_pixels,
     free_port,
     script_error,
@@ -19,6 +18,7 @@ from openmmlab_data import (
     write_ade,
 )
 from PIL import Image
+from repository import ROOT
 
 skip_without_packages()
 

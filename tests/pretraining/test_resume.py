@@ -3,13 +3,13 @@ import argparse
 import copy
 import json
 import shutil
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from networks import assert_same, shrink_job, small_wrapper
+from repository import ROOT
 from small_job import load, options
 
 from main_selfpatch import train_dino
@@ -23,7 +23,7 @@ from selfpatch.pretraining.engine import train_step
 from selfpatch.pretraining.finite import check_logged_steps
 from selfpatch.pretraining.logs import MetricLogger
 
-EARLIER_RUN = Path(__file__).parent / "earlier_run"
+EARLIER_RUN = ROOT / "tests" / "earlier_run"
 pytestmark = [pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning"),
               pytest.mark.usefixtures("small_network")]
 

@@ -1,0 +1,4 @@
+"""Where the repository is."""
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
