@@ -10,6 +10,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from selfpatch.data.loader import CropLoader
+from selfpatch.distributed.precision import autocast
 from selfpatch.distributed.processes import get_world_size, is_main_process, peak_memory_gb
 from selfpatch.errors import TrainingError
 from selfpatch.method.losses import DINOLoss, Losses
@@ -85,7 +86,7 @@ def update_centers(run: TrainingRun, move_centers: Callable[[], None], finite: t
 
 def small_batch_losses(run: TrainingRun, crops: list[torch.Tensor]) -> tuple[Losses, list[torch.Tensor]]:
     """Losses of one small batch, and the teacher's mean logits, by which the centres will move."""
-    with torch.autocast(run.device.type, run.dtype, enabled=run.dtype != torch.float32):
+    with autocast(run.device, run.dtype):
         with torch.no_grad():
             targets = run.teacher.targets(crops)
         losses = run.dino_loss(run.student(crops), targets, run.epoch)
