@@ -17,7 +17,7 @@ from selfpatch.distributed.processes import Processes, is_distributed
 from selfpatch.errors import ConfigError
 from selfpatch.method.training_run import TrainingRun
 from selfpatch.method.vision_transformer import ARCHS
-from selfpatch.pretraining.logs import MetricLogger
+from selfpatch.pretraining.meters import MetricLogger
 from selfpatch.pretraining.run_folder import RunFolder
 
 # With another value of one of these it would be another run; "batch" is the images of a step, "data" the images.

@@ -19,9 +19,8 @@ from selfpatch.method.optim import build_optimizer
 from selfpatch.method.training_run import TrainingRun, build_schedules
 from selfpatch.pretraining import engine
 from selfpatch.pretraining import loop as training_loop
-from selfpatch.pretraining.engine import train_step
-from selfpatch.pretraining.finite import check_logged_steps
-from selfpatch.pretraining.logs import MetricLogger
+from selfpatch.pretraining.engine import check_logged_steps, train_step
+from selfpatch.pretraining.meters import MetricLogger
 
 EARLIER_RUN = ROOT / "tests" / "earlier_run"
 pytestmark = [pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning"),
