@@ -22,8 +22,9 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional as tf
 from tqdm import tqdm
 
-from selfpatch.checkpoints.backbones import Backbone, image_statistics, normalise
+from selfpatch.checkpoints.backbones import Backbone, image_statistics
 from selfpatch.data.files import load_rgb
+from selfpatch.data.normalisation import normalise
 from selfpatch.distributed.processes import together
 from selfpatch.errors import ArgumentParser, ConfigError, run_main, user_path
 from selfpatch.evaluation.box_data import HELP, BoxImage, find_box_data

@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional as tf
 from tqdm import tqdm
 
-from selfpatch.checkpoints.backbones import Backbone, image_statistics, normalise
+from selfpatch.checkpoints.backbones import Backbone, image_statistics
+from selfpatch.data.normalisation import normalise
 from selfpatch.distributed.collectives import sum_over_processes
 from selfpatch.distributed.processes import together
 from selfpatch.errors import ArgumentParser, ConfigError, TrainingError, run_main

@@ -9,7 +9,7 @@ from forked import ranks, run_program
 from PIL import Image
 
 import eval_dense_retrieval as job
-from selfpatch.data.augmentations import IMAGENET_MEAN
+from selfpatch.data.normalisation import IMAGENET_MEAN
 from selfpatch.evaluation.dense_retrieval import PatchMemory
 from selfpatch.evaluation.nearest_neighbours import QUERY_ROWS
 from selfpatch.evaluation.segmentation import find_segmentation_data

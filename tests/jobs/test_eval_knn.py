@@ -14,7 +14,7 @@ from networks import small_wrapper
 from PIL import Image
 
 import eval_knn as job
-from selfpatch.checkpoints.backbones import normalise
+from selfpatch.data.normalisation import normalise
 from selfpatch.errors import ConfigError, report
 from selfpatch.evaluation import image_features
 from selfpatch.evaluation.image_features import ImageFeature, open_images, share_loader

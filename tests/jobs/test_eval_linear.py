@@ -13,7 +13,7 @@ from networks import small_wrapper
 from PIL import Image
 
 import eval_linear as job
-from selfpatch.checkpoints.backbones import normalise
+from selfpatch.data.normalisation import normalise
 from selfpatch.errors import ConfigError, report
 from selfpatch.evaluation.image_features import ImageFeature, open_images
 from selfpatch.evaluation.linear_probe import (
