@@ -25,12 +25,11 @@ from tqdm import tqdm
 from selfpatch.checkpoints.backbones import Backbone, image_statistics
 from selfpatch.data.files import load_rgb
 from selfpatch.data.normalisation import normalise
-from selfpatch.distributed.processes import together
+from selfpatch.distributed.processes import Process, together
 from selfpatch.errors import ArgumentParser, ConfigError, run_main, user_path
 from selfpatch.evaluation.box_data import HELP, BoxImage, find_box_data
 from selfpatch.evaluation.common import (
     Column,
-    Machine,
     add_evaluation_options,
     add_patch_feature,
     check_options,
@@ -73,7 +72,7 @@ def prepare(pixels: torch.Tensor, patch_size: int, statistics: tuple) -> torch.T
     return F.pad(image, (0, -image.shape[-1] % patch_size, 0, -image.shape[-2] % patch_size))
 
 
-def discover(model: Backbone, pixels: torch.Tensor, args: argparse.Namespace, machine: Machine,
+def discover(model: Backbone, pixels: torch.Tensor, args: argparse.Namespace, process: Process,
              path: Path) -> dict[str, Box]:
     """The box of an image, uint8 [3, H, W], by every method asked for.
 
@@ -83,13 +82,13 @@ def discover(model: Backbone, pixels: torch.Tensor, args: argparse.Namespace, ma
     Raises:
         ConfigError: the image has more than MAX_PATCHES patches, or a feature is not finite.
     """
-    image = prepare(pixels.to(machine.device), model.patch_size, image_statistics(model))
+    image = prepare(pixels.to(process.device), model.patch_size, image_statistics(model))
     rows, columns = model.grid_size(image)
     if rows * columns > MAX_PATCHES:
         raise ConfigError(f"{path}: an image of {pixels.shape[2]}×{pixels.shape[1]} has {rows * columns} patches of "
                           f"{model.patch_size}, more than {MAX_PATCHES}, between which every correlation is needed: "
                           "scale it down")
-    tokens, grid, masks = patch_features(model, image, args, machine)[0].float(), (rows, columns), {}
+    tokens, grid, masks = patch_features(model, image, args, process)[0].float(), (rows, columns), {}
     check_finite(tokens, str(path))
     if "lost" in args.method:
         masks["lost"] = lost(tokens, grid)[0]
@@ -98,7 +97,7 @@ def discover(model: Backbone, pixels: torch.Tensor, args: argparse.Namespace, ma
     return {name: box_of(mask, model.patch_size, pixels.shape[1:]) for name, mask in masks.items()}
 
 
-def discover_all(model: Backbone, images: list[BoxImage], args: argparse.Namespace, machine: Machine,
+def discover_all(model: Backbone, images: list[BoxImage], args: argparse.Namespace, process: Process,
                  draw: Callable[[BoxImage, torch.Tensor, dict[str, Box], np.ndarray | None], None] | None = None,
                  ) -> dict[int, tuple[dict[str, Box], dict[str, bool] | None]]:
     """Boxes of all images by number, and whether each is right, None where an image has no true box.
@@ -111,22 +110,22 @@ def discover_all(model: Backbone, images: list[BoxImage], args: argparse.Namespa
     Raises:
         ConfigError: an image cannot be read, is too large, or cannot be drawn; all processes raise it.
     """
-    outcome = together(lambda: discover_share(model, images, args, machine, draw))
-    if machine.world_size > 1:
-        parts = [None] * machine.world_size
+    outcome = together(lambda: discover_share(model, images, args, process, draw))
+    if process.world_size > 1:
+        parts = [None] * process.world_size
         dist.all_gather_object(parts, outcome)
         outcome = {number: found for part in parts for number, found in part.items()}
     return dict(sorted(outcome.items()))
 
 
-def discover_share(model: Backbone, images: list[BoxImage], args: argparse.Namespace, machine: Machine,
+def discover_share(model: Backbone, images: list[BoxImage], args: argparse.Namespace, process: Process,
                    draw: Callable | None = None) -> dict[int, tuple[dict[str, Box], dict[str, bool] | None]]:
     """discover_all for this process's share of the images."""
-    dataset = Images(images, range(machine.rank, len(images), machine.world_size))
+    dataset = Images(images, range(process.rank, len(images), process.world_size))
     loader = DataLoader(dataset, None, num_workers=args.num_workers)
     outcome = {}
-    for number, pixels, truth in tqdm(loader, desc="images", unit="image", disable=machine.rank > 0):
-        boxes = discover(model, pixels, args, machine, images[number].path)
+    for number, pixels, truth in tqdm(loader, desc="images", unit="image", disable=process.rank > 0):
+        boxes = discover(model, pixels, args, process, images[number].path)
         known = truth is not None and len(truth) > 0
         outcome[number] = boxes, {name: is_found(box, truth) for name, box in boxes.items()} if known else None
         if draw:
@@ -199,19 +198,19 @@ def main(args: argparse.Namespace) -> None:
     check_options(args)
     if not (0 < args.epsilon < math.inf and -1 < args.tau < 1):
         raise ConfigError(f"--tau {args.tau:g} --epsilon {args.epsilon:g}: give a cosine, and more than 0 and finite")
-    machine = start(args)
+    process = start(args)
     together(lambda: check_pictures(args.pictures, args.overwrite))
     images = together(lambda: find_box_data(args.data))
-    candidates = together(lambda: load_candidates(args, quiet=machine.rank > 0))
+    candidates = together(lambda: load_candidates(args, quiet=process.rank > 0))
     names, outcomes = [one.name for one in candidates], {}
     folders = dict(zip(names, folder_names(names), strict=True))
 
     def evaluate(candidate: Candidate) -> Column:
         draw = args.pictures and partial(write_picture, args.pictures / folders[candidate.name])
-        outcomes[candidate.name] = discover_all(candidate.model, images, args, machine, draw)
+        outcomes[candidate.name] = discover_all(candidate.model, images, args, process, draw)
         return figures(outcomes[candidate.name], args.method)
 
-    table = evaluate_each(candidates, evaluate, machine.device)
+    table = evaluate_each(candidates, evaluate, process.device)
     boxes = {name: {images[number].name: found for number, (found, _) in outcome.items()}
              for name, outcome in outcomes.items()}
     finish(args, "object discovery", candidates, table, boxes=boxes)

@@ -19,11 +19,10 @@ from tqdm import tqdm
 from selfpatch.checkpoints.backbones import Backbone, image_statistics
 from selfpatch.data.normalisation import IMAGENET_MEAN, IMAGENET_STD, normalise
 from selfpatch.distributed.collectives import sum_over_processes
-from selfpatch.distributed.processes import together
+from selfpatch.distributed.processes import Process, together
 from selfpatch.errors import ArgumentParser, ConfigError, run_main
 from selfpatch.evaluation.common import (
     Column,
-    Machine,
     add_evaluation_options,
     add_patch_feature,
     check_options,
@@ -125,17 +124,17 @@ def image_size(patch_size: int) -> int:
 
 # ---------------------------------------------------------------- memory and votes
 
-def batches(dataset: Dataset, args: argparse.Namespace, machine: Machine, what: str) -> Iterator[list[torch.Tensor]]:
+def batches(dataset: Dataset, args: argparse.Namespace, process: Process, what: str) -> Iterator[list[torch.Tensor]]:
     """The samples of a data set in batches, on the device, with a progress bar named what on the first process."""
     loader = DataLoader(dataset, args.batch_size_per_gpu, num_workers=args.num_workers,
-                        pin_memory=machine.device.type == "cuda")
-    with tqdm(total=len(dataset), desc=what, unit="image", disable=machine.rank > 0) as progress:
+                        pin_memory=process.device.type == "cuda")
+    with tqdm(total=len(dataset), desc=what, unit="image", disable=process.rank > 0) as progress:
         for batch in loader:
-            yield [part.to(machine.device, non_blocking=True) for part in batch]
+            yield [part.to(process.device, non_blocking=True) for part in batch]
             progress.update(len(batch[0]))
 
 
-def build_memory(model: Backbone, data: SegmentationData, args: argparse.Namespace, machine: Machine,
+def build_memory(model: Backbone, data: SegmentationData, args: argparse.Namespace, process: Process,
                  statistics: tuple) -> PatchMemory:
     """The memory of this process's share of the training images.
 
@@ -146,14 +145,14 @@ def build_memory(model: Backbone, data: SegmentationData, args: argparse.Namespa
         ConfigError: the memory does not fit the device, or an image or mask cannot be read.
     """
     samples = args.passes * len(data.train)
-    bounds = [samples * rank // machine.world_size for rank in (machine.rank, machine.rank + 1)]
+    bounds = [samples * rank // process.world_size for rank in (process.rank, process.rank + 1)]
     size = image_size(model.patch_size)
     rows = min(args.memory_size // samples, (size // model.patch_size)**2)
-    width = patch_width(model, args, machine)
-    memory = PatchMemory(rows * (bounds[1] - bounds[0]), width, data.num_classes, machine.device)
+    width = patch_width(model, args, process)
+    memory = PatchMemory(rows * (bounds[1] - bounds[0]), width, data.num_classes, process.device)
     dataset = MemoryImages(data, size, statistics, range(*bounds), args.seed)
-    for images, ids, repeats, numbers in batches(dataset, args, machine, "memory"):
-        features = patch_features(model, images, args, machine)
+    for images, ids, repeats, numbers in batches(dataset, args, process, "memory"):
+        features = patch_features(model, images, args, process)
         ids = torch.where(ids == IGNORE, 0, ids)  # as published: what is not scored is class 0 in the memory
         for one, labels, repeat, number in zip(features, patch_labels(ids, data.num_classes, model.patch_size),
                                                repeats.tolist(), numbers.tolist(), strict=True):
@@ -165,17 +164,17 @@ def build_memory(model: Backbone, data: SegmentationData, args: argparse.Namespa
     return memory
 
 
-def score(model: Backbone, data: SegmentationData, args: argparse.Namespace, machine: Machine) -> np.ndarray:
+def score(model: Backbone, data: SegmentationData, args: argparse.Namespace, process: Process) -> np.ndarray:
     """The confusion matrix over all test images, int64 [C, C], the same in every process."""
     statistics = image_statistics(model)
     if statistics == (IMAGENET_MEAN, IMAGENET_STD):
         statistics = IMAGENET_MEAN, PUBLISHED_STD
-    memory = together(lambda: build_memory(model, data, args, machine, statistics))
-    pairs = data.val + [None] * (-len(data.val) % machine.world_size)
-    dataset = TestImages(data, image_size(model.patch_size), statistics, pairs[machine.rank::machine.world_size])
-    confusion = torch.zeros(data.num_classes, data.num_classes, dtype=torch.long, device=machine.device)
-    for images, ids in batches(dataset, args, machine, "test"):
-        features = patch_features(model, images, args, machine)
+    memory = together(lambda: build_memory(model, data, args, process, statistics))
+    pairs = data.val + [None] * (-len(data.val) % process.world_size)
+    dataset = TestImages(data, image_size(model.patch_size), statistics, pairs[process.rank::process.world_size])
+    confusion = torch.zeros(data.num_classes, data.num_classes, dtype=torch.long, device=process.device)
+    for images, ids in batches(dataset, args, process, "test"):
+        features = patch_features(model, images, args, process)
         votes = memory.vote(features.flatten(0, 1), args.neighbours, args.temperature, memory_rows=args.memory_rows)
         for one, truth in zip(votes.unflatten(0, (len(images), *model.grid_size(images))), ids, strict=True):
             confusion += confusion_matrix(truth, label_map(one, truth.shape), data.num_classes)
@@ -220,14 +219,14 @@ def get_args_parser() -> ArgumentParser:
 def main(args: argparse.Namespace) -> None:
     """Raises ConfigError for options, data or checkpoints that cannot be used."""
     check_options(args, positive=["temperature"], passes=1, neighbours=1, memory_rows=1)
-    machine = start(args)
+    process = start(args)
     data = together(lambda: find_segmentation_data(args.data, args.num_classes))
     if args.memory_size < args.passes * len(data.train):
         raise ConfigError(f"--memory_size {args.memory_size} is less than one patch of each of {len(data.train)} "
                           f"images in --passes {args.passes}: give {args.passes * len(data.train)} or more")
-    candidates = together(lambda: load_candidates(args, quiet=machine.rank > 0))
-    table = evaluate_each(candidates, lambda candidate: figures(score(candidate.model, data, args, machine),
-                                                                args.hungarian), machine.device)
+    candidates = together(lambda: load_candidates(args, quiet=process.rank > 0))
+    table = evaluate_each(candidates, lambda candidate: figures(score(candidate.model, data, args, process),
+                                                                args.hungarian), process.device)
     finish(args, f"dense retrieval, {data.name}", candidates, table, train_images=len(data.train),
            test_images=len(data.val))
 

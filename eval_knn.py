@@ -15,10 +15,9 @@ from pathlib import Path
 
 from selfpatch.checkpoints.files import write_checkpoint
 from selfpatch.distributed.collectives import gather_rows
-from selfpatch.distributed.processes import on_main_process, together
+from selfpatch.distributed.processes import Process, on_main_process, together
 from selfpatch.errors import ArgumentParser, ConfigError, run_main, user_path
 from selfpatch.evaluation.common import (
-    Machine,
     add_evaluation_options,
     add_image_options,
     check_options,
@@ -99,12 +98,12 @@ def dump(result: KnnResult, folder: Path) -> None:
 
 
 def evaluate(feature: ImageFeature, train: LabelledImages, val: LabelledImages, args: argparse.Namespace,
-             machine: Machine) -> KnnResult:
+             process: Process) -> KnnResult:
     """Classify the test images; what cannot be read is listed on stderr."""
-    loaders = [share_loader(images, args.batch_size_per_gpu, args.num_workers, machine.device.type == "cuda")
+    loaders = [share_loader(images, args.batch_size_per_gpu, args.num_workers, process.device.type == "cuda")
                for images in (train, val)]
-    result = knn_classification(feature, *loaders, args.nb_knn, args.temperature, machine.device,
-                                progress=machine.rank == 0)
+    result = knn_classification(feature, *loaders, args.nb_knn, args.temperature, process.device,
+                                progress=process.rank == 0)
     for line in result.train.unreadable + result.val.unreadable:
         print(f"left out: {line}", file=sys.stderr)
     return result
@@ -129,26 +128,26 @@ def report(rows: list[tuple[Candidate, str, dict[int, Accuracy]]], train: Labell
 def main(args: argparse.Namespace) -> None:
     """Raises ConfigError for options, data or checkpoints that cannot be used."""
     check_options(args, positive=["temperature"], nb_knn=1, image_size=16)
-    machine = start(args)
+    process = start(args)
     train, val = together(lambda: open_pair(args.data_path, args.train_path, args.val_path, args.val_share,
                                             transform=eval_transform(args.image_size)))
-    candidates = together(lambda: load_candidates(args, quiet=machine.rank > 0, with_heads=args.feature != "mean"))
+    candidates = together(lambda: load_candidates(args, quiet=process.rank > 0, with_heads=args.feature != "mean"))
     check_image_size(args.image_size, candidates)
-    features = {one.name: image_feature(one, args, machine.dtype) for one in candidates}
+    features = {one.name: image_feature(one, args, process.dtype) for one in candidates}
     folders = on_main_process(lambda: dump_folders(args, candidates))
-    if machine.rank == 0 and max(args.nb_knn) > len(train):
+    if process.rank == 0 and max(args.nb_knn) > len(train):
         print(f"--nb_knn {max(args.nb_knn)}: there are {len(train)} training images, so k is at most that")
 
     def evaluate_one(candidate: Candidate) -> dict[int, Accuracy]:
         feature = features[candidate.name]
-        if machine.rank == 0:
+        if process.rank == 0:
             print(f"{candidate.name}: feature {feature.kind}, layer {args.layer}")
-        result = evaluate(feature, train, val, args, machine)
+        result = evaluate(feature, train, val, args, process)
         if folders:
             dump(result, folders[candidate.name])
         return result.accuracies
 
-    table = evaluate_each(candidates, evaluate_one, machine.device)
+    table = evaluate_each(candidates, evaluate_one, process.device)
     if leave():
         report([(one, features[one.name].kind, table[one.name]) for one in candidates], train, val, args)
 

@@ -12,10 +12,9 @@ import argparse
 import sys
 from typing import NamedTuple
 
-from selfpatch.distributed.processes import together
+from selfpatch.distributed.processes import Process, together
 from selfpatch.errors import ArgumentParser, run_main
 from selfpatch.evaluation.common import (
-    Machine,
     add_evaluation_options,
     add_image_options,
     check_options,
@@ -72,9 +71,9 @@ def get_args_parser() -> ArgumentParser:
 
 
 def evaluate(feature: TokenFeature, train: LabelledImages, val: LabelledImages, args: argparse.Namespace,
-             machine: Machine) -> list[Score]:
+             process: Process) -> list[Score]:
     """Train and test the grid of heads; the scores of all, the best first. What cannot be read is listed on stderr."""
-    device, first = machine.device, machine.rank == 0
+    device, first = process.device, process.rank == 0
     on_gpu = device.type == "cuda"
     batches = CropBatches(train, args.batch_size_per_gpu, args.num_workers, args.seed, on_gpu)
     heads = build_heads(feature.feature.kind, feature.dim, len(train.classes), args.n_last_blocks, batches.step_size,
@@ -110,21 +109,21 @@ def report(rows: list[tuple[Candidate, str, list[Score]]], train: LabelledImages
 def main(args: argparse.Namespace) -> None:
     """Raises ConfigError for options, data or checkpoints that cannot be used."""
     check_options(args, positive=["lr"], n_last_blocks=1, epochs=1, image_size=16)
-    machine = start(args)
+    process = start(args)
     train, val = together(lambda: open_pair(args.data_path, args.train_path, args.val_path, args.val_share,
                                             train_transform(args.image_size), eval_transform(args.image_size)))
-    candidates = together(lambda: load_candidates(args, quiet=machine.rank > 0, with_heads=args.feature != "mean"))
+    candidates = together(lambda: load_candidates(args, quiet=process.rank > 0, with_heads=args.feature != "mean"))
     check_image_size(args.image_size, candidates)
-    features = {one.name: TokenFeature(image_feature(one, args, machine.dtype), max(args.n_last_blocks))
+    features = {one.name: TokenFeature(image_feature(one, args, process.dtype), max(args.n_last_blocks))
                 for one in candidates}
 
     def evaluate_one(candidate: Candidate) -> list[Score]:
         feature = features[candidate.name]
-        if machine.rank == 0:
+        if process.rank == 0:
             print(f"{candidate.name}: feature {feature.feature.kind}, layer {args.layer}")
-        return evaluate(feature, train, val, args, machine)
+        return evaluate(feature, train, val, args, process)
 
-    table = evaluate_each(candidates, evaluate_one, machine.device)
+    table = evaluate_each(candidates, evaluate_one, process.device)
     if leave():
         report([(one, features[one.name].feature.kind, table[one.name]) for one in candidates], train, val, args)
 

@@ -19,11 +19,10 @@ from tqdm import tqdm
 from selfpatch.checkpoints.backbones import Backbone, image_statistics
 from selfpatch.data.normalisation import normalise
 from selfpatch.distributed.collectives import sum_over_processes
-from selfpatch.distributed.processes import together
+from selfpatch.distributed.processes import Process, together
 from selfpatch.errors import ArgumentParser, ConfigError, TrainingError, run_main
 from selfpatch.evaluation.common import (
     Column,
-    Machine,
     add_evaluation_options,
     add_patch_feature,
     check_options,
@@ -87,10 +86,10 @@ class TrainingCrops(Dataset):
     The crop of a place in a step depends on seed, step and place alone, so that processes share the same steps.
     """
 
-    def __init__(self, data: SegmentationData, size: int, batch: int, steps: int, seed: int, machine: Machine):
+    def __init__(self, data: SegmentationData, size: int, batch: int, steps: int, seed: int, process: Process):
         self.data, self.size, self.batch, self.seed = data, size, batch, seed
-        self.own = batch // machine.world_size  # images of a step
-        self.first, self.length = self.own * machine.rank, steps * self.own
+        self.own = batch // process.world_size  # images of a step
+        self.first, self.length = self.own * process.rank, steps * self.own
 
     def __len__(self) -> int:
         return self.length
@@ -107,8 +106,8 @@ class TrainingCrops(Dataset):
 class TestImages(Dataset):
     """This process's test images, the short side scaled to SIDE: (uint8 [3, h, w], ids of the original [H, W])."""
 
-    def __init__(self, data: SegmentationData, machine: Machine):
-        self.data, self.pairs = data, data.val[machine.rank::machine.world_size]
+    def __init__(self, data: SegmentationData, process: Process):
+        self.data, self.pairs = data, data.val[process.rank::process.world_size]
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -122,7 +121,7 @@ class TestImages(Dataset):
 
 # ---------------------------------------------------------------- training and test
 
-def train(model: Backbone, data: SegmentationData, args: argparse.Namespace, machine: Machine) -> LinearHead:
+def train(model: Backbone, data: SegmentationData, args: argparse.Namespace, process: Process) -> LinearHead:
     """A head trained on the frozen backbone, in eval mode, the same in every process.
 
     Raises:
@@ -130,17 +129,17 @@ def train(model: Backbone, data: SegmentationData, args: argparse.Namespace, mac
         TrainingError: the loss is not finite.
     """
     size = SIDE // model.patch_size * model.patch_size
-    head = build_head(patch_width(model, args, machine), data.num_classes, machine.device, args.seed)
+    head = build_head(patch_width(model, args, process), data.num_classes, process.device, args.seed)
     optimizer = torch.optim.AdamW(head.parameters(), weight_decay=args.weight_decay)
     warmup = round(args.iterations * PUBLISHED_WARMUP / PUBLISHED_STEPS) if args.warmup is None else args.warmup
     schedule = cosine_schedule(args.lr, 0.0, args.iterations, warmup, WARMUP_START)
-    crops = TrainingCrops(data, size, args.batch_size, args.iterations, args.seed, machine)
-    loader = DataLoader(crops, crops.own, num_workers=args.num_workers, pin_memory=machine.device.type == "cuda")
-    with tqdm(loader, "training", unit="step", disable=machine.rank > 0) as progress:
+    crops = TrainingCrops(data, size, args.batch_size, args.iterations, args.seed, process)
+    loader = DataLoader(crops, crops.own, num_workers=args.num_workers, pin_memory=process.device.type == "cuda")
+    with tqdm(loader, "training", unit="step", disable=process.rank > 0) as progress:
         for step, (pixels, ids) in enumerate(progress):
-            pixels, ids = (part.to(machine.device, non_blocking=True) for part in (pixels, ids))
+            pixels, ids = (part.to(process.device, non_blocking=True) for part in (pixels, ids))
             images = normalise(pixels, image_statistics(model))
-            features = patch_features(model, images, args, machine)
+            features = patch_features(model, images, args, process)
             kept = kept_channels(head, len(images), int(np.random.SeedSequence([args.seed, step]).generate_state(1)[0]))
             loss = segmentation_loss(head(features, kept), ids, model.grid_size(images))
             optimizer.zero_grad()
@@ -160,7 +159,7 @@ def train(model: Backbone, data: SegmentationData, args: argparse.Namespace, mac
 
 @torch.no_grad()
 def test(model: Backbone, head: LinearHead, data: SegmentationData, args: argparse.Namespace,
-         machine: Machine) -> np.ndarray:
+         process: Process) -> np.ndarray:
     """The confusion matrix over all test images at full size, int64 [C, C], the same in every process.
 
     Raises:
@@ -169,26 +168,26 @@ def test(model: Backbone, head: LinearHead, data: SegmentationData, args: argpar
     window = SIDE // model.patch_size * model.patch_size
 
     def logits_of(images: torch.Tensor) -> torch.Tensor:
-        features = patch_features(model, images, args, machine)
+        features = patch_features(model, images, args, process)
         check_finite(features)
         return head(features).transpose(1, 2).unflatten(2, model.grid_size(images))
 
     def share() -> torch.Tensor:
-        confusion = torch.zeros(data.num_classes, data.num_classes, dtype=torch.long, device=machine.device)
-        loader = DataLoader(TestImages(data, machine), None, num_workers=args.num_workers)
-        for pixels, ids in tqdm(loader, "test", unit="image", disable=machine.rank > 0):
-            image = normalise(pixels.to(machine.device), image_statistics(model))
+        confusion = torch.zeros(data.num_classes, data.num_classes, dtype=torch.long, device=process.device)
+        loader = DataLoader(TestImages(data, process), None, num_workers=args.num_workers)
+        for pixels, ids in tqdm(loader, "test", unit="image", disable=process.rank > 0):
+            image = normalise(pixels.to(process.device), image_statistics(model))
             prediction = full_size_prediction(
                 sliding_logits(image, logits_of, data.num_classes, window, STRIDE), ids.shape)
-            confusion += confusion_matrix(ids.to(machine.device), prediction, data.num_classes)
+            confusion += confusion_matrix(ids.to(process.device), prediction, data.num_classes)
         return confusion
 
     return sum_over_processes(together(share)).cpu().numpy()
 
 
-def evaluate(model: Backbone, data: SegmentationData, args: argparse.Namespace, machine: Machine) -> Column:
+def evaluate(model: Backbone, data: SegmentationData, args: argparse.Namespace, process: Process) -> Column:
     """Train a head and test it: the rows of the table, shares from 0 to 1."""
-    confusion = test(model, train(model, data, args, machine), data, args, machine)
+    confusion = test(model, train(model, data, args, process), data, args, process)
     return {"mean IoU, true classes": mean_iou(confusion, present_only=True),
             "mean IoU, all classes": mean_iou(confusion),
             "pixels": float(np.trace(confusion) / max(confusion.sum(), 1))}
@@ -219,13 +218,13 @@ def main(args: argparse.Namespace) -> None:
                           "learning rate above 0, and nothing negative or infinite")
     if (args.warmup or 0) > args.iterations:
         raise ConfigError(f"--warmup {args.warmup} is more than --iterations {args.iterations}: give at most that")
-    machine = start(args)
+    process = start(args)
     data = together(lambda: find_segmentation_data(args.data, args.num_classes))
-    if args.batch_size % machine.world_size:
-        raise ConfigError(f"--batch_size {args.batch_size} cannot be shared by {machine.world_size} processes: give a "
+    if args.batch_size % process.world_size:
+        raise ConfigError(f"--batch_size {args.batch_size} cannot be shared by {process.world_size} processes: give a "
                           "multiple")
-    candidates = together(lambda: load_candidates(args, quiet=machine.rank > 0))
-    table = evaluate_each(candidates, lambda candidate: evaluate(candidate.model, data, args, machine), machine.device)
+    candidates = together(lambda: load_candidates(args, quiet=process.rank > 0))
+    table = evaluate_each(candidates, lambda candidate: evaluate(candidate.model, data, args, process), process.device)
     finish(args, f"linear segmentation, {data.name}", candidates, table, train_images=len(data.train),
            test_images=len(data.val))
 

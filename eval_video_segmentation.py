@@ -25,7 +25,7 @@ from selfpatch.checkpoints.backbones import check_layer, load_any_backbone
 from selfpatch.data.files import is_hidden
 from selfpatch.data.normalisation import normalise
 from selfpatch.distributed.precision import choose_dtype
-from selfpatch.distributed.processes import Launch, join, keep_freed_memory, pick_device, read_launcher
+from selfpatch.distributed.processes import Process, join, keep_freed_memory, pick_device, read_launcher
 from selfpatch.errors import ArgumentParser, ConfigError, run_main, user_path
 from selfpatch.evaluation.model_options import add_model_options, add_precision_option
 from selfpatch.video import davis as davis_data
@@ -267,15 +267,15 @@ def settings(args: argparse.Namespace) -> dict:
     return {name: value for name, value in vars(args).items() if name not in irrelevant} | {"file": file}
 
 
-def make_extractor(args: argparse.Namespace, launch: Launch) -> PatchFeatures:
+def make_extractor(args: argparse.Namespace, process: Process) -> PatchFeatures:
     """The backbone of the options on this process's device; rank 0 prints what was loaded."""
     # an Apple GPU only if asked for, as it is untested; more processes than GPUs share them
     name = "cpu" if args.device == "auto" and not torch.cuda.is_available() else args.device
-    device = pick_device(name, launch.local_rank % max(torch.cuda.device_count(), 1))
+    device = pick_device(name, process.local_rank % max(torch.cuda.device_count(), 1))
     if device.type == "cpu":
         keep_freed_memory()
     torch.manual_seed(args.seed)
-    with contextlib.redirect_stdout(sys.stdout if launch.rank == 0 else None):
+    with contextlib.redirect_stdout(sys.stdout if process.rank == 0 else None):
         model = load_any_backbone(args.arch, args.pretrained_weights, args.checkpoint_key, args.patch_size,
                                   args.random_weights).to(device)
     check_layer(model, args.layer)
@@ -288,14 +288,14 @@ def main(args: argparse.Namespace) -> int:
     Raises:
         ConfigError: an option, the list of sequences or the checkpoint cannot be used.
     """
-    launch = read_launcher()
-    rank, world_size = launch.rank, launch.world_size
+    process = read_launcher()
+    rank, world_size = process.rank, process.world_size
     check_options(args)
     names = davis_data.read_set(args.data_path)
     sequences, failed = find_sequences(args.data_path, args.output_dir, args.allow_gaps)
     if not sequences:  # every process finds the same
         return report_scores([], names, {}, {}, failed, args.present_objects) if rank == 0 else 0
-    extract = make_extractor(args, launch)
+    extract = make_extractor(args, process)
     try:
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -305,7 +305,7 @@ def main(args: argparse.Namespace) -> int:
         announce([] if unfinished.continues() else sequences, failed, args.output_dir)
         unfinished.begin()
     # the processes exchange their scores alone, once, at the end
-    join(launch, "gloo", timeout=timedelta(days=1), option="")
+    join(process, "gloo", timeout=timedelta(days=1), option="")
     outcome = evaluate(share(sequences, rank, world_size), extract, args.output_dir, not args.no_score,
                        quiet=rank > 0, unfinished=unfinished, n_last_frames=args.n_last_frames,
                        size_mask_neighborhood=args.size_mask_neighborhood, topk=args.topk)

@@ -23,7 +23,7 @@ from selfpatch.data.loader import CropLoader
 from selfpatch.data.sources import prepare
 from selfpatch.distributed.collectives import sync_batchnorms
 from selfpatch.distributed.processes import (
-    Processes,
+    Process,
     allow_tf32,
     init_distributed_mode,
     is_distributed,
@@ -69,25 +69,25 @@ def images_per_step(args: argparse.Namespace, world_size: int) -> int:
     return args.batch_size_per_gpu * args.accum_steps * world_size
 
 
-def build_loader(args: argparse.Namespace, processes: Processes, compiled: bool) -> CropLoader:
+def build_loader(args: argparse.Namespace, process: Process, compiled: bool) -> CropLoader:
     dataset = build_dataset(args.data_path, args.global_crops_scale, args.local_crops_scale, args.local_crops_number,
                             args.global_crops_size, args.local_crops_size,
-                            choose_augment(args.augment, processes.device))
-    if len(dataset) < images_per_step(args, processes.world_size):
+                            choose_augment(args.augment, process.device))
+    if len(dataset) < images_per_step(args, process.world_size):
         raise ConfigError(
             f"--data_path {dataset.images.source} has {len(dataset)} images, fewer than the "
-            f"{images_per_step(args, processes.world_size)} of one step ({args.batch_size_per_gpu} × "
-            f"{args.accum_steps} small batches × {processes.world_size} processes): lower --batch_size_per_gpu or "
+            f"{images_per_step(args, process.world_size)} of one step ({args.batch_size_per_gpu} × "
+            f"{args.accum_steps} small batches × {process.world_size} processes): lower --batch_size_per_gpu or "
             "--accum_steps")
-    return CropLoader(dataset, args.batch_size_per_gpu, args.num_workers, processes.device, processes.rank,
-                      processes.world_size, args.seed, compiled, args.max_bad_images, args.loader_timeout)
+    return CropLoader(dataset, args.batch_size_per_gpu, args.num_workers, process.device, process.rank,
+                      process.world_size, args.seed, compiled, args.max_bad_images, args.loader_timeout)
 
 
-def build_probe(args: argparse.Namespace, processes: Processes) -> KnnProbe | None:
+def build_probe(args: argparse.Namespace, process: Process) -> KnnProbe | None:
     if not args.knn_data:
         return None
-    return KnnProbe(args.knn_data, args.global_crops_size, args.batch_size_per_gpu, args.num_workers, processes.device,
-                    choose_precision(args.precision, args.use_fp16, processes.device))
+    return KnnProbe(args.knn_data, args.global_crops_size, args.batch_size_per_gpu, args.num_workers, process.device,
+                    choose_precision(args.precision, args.use_fp16, process.device))
 
 
 def share_gradients(student: nn.Module, device: torch.device, reduce_dtype: str = "fp32") -> DistributedDataParallel:
@@ -99,10 +99,10 @@ def share_gradients(student: nn.Module, device: torch.device, reduce_dtype: str 
     return student
 
 
-def build_run(args: argparse.Namespace, processes: Processes, steps_per_epoch: int, compiled: bool = False,
+def build_run(args: argparse.Namespace, process: Process, steps_per_epoch: int, compiled: bool = False,
               loss_class: type[DINOLoss] = FusedDINOLoss) -> TrainingRun:
     """Networks, loss, optimiser and schedules of the options, at step 0, on the device."""
-    device, distributed = processes.device, processes.world_size > 1
+    device, distributed = process.device, process.world_size > 1
     networks = build_networks(args.arch, args.patch_size, args.out_dim, args.out_dim_selfpatch, args.k_num,
                               args.norm_last_layer, args.use_bn_in_head, args.drop_path_rate,
                               use_patches=args.patch_loss_weight > 0, head_hidden_dim=args.head_hidden_dim,
@@ -125,7 +125,7 @@ def build_run(args: argparse.Namespace, processes: Processes, steps_per_epoch: i
     if distributed:
         student = share_gradients(student, device, args.reduce_dtype)
     schedules = build_schedules(args.epochs, steps_per_epoch,
-                                args.lr * images_per_step(args, processes.world_size) / 256, args.min_lr,
+                                args.lr * images_per_step(args, process.world_size) / 256, args.min_lr,
                                 args.warmup_epochs, args.weight_decay, args.weight_decay_end, args.momentum_teacher)
     return TrainingRun(student, teacher, dino_loss, optimizer, schedules,
                        choose_precision(args.precision, args.use_fp16, device), args.clip_grad,
@@ -137,9 +137,9 @@ def pretrain(args: argparse.Namespace, loss_class: type[DINOLoss] | None = None)
     """Set up, resume, train, save."""
     check_args(args)
     loss_class = choose_loss(args.fused_loss, loss_class)
-    processes = init_distributed_mode(args.device, args.local_rank, args.port, args.dist_url,
+    process = init_distributed_mode(args.device, args.local_rank, args.port, args.dist_url,
                                       timedelta(minutes=args.dist_timeout))
-    compiled = choose_compile(args.compile, processes.device)
+    compiled = choose_compile(args.compile, process.device)
     allow_tf32(args.precision == "tf32")
     folder = RunFolder(args.output_dir)
     continues = on_main_process(folder.has_run)
@@ -147,25 +147,25 @@ def pretrain(args: argparse.Namespace, loss_class: type[DINOLoss] | None = None)
     weights = together(lambda: read_initial_weights(args.init_weights, args.arch, args.patch_size)
                        if args.init_weights and not continues else None)
     on_main_process(lambda: prepare(args.data_path))
-    loader = together(lambda: build_loader(args, processes, compiled))
-    probe = together(lambda: build_probe(args, processes))
-    saved_args = plain_args(args, processes.world_size, loader.dataset)
+    loader = together(lambda: build_loader(args, process, compiled))
+    probe = together(lambda: build_probe(args, process))
+    saved_args = plain_args(args, process.world_size, loader.dataset)
     together(lambda: compare_ranks(saved_args))
     fix_random_seeds(args.seed)
     torch.backends.cudnn.benchmark = True
-    if processes.device.type == "cpu":
+    if process.device.type == "cpu":
         keep_freed_memory()
-    run = build_run(args, processes, len(loader) // args.accum_steps, compiled, loss_class)
+    run = build_run(args, process, len(loader) // args.accum_steps, compiled, loss_class)
     on_main_process(folder.lock)
     steps = None
     try:
-        saved_log, within = begin(run, loader, folder, weights, args, processes)
+        saved_log, within = begin(run, loader, folder, weights, args, process)
         weights = None  # which the optimiser's state needs the memory of
         if is_main_process():
-            print(start_line(args, processes, loader, run, compiled), flush=True)
+            print(start_line(args, process, loader, run, compiled), flush=True)
         log = together(lambda: RunLog(folder.path, **saved_log) if is_main_process() else None)
-        steps = together(lambda: open_step_log(run, loader, log, saved_args, args, processes) if log else None)
-        train(run, loader, folder, log, steps, saved_args, args, processes, within, probe)
+        steps = together(lambda: open_step_log(run, loader, log, saved_args, args, process) if log else None)
+        train(run, loader, folder, log, steps, saved_args, args, process, within, probe)
     except NotFiniteError as error:
         raise TrainingError(f"{error}{folder.keep_for_a_look(run.state_dict())}") from None
     finally:
@@ -176,10 +176,10 @@ def pretrain(args: argparse.Namespace, loss_class: type[DINOLoss] | None = None)
 
 
 def begin(run: TrainingRun, loader: CropLoader, folder: RunFolder, weights: tuple | None, args: argparse.Namespace,
-          processes: Processes) -> tuple[dict, dict]:
+          process: Process) -> tuple[dict, dict]:
     """Continue from the folder's checkpoint, or begin with the weights of --init_weights; what resume returns."""
     path = on_main_process(folder.find)
-    saved_log, within = together(lambda: resume(run, loader, folder, path, args, processes))
+    saved_log, within = together(lambda: resume(run, loader, folder, path, args, process))
     if weights and path is None:
         line = together(lambda: set_initial_weights(run.student_module, run.teacher, *weights))
         if is_main_process():
@@ -191,15 +191,15 @@ def begin(run: TrainingRun, loader: CropLoader, folder: RunFolder, weights: tupl
 
 
 def open_step_log(run: TrainingRun, loader: CropLoader, log: RunLog, saved_args: dict, args: argparse.Namespace,
-                  processes: Processes) -> StepLog:
+                  process: Process) -> StepLog:
     """steps.jsonl beside log.txt, and the trackers of --log_with."""
     output = log.path.parent
     flops = flops_per_image(run.student_module.backbone, args.local_crops_number, args.global_crops_size,
                             args.local_crops_size, args.out_dim, args.out_dim_selfpatch, args.patch_loss_weight > 0,
                             args.head_hidden_dim)
     half = run.dtype != torch.float32
-    peak = (args.peak_tflops or half * peak_tflops(processes.device)) * 1e12 * processes.world_size
-    return StepLog(output, run, loader, images_per_step(args, processes.world_size),
+    peak = (args.peak_tflops or half * peak_tflops(process.device)) * 1e12 * process.world_size
+    return StepLog(output, run, loader, images_per_step(args, process.world_size),
                    Trackers(chosen_trackers(args), output, saved_args, run.epoch, run.step),
                    mfu_per_rate=flops / peak if peak else None, keep_older=bool(log.older))
 
@@ -245,14 +245,14 @@ def train_dino(args: argparse.Namespace, loss_class: type[DINOLoss] | None = Non
             dist.destroy_process_group()
 
 
-def start_line(args: argparse.Namespace, processes: Processes, loader: CropLoader, run: TrainingRun,
+def start_line(args: argparse.Namespace, process: Process, loader: CropLoader, run: TrainingRun,
                compiled: bool) -> str:
     small_batches = f" × {args.accum_steps}" if args.accum_steps > 1 else ""
     size = sum(p.numel() for p in run.student_module.backbone.parameters()) / 1e6
     images, classes = loader.dataset.images, len(loader.dataset.classes)
     return (f"{args.arch}/{args.patch_size} ({size:.1f} M parameters), {len(images)} images"
-            f"{f' in {classes} folders' if classes else ''}, {processes.world_size} × {args.batch_size_per_gpu}"
-            f"{small_batches} images per step on {processes.device.type} in {str(run.dtype).removeprefix('torch.')}"
+            f"{f' in {classes} folders' if classes else ''}, {process.world_size} × {args.batch_size_per_gpu}"
+            f"{small_batches} images per step on {process.device.type} in {str(run.dtype).removeprefix('torch.')}"
             f"{', compiled (the first steps take minutes)' if compiled else ''}; "
             + (f"resuming in epoch {run.epoch} after step {run.step % run.steps_per_epoch}"
                if run.step % run.steps_per_epoch else

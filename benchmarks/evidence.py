@@ -23,7 +23,7 @@ from evidence_tables import Figures, all_tables, differences
 
 from main_selfpatch import build_run
 from selfpatch.checkpoints.files import write_checkpoint
-from selfpatch.distributed.processes import Processes
+from selfpatch.distributed.processes import Process
 from selfpatch.errors import ArgumentParser, ConfigError, RunStopped, run_main, user_path
 from selfpatch.evaluation.tables import write_json
 from selfpatch.pretraining.options import check_numbers
@@ -41,7 +41,7 @@ def write_untrained(words: list[str], output: Path) -> None:
     """The checkpoint that training with these words begins with."""
     options = pretraining_parser().parse_args(words[1:])
     fix_random_seeds(options.seed)
-    run = build_run(options, Processes(), steps_per_epoch=1)
+    run = build_run(options, Process(), steps_per_epoch=1)
     output.mkdir(parents=True, exist_ok=True)
     write_checkpoint({"teacher": run.teacher.state_dict(), "epoch": 0, "args": plain_args(options, 1)},
                      output / "checkpoint.pth")

@@ -19,16 +19,18 @@ from selfpatch.errors import ConfigError, TrainingError, program_name
 T = TypeVar("T")
 
 
-class Processes(NamedTuple):
-    """This process among all of a job: its number, how many there are, its number on this machine, its device."""
+class Process(NamedTuple):
+    """This process: its rank among all of a job and on its machine, and what it computes on."""
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
     device: torch.device = torch.device("cpu")
+    dtype: torch.dtype = torch.float32  # of autocast
+    variables: tuple[str, ...] = ()  # of the environment, which give rank and world size
 
 
 def init_distributed_mode(device: str = "auto", local_rank: int = 0, port: int = 29500, dist_url: str = "env://",
-                          timeout: timedelta = timedelta(minutes=30), notice_after: float = 10) -> Processes:
+                          timeout: timedelta = timedelta(minutes=30), notice_after: float = 10) -> Process:
     """Join the other processes of a launcher, where the environment names any.
 
     torchrun and torch.distributed.launch set RANK, WORLD_SIZE and LOCAL_RANK; Slurm's srun sets SLURM_*.
@@ -44,22 +46,14 @@ def init_distributed_mode(device: str = "auto", local_rank: int = 0, port: int =
     Raises:
         ConfigError: the device does not exist, the environment is inconsistent, or other processes do not join.
     """
-    launch = read_launcher(local_rank)
-    processes = Processes(launch.rank, launch.world_size, launch.local_rank, pick_device(device, launch.local_rank))
-    join(launch, "nccl" if processes.device.type == "cuda" else "gloo", port, dist_url, timeout, notice_after)
-    return processes
+    process = read_launcher(local_rank)
+    process = process._replace(device=pick_device(device, process.local_rank))
+    join(process, "nccl" if process.device.type == "cuda" else "gloo", port, dist_url, timeout, notice_after)
+    return process
 
 
-class Launch(NamedTuple):
-    """What the environment says about this process, and the names of the variables that say so."""
-    rank: int = 0
-    world_size: int = 1
-    local_rank: int = 0
-    variables: tuple[str, ...] = ()
-
-
-def read_launcher(local_rank: int = 0) -> Launch:
-    """This process by the variables of torchrun or srun; one process of its own where there are none.
+def read_launcher(local_rank: int = 0) -> Process:
+    """Rank and world size from the variables of torchrun or srun; a single process if there are none.
 
     Raises:
         ConfigError: a variable is not a number, or the rank is not below the number of processes.
@@ -76,12 +70,12 @@ def read_launcher(local_rank: int = 0) -> Launch:
         raise ConfigError(f"{assignments(tuple(others))}: mpirun's processes cannot join each other here: start them "
                           f"with torchrun or srun, or unset {others[0]} to run a single process", every_rank=True)
     else:
-        return Launch()
+        return Process()
     rank, world_size = read_number(variables[0], 0), read_number(variables[1], 1)
     if not rank < world_size:
         raise ConfigError(f"{assignments(variables)}: the rank must be less than the number of processes; to run a "
                           f"single process, unset {' '.join(variables)}", every_rank=True)
-    return Launch(rank, world_size, read_number(local, local_rank), variables)
+    return Process(rank, world_size, read_number(local, local_rank), variables=variables)
 
 
 def read_number(name: str, default: int) -> int:
@@ -124,7 +118,7 @@ def assignments(variables: tuple[str, ...]) -> str:
     return " ".join(f"{name}={os.environ.get(name, '')}" for name in variables)
 
 
-def join(launch: Launch, backend: str, port: int = 29500, dist_url: str = "env://",
+def join(process: Process, backend: str, port: int = 29500, dist_url: str = "env://",
          timeout: timedelta = timedelta(minutes=30), notice_after: float = 10,
          option: str = " (--dist_timeout)") -> None:
     """torch.distributed.init_process_group for several processes, saying what it waits for when that takes long.
@@ -135,17 +129,17 @@ def join(launch: Launch, backend: str, port: int = 29500, dist_url: str = "env:/
     Raises:
         ConfigError: the processes did not come together, for whatever reason.
     """
-    if launch.world_size == 1:
+    if process.world_size == 1:
         return
-    if launch.variables[0].startswith("SLURM"):
+    if process.variables[0].startswith("SLURM"):
         os.environ.setdefault("MASTER_ADDR", first_slurm_host())
     if dist_url == "env://":  # keep what a launcher has set: `torchrun --standalone` picks a port of its own
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", str(port))
-    more = f"{launch.world_size - 1} other process{'es' * (launch.world_size > 2)}"
+    more = f"{process.world_size - 1} other process{'es' * (process.world_size > 2)}"
     place = f"{os.environ['MASTER_ADDR']}:{read_number('MASTER_PORT', 0)}" if dist_url == "env://" else dist_url
-    who = f"rank {launch.rank} ({assignments(launch.variables)})"
-    alone = f"to run a single process, unset {' '.join(launch.variables)}"
+    who = f"rank {process.rank} ({assignments(process.variables)})"
+    alone = f"to run a single process, unset {' '.join(process.variables)}"
     limit, start, missing = f"{format_duration(timeout)}{option}", datetime.now(), []
 
     def notice() -> None:
@@ -159,10 +153,10 @@ def join(launch: Launch, backend: str, port: int = 29500, dist_url: str = "env:/
     try:
         meeting = {"init_method": dist_url}
         if dist_url == "env://":
-            missing[:] = [0] if launch.rank else []
-            meeting = {"store": connect_store(timeout, server=launch.rank == 0)}
-            call_roll(meeting["store"], launch, timeout, missing)
-        dist.init_process_group(backend, rank=launch.rank, world_size=launch.world_size, timeout=timeout, **meeting)
+            missing[:] = [0] if process.rank else []
+            meeting = {"store": connect_store(timeout, server=process.rank == 0)}
+            call_roll(meeting["store"], process, timeout, missing)
+        dist.init_process_group(backend, rank=process.rank, world_size=process.world_size, timeout=timeout, **meeting)
     except (RuntimeError, ValueError, OSError) as error:
         waited = datetime.now() - start >= 0.9 * timeout
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
@@ -173,11 +167,11 @@ def join(launch: Launch, backend: str, port: int = 29500, dist_url: str = "env:/
         timer.cancel()
 
 
-def call_roll(store: dist.Store, launch: Launch, timeout: timedelta, missing: list[int]) -> None:
+def call_roll(store: dist.Store, process: Process, timeout: timedelta, missing: list[int]) -> None:
     """Wait until every rank is there, keeping the list of those that are missing up to date."""
-    store.set(f"here/{launch.rank}", "")
+    store.set(f"here/{process.rank}", "")
     deadline = time.monotonic() + timeout.total_seconds()
-    missing[:] = range(launch.world_size)
+    missing[:] = range(process.world_size)
     while True:
         missing[:] = [rank for rank in missing if not store.check([f"here/{rank}"])]
         if not missing:

@@ -1,17 +1,16 @@
-"""What the evaluations of frozen features share: common options, this process's machine, one table."""
+"""What the evaluations of frozen features share: common options, one table."""
 import argparse
-import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from selfpatch.checkpoints.backbones import Backbone
 from selfpatch.distributed.precision import autocast, choose_dtype
-from selfpatch.distributed.processes import get_rank, init_distributed_mode, is_distributed, keep_freed_memory
+from selfpatch.distributed.processes import Process, get_rank, init_distributed_mode, is_distributed, keep_freed_memory
 from selfpatch.errors import ConfigError, user_path
 from selfpatch.evaluation.image_features import ImageFeature
 from selfpatch.evaluation.model_options import (
@@ -81,46 +80,31 @@ def as_list(value: int | float | list) -> list:
     return value if isinstance(value, list) else [value]
 
 
-class Machine(NamedTuple):
-    """This process among all, its device, and the type that backbones compute in."""
-    rank: int
-    world_size: int
-    device: torch.device
-    dtype: torch.dtype
-
-    @contextlib.contextmanager
-    def frozen(self) -> Iterator[None]:
-        """No gradients, and half precision unless dtype is float32."""
-        with torch.no_grad(), autocast(self.device, self.dtype):
-            yield
-
-
-def start(args: argparse.Namespace) -> Machine:
+def start(args: argparse.Namespace) -> Process:
     """Join the other processes, if there are any; the device and precision of the options.
 
     Raises:
         ConfigError: there is no such device, or the other processes do not join.
     """
-    processes = init_distributed_mode(args.device, timeout=timedelta(minutes=args.dist_timeout))
-    if processes.device.type == "cpu":
+    process = init_distributed_mode(args.device, timeout=timedelta(minutes=args.dist_timeout))
+    if process.device.type == "cpu":
         keep_freed_memory()
-    return Machine(processes.rank, processes.world_size, processes.device,
-                   choose_dtype(args.precision, processes.device))
+    return process._replace(dtype=choose_dtype(args.precision, process.device))
 
 
-def patch_features(model: Backbone, images: torch.Tensor, args: argparse.Namespace, machine: Machine) -> torch.Tensor:
+def patch_features(model: Backbone, images: torch.Tensor, args: argparse.Namespace, process: Process) -> torch.Tensor:
     """Features [B, N, D] of the patches of normalised images [B, 3, H, W]: those of --feature and --layer."""
-    with machine.frozen():
+    with torch.no_grad(), autocast(process.device, process.dtype):
         found = model.features(images, args.layer, keys=args.feature == "keys")
     return getattr(found, args.feature)
 
 
-def patch_width(model: Backbone, args: argparse.Namespace, machine: Machine) -> int:
+def patch_width(model: Backbone, args: argparse.Namespace, process: Process) -> int:
     """D of patch_features: keys of grouped-query attention are narrower than the network."""
     if args.feature == "patches":
         return model.embed_dim
-    image = torch.zeros(1, 3, 2 * model.patch_size, 2 * model.patch_size, device=machine.device)
-    return patch_features(model, image, args, machine).shape[2]
+    image = torch.zeros(1, 3, 2 * model.patch_size, 2 * model.patch_size, device=process.device)
+    return patch_features(model, image, args, process).shape[2]
 
 
 def image_feature(candidate: Candidate, args: argparse.Namespace, dtype: torch.dtype) -> ImageFeature:

@@ -9,7 +9,7 @@ from functools import partial
 import torch.distributed as dist
 
 from selfpatch.data.loader import CropLoader, TooManyBadImages
-from selfpatch.distributed.processes import Processes, is_distributed, is_main_process, on_main_process, together
+from selfpatch.distributed.processes import Process, is_distributed, is_main_process, on_main_process, together
 from selfpatch.distributed.rank_watch import RankWatch
 from selfpatch.distributed.stopping import STOP, Interruption
 from selfpatch.errors import ConfigError, RunStopped
@@ -113,7 +113,7 @@ class Saver:
 
 
 def train(run: TrainingRun, loader: CropLoader, folder: RunFolder, log: RunLog | None, steps: StepLog | None,
-          saved_args: dict, args: argparse.Namespace, processes: Processes, within: dict,
+          saved_args: dict, args: argparse.Namespace, process: Process, within: dict,
           probe: KnnProbe | None = None) -> None:
     """The epochs that are left.
 
@@ -127,14 +127,14 @@ def train(run: TrainingRun, loader: CropLoader, folder: RunFolder, log: RunLog |
 
     timeout = timedelta(minutes=args.dist_timeout)
     with rare_collection(), Interruption(args.save_every_minutes, timeout) as interruption, \
-            RankWatch(processes.rank, processes.world_size, timeout, args.dist_url):
+            RankWatch(process.rank, process.world_size, timeout, args.dist_url):
         saver = Saver(run, loader, folder, log, saved_args, interruption, args.save_every_steps)
         if run.epoch and not within and probe_due(run.epoch - 1):
             evaluate_if_missed(probe, saver, steps, run.epoch == args.epochs,
                                numbered(run.epoch - 1, args.saveckp_freq))
         for epoch in range(run.epoch, args.epochs):
             logger = MetricLogger(window=args.log_every)
-            begin_epoch(run, loader, logger, within, args.seed, processes)
+            begin_epoch(run, loader, logger, within, args.seed, process)
             within = {}
             gc.collect()  # after the last step of an epoch there is no after_step
             try:

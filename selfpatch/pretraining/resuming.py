@@ -13,7 +13,7 @@ import torch.distributed as dist
 from selfpatch.checkpoints.files import read_checkpoint
 from selfpatch.data.dataset import TrainingImages
 from selfpatch.data.loader import CropLoader
-from selfpatch.distributed.processes import Processes, is_distributed
+from selfpatch.distributed.processes import Process, is_distributed
 from selfpatch.errors import ConfigError
 from selfpatch.method.training_run import TrainingRun
 from selfpatch.method.vision_transformer import ARCHS
@@ -144,7 +144,7 @@ def epoch_state(loader: CropLoader, logger: MetricLogger) -> dict:
 
 
 def resume(run: TrainingRun, loader: CropLoader, folder: RunFolder, path: Path | None, args: argparse.Namespace,
-           processes: Processes) -> tuple[dict, dict]:
+           process: Process) -> tuple[dict, dict]:
     """Continue from the folder's checkpoint where there is one, on all ranks alike.
 
     Args:
@@ -163,11 +163,11 @@ def resume(run: TrainingRun, loader: CropLoader, folder: RunFolder, path: Path |
     check_types(state, path)
     saved = state.get("args") or {}
     saved = dict(saved) if isinstance(saved, dict) else vars(saved)
-    ours = plain_args(args, processes.world_size, loader.dataset)
+    ours = plain_args(args, process.world_size, loader.dataset)
     for line in compare_with_checkpoint(ours, saved, args.allow_changed, path):
-        if processes.rank == 0:
+        if process.rank == 0:
             print(line)
-    if processes.rank == 0 and (line := unused_weights(args.init_weights, saved.get("init_weights"), path)):
+    if process.rank == 0 and (line := unused_weights(args.init_weights, saved.get("init_weights"), path)):
         print(line)
     if steps := state.get("step_of_epoch"):
         state["step_of_epoch"] = convert_steps(steps, with_batch(saved).get("batch"), with_batch(ours)["batch"], path)
@@ -180,7 +180,7 @@ def resume(run: TrainingRun, loader: CropLoader, folder: RunFolder, path: Path |
     if run.epoch > args.epochs or (run.epoch == args.epochs and run.step % run.steps_per_epoch):
         raise ConfigError(f"--epochs {args.epochs}, but {path} is in epoch {run.epoch} already: give more --epochs, or "
                           "another --output_dir")
-    if "crop_seeds" not in saved and run.epoch < args.epochs and processes.rank == 0:
+    if "crop_seeds" not in saved and run.epoch < args.epochs and process.rank == 0:
         print(f"crops are drawn anew: those of {path} were not seeded by (seed, epoch, index of the image)")
     log = {"resumed": run.step > 0, "start_epoch": run.epoch, "rows": state.get("log"),
            "older": state.get("older_log", [0, 0])}
@@ -233,7 +233,7 @@ def set_random_state(state: dict, device: torch.device) -> None:
 
 
 def begin_epoch(run: TrainingRun, loader: CropLoader, logger: MetricLogger, within: dict, seed: int,
-                processes: Processes) -> None:
+                process: Process) -> None:
     """Seed everything for the epoch that run.step is in, and place loader and logger where they were within it.
 
     The batches are those of the run that was not interrupted, to the bit; with the same number of processes, so are
@@ -241,14 +241,14 @@ def begin_epoch(run: TrainingRun, loader: CropLoader, logger: MetricLogger, with
     """
     ranks, step = within.get("ranks", []), run.step % run.steps_per_epoch
     loader.set_epoch(run.epoch, step * run.accum_steps)
-    same = len(ranks) == processes.world_size
+    same = len(ranks) == process.world_size
     # seeds depend on the epoch alone: a resumed run draws what the uninterrupted one would have drawn
-    fix_random_seeds(seed, processes.rank, run.epoch, *([] if same or not step else [step]))
+    fix_random_seeds(seed, process.rank, run.epoch, *([] if same or not step else [step]))
     if same:
-        own = ranks[processes.rank]
+        own = ranks[process.rank]
         set_random_state(own.get("loader", own), loader.device)  # "loader" until crops were seeded by image
         logger.load_state_dict(own["meters"])
-    elif processes.rank == 0:  # the epoch's means are over all ranks
+    elif process.rank == 0:  # the epoch's means are over all ranks
         for name in ranks[0]["meters"] if ranks else ():
             sums = torch.tensor([rank["meters"][name] for rank in ranks], dtype=torch.float64).sum(0)
             logger.load_state_dict({name: sums.tolist()})

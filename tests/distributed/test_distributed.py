@@ -11,7 +11,7 @@ import torch
 from repository import ROOT
 
 from selfpatch.distributed import processes as distributed
-from selfpatch.distributed.processes import Processes, init_distributed_mode, pick_device
+from selfpatch.distributed.processes import Process, init_distributed_mode, pick_device
 from selfpatch.errors import ConfigError, report
 
 
@@ -31,7 +31,7 @@ def free_port():
 
 
 def test_plain_python_is_one_process(clean_env):
-    assert init_distributed_mode("cpu") == Processes(0, 1, 0, torch.device("cpu"))
+    assert init_distributed_mode("cpu") == Process(0, 1, 0, torch.device("cpu"))
     assert not distributed.is_distributed()
 
 

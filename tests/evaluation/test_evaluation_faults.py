@@ -12,9 +12,10 @@ import eval_dense_retrieval
 import eval_knn
 import eval_linear
 import eval_linear_segmentation
+from selfpatch.distributed.processes import Process
 from selfpatch.errors import ConfigError, run_main
 from selfpatch.evaluation.box_data import unique_names
-from selfpatch.evaluation.common import Machine, evaluate_each
+from selfpatch.evaluation.common import evaluate_each
 from selfpatch.evaluation.dense_retrieval import PatchMemory
 from selfpatch.evaluation.image_features import check_finite
 from selfpatch.evaluation.knn import class_ranks, classify
@@ -68,7 +69,7 @@ def test_an_image_of_too_many_patches_is_named(monkeypatch):
     monkeypatch.setattr(discover_objects, "MAX_PATCHES", 5)
     with pytest.raises(ConfigError, match="^photos/a.jpg: an image of 96×64 has 6 patches of 32, more than 5"):
         discover_objects.discover(vit_tiny(32), torch.zeros(3, 64, 96, dtype=torch.uint8), None,
-                                  Machine(0, 1, torch.device("cpu"), torch.float32), "photos/a.jpg")
+                                  Process(), "photos/a.jpg")
 
 
 def test_votes_at_a_low_temperature():

@@ -11,7 +11,7 @@ from PIL import Image
 import demo
 from main_selfpatch import build_run, get_args_parser
 from selfpatch.checkpoints.loading import load_backbone
-from selfpatch.distributed.processes import Processes
+from selfpatch.distributed.processes import Process
 from selfpatch.method.vision_transformer import vit_pico
 from selfpatch.pretraining.resuming import fix_random_seeds
 from selfpatch.visualization.scenes import MATERIALS, NAMES, draw_scene
@@ -54,7 +54,7 @@ def test_the_untrained_network_is_the_one_that_training_begins_with():
     args = get_args_parser().parse_args(["--arch", "vit_pico", "--patch_size", "8", "--out_dim", "16", "--seed", "3",
                                          "--out_dim_selfpatch", "16", "--head_hidden_dim", "16"])
     fix_random_seeds(args.seed)
-    run = build_run(args, Processes(), steps_per_epoch=10)
+    run = build_run(args, Process(), steps_per_epoch=10)
     assert_same(dict(demo.initial_backbone(3).state_dict()), dict(run.student.backbone.state_dict()))
 
 

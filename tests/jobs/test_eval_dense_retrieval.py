@@ -10,6 +10,7 @@ from PIL import Image
 
 import eval_dense_retrieval as job
 from selfpatch.data.normalisation import IMAGENET_MEAN
+from selfpatch.distributed.processes import Process
 from selfpatch.evaluation.dense_retrieval import PatchMemory
 from selfpatch.evaluation.nearest_neighbours import QUERY_ROWS
 from selfpatch.evaluation.segmentation import find_segmentation_data
@@ -105,8 +106,8 @@ def test_ignored_pixels_are_class_0_in_the_memory(tmp_path, small_network, monke
     monkeypatch.setattr(job.PatchMemory, "add", lambda self, features, labels: added.append(labels))
     data = find_segmentation_data(f"ade20k:{make_ade20k(tmp_path)}")
     args = job.get_args_parser().parse_args(["--data", "x", "--memory_size", "600", "--num_workers", "0"])
-    machine = job.Machine(0, 1, torch.device("cpu"), torch.float32)
-    job.build_memory(vit_tiny(64).eval(), data, args, machine, STATISTICS)
+    process = Process()
+    job.build_memory(vit_tiny(64).eval(), data, args, process, STATISTICS)
     labels = torch.cat(added)
     assert len(added) == 6 and labels.shape == (6 * 64, 150)  # 100 rows an image, of which there are 64 patches
     torch.testing.assert_close(labels.sum(1), torch.ones(len(labels)))

@@ -12,7 +12,7 @@ from small_job import SMALL, load, options
 import main_selfpatch
 from main_selfpatch import train_dino
 from selfpatch.data.augmentations import DataAugmentationDINO
-from selfpatch.distributed.processes import Processes
+from selfpatch.distributed.processes import Process
 from selfpatch.errors import run_main
 from selfpatch.method.fused_loss import FusedDINOLoss
 from selfpatch.method.losses import DINOLoss
@@ -129,7 +129,7 @@ def test_small_batches_make_one_step(image_folder, tmp_path, capsys):
 def test_schedules_over_a_run():
     args = options("--epochs", 10, "--warmup_epochs", 2, "--lr", 0.004, "--batch_size_per_gpu", 16, "--accum_steps", 2)
     assert main_selfpatch.images_per_step(args, world_size=8) == 256
-    run = main_selfpatch.build_run(args, Processes(), steps_per_epoch=50)
+    run = main_selfpatch.build_run(args, Process(), steps_per_epoch=50)
     lr, weight_decay, momentum = run.schedules[2:]
     assert max(map(lr, range(500))) == lr(99) == lr(100) == pytest.approx(0.004 * 32 / 256)
     assert lr(0) == 0 and lr(499) == pytest.approx(1e-6, rel=0.1)
