@@ -13,7 +13,7 @@ from selfpatch.data.normalisation import IMAGENET_MEAN, IMAGENET_STD
 
 @contextmanager
 def seeded(*numbers: int) -> Iterator[None]:
-    """Make what is drawn on the CPU within depend on the numbers alone, and leave torch's random state as it was."""
+    """Seed torch's CPU generator with the numbers for the body, and restore its state afterwards."""
     # not torch.manual_seed, which seeds every accelerator as well and takes a hundred times as long
     generator = torch.default_generator
     state = generator.get_state()

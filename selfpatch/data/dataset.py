@@ -16,13 +16,12 @@ MAX_REPLACEMENTS = 100  # images in a row that cannot be read, before a sample i
 
 
 class TrainingImages(Dataset):
-    """Images of any kind as crops; one that cannot be read is replaced.
+    """Images as crops; the next readable image replaces an unreadable one, and all others keep their place.
 
-    A sample is (crops, what is wrong with the image that they replace, or ""). The replacement is the next readable
-    image of the data set, and the order of all others stays the same.
+    A sample is (crops, error): error says what is wrong with the image that was replaced, "" for none.
 
     Args:
-        images: their names, and how to read one.
+        images: names, and how to read them.
         transform: decoded image -> crops.
         loader: (where the image is, its bytes) -> decoded image.
     """
@@ -42,10 +41,13 @@ class TrainingImages(Dataset):
         return self.load(index)
 
     def load(self, index: int, begin: Callable[[int], None] | None = None) -> tuple[list[torch.Tensor], str]:
-        """The sample of an index. begin is called with the index of each image before it is read.
+        """The sample of an index.
+
+        Args:
+            begin: called with the index of each image before it is read.
 
         Raises:
-            UnreadableImage: neither can any of the next 99 images be read.
+            UnreadableImage: the image and the next 99 are unreadable.
         """
         error = ""
         for i in range(index, index + min(MAX_REPLACEMENTS, len(self))):

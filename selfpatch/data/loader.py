@@ -1,7 +1,7 @@
-"""Batches of crops on the device, loaded by worker processes. An epoch can be continued at any batch, to the bit.
+"""Batches of crops on the device, loaded by worker processes. An epoch can start at any batch, bit for bit.
 
-A worker that is killed is replaced, and the batches that it would have given come out the same; one that gives nothing
-for too long is an error that names the file it was reading.
+Killed workers are replaced, without any change to the batches. A worker that hangs raises an error that names the file
+it was reading.
 """
 import contextlib
 import gc
@@ -34,7 +34,7 @@ MAX_RESTARTS = 3  # of workers, in an epoch
 class EpochImages(Dataset):
     """The images of an epoch as its workers load them: the crops of each are seeded by (seed, epoch, index).
 
-    A worker notes the image that it is reading where the main process can see it.
+    Each worker records the index it is reading in shared memory, for error messages.
 
     Args:
         sampler: its seed and epoch are those of the crops.
@@ -79,10 +79,10 @@ class RankSampler(DistributedSampler):
 
 def prefetch(batches: Iterable[list[torch.Tensor]], device: torch.device,
              copy_stream: torch.cuda.Stream | None = None) -> Iterator[list[torch.Tensor]]:
-    """The batches on the device.
+    """Copy the batches to the device.
 
     On a GPU, copies from pinned memory run on copy_stream. No operation of a training step waits for the GPU, so the
-    next batch is asked for, and copied, while the GPU still works on this one.
+    host fetches and copies the next batch while the GPU still works on this one.
     """
     for crops in batches:
         if copy_stream is None:
@@ -98,10 +98,10 @@ def prefetch(batches: Iterable[list[torch.Tensor]], device: torch.device,
 
 
 class DataWait:
-    """How long training waits for batches, from begin on.
+    """Measure how long training waits for batches, from begin on.
 
-    On a GPU that is the time for which the device has nothing to do, between the end of one step's work and the arrival
-    of the next batch: the host runs ahead, and where it waits while the device is busy nothing is lost.
+    On a GPU this is its idle time, from the end of one step's work to the arrival of the next batch: the host runs
+    ahead, and its own waiting costs nothing while the device is busy.
     """
 
     def __init__(self, device: torch.device):
@@ -112,7 +112,7 @@ class DataWait:
         self.measured, self.start, self.seconds, self.events = True, time.perf_counter(), 0.0, []
 
     def timed(self, batches: Iterable) -> Iterator:
-        """The batches, the time to the arrival of each being counted."""
+        """Yield the batches, adding up the time until each arrives."""
         batches = iter(batches)
         if self.measured:  # what was done between two epochs is no part of either
             self.begin()
@@ -129,7 +129,7 @@ class DataWait:
             yield batch
 
     def mark(self) -> torch.cuda.Event | None:
-        """An event at the end of the work that a GPU has been given so far."""
+        """An event behind the work queued on the GPU so far; None on other devices."""
         if not self.measured or self.device.type != "cuda":
             return None
         event = torch.cuda.Event(enable_timing=True)
@@ -137,7 +137,7 @@ class DataWait:
         return event
 
     def share(self) -> float:
-        """The share of the time since the last call. Call it when the device has been waited for."""
+        """The share of the time since the last call. Synchronize the device before."""
         for before, after in self.events:
             after.synchronize()
             self.seconds += before.elapsed_time(after) / 1000
@@ -172,21 +172,21 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 
 class WorkerDied(Exception):
-    """A data worker ended before its work was done; the message says which one and by what."""
+    """A data worker ended too early; the message names it and the signal or status."""
 
 
 class TooManyBadImages(TrainingError):
-    """More images than --max_bad_images allows cannot be read."""
+    """More unreadable images than --max_bad_images allows."""
 
 
 def ended_workers() -> Iterator:
-    """The batches of workers of which one has ended as they were started."""
+    """Stand in for an iterator whose workers failed to start: raise WorkerDied at the first batch."""
     raise WorkerDied("a data worker was ended as it started")
     yield
 
 
 def raise_for_exit(workers: list[BaseProcess]) -> None:
-    """Raise WorkerDied if one of the workers has ended; RuntimeError if that was for want of shared memory."""
+    """Raise WorkerDied if a worker has ended, or RuntimeError if it ran out of shared memory."""
     ended = multiprocessing.connection.wait([worker.sentinel for worker in workers], timeout=1)
     for worker in workers:
         if worker.sentinel in ended:
@@ -254,7 +254,7 @@ class CropLoader:
         self.next_start = batch
 
     def readable(self) -> Iterator[list[torch.Tensor]]:
-        """The crops of each batch, on the CPU; what could not be read is counted."""
+        """Yield the crops of each batch, on the CPU, and collect the reasons of unreadable images."""
         self.position, self.next_start = self.next_start, 0
         batches, restarts = self.start(), 0
         while True:
@@ -289,16 +289,18 @@ class CropLoader:
             batches = ended_workers()
         self.workers = [child for child in multiprocessing.active_children() if child not in others]
         if threading.current_thread() is threading.main_thread():
-            # torch's handler would raise in the middle of a step; without it, a death is found by next_batch
-            signal.signal(signal.SIGCHLD, handler)
+            # torch's handler, of this loader or of one before it (--knn_data), would raise in the middle of a step;
+            # without it, next_batch finds dead workers
+            is_torchs = getattr(handler, "__module__", "").startswith("torch.utils.data")
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL if is_torchs else handler)
         return batches
 
     def next_batch(self, batches: Iterator) -> tuple:
         """The next batch of the workers.
 
         Raises:
-            WorkerDied: one of them was killed.
-            TrainingError: they have given nothing for too long.
+            WorkerDied: a worker was killed.
+            TrainingError: no batch came within the timeout.
         """
         try:
             with time_limit(self.timeout):
@@ -311,7 +313,7 @@ class CropLoader:
             raise TrainingError(f"{who} has given nothing for {self.timeout:g} s (--loader_timeout); the last image "
                                 f"that it began to read is {path}") from None
         except (RuntimeError, OSError, EOFError) as error:
-            # torch's own error, its pinning thread's, or that of the connection over which a worker hands on its memory
+            # raised by torch, by its pinning thread, or by the connection through which workers share memory
             by_words = any(words in str(error) for words in ("DataLoader worker", "Pin memory thread"))
             if by_words or isinstance(error, (ConnectionError, FileNotFoundError, EOFError)):
                 raise_for_exit(self.workers)

@@ -8,14 +8,14 @@ from selfpatch.distributed.processes import get_world_size
 
 
 def sum_over_processes(x: torch.Tensor) -> torch.Tensor:
-    """The sum of x over all processes, in place; of the same shape everywhere."""
+    """Sum x, of the same shape on all processes, in place."""
     if get_world_size() > 1:
         dist.all_reduce(x)
     return x
 
 
 def gather(x: torch.Tensor) -> torch.Tensor:
-    """x of every process, [processes, ...], the same on each; of the same shape everywhere."""
+    """Stack x, of the same shape on all P processes: [P, ...], the same on each."""
     if get_world_size() == 1:
         return x[None]
     parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(get_world_size())]
@@ -24,7 +24,7 @@ def gather(x: torch.Tensor) -> torch.Tensor:
 
 
 def gather_rows(rows: torch.Tensor) -> torch.Tensor:
-    """The rows [n, ...] of all processes, first those of rank 0: [sum of n, ...], the same on each."""
+    """Concatenate the rows [n, ...] of all processes, by rank: [sum of n, ...], the same on each."""
     if get_world_size() == 1:
         return rows
     counts = gather(torch.tensor(len(rows), device=rows.device)).tolist()

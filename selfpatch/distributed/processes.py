@@ -31,14 +31,14 @@ class Process(NamedTuple):
 
 def init_distributed_mode(device: str = "auto", local_rank: int = 0, port: int = 29500, dist_url: str = "env://",
                           timeout: timedelta = timedelta(minutes=30), notice_after: float = 10) -> Process:
-    """Join the other processes of a launcher, where the environment names any.
+    """Join the other processes of the launcher, if the environment names any.
 
     torchrun and torch.distributed.launch set RANK, WORLD_SIZE and LOCAL_RANK; Slurm's srun sets SLURM_*.
 
     Args:
         device: auto, cuda, cpu or mps, see pick_device.
-        local_rank: used where the launcher gives it as the option --local_rank only (torch before 2.0).
-        port: of rank 0, where the launcher sets no MASTER_PORT.
+        local_rank: used if the launcher gives it only as the option --local_rank (torch before 2.0).
+        port: of rank 0, if the launcher sets no MASTER_PORT.
         dist_url: how the processes find each other, see torch.distributed.init_process_group.
         timeout: how long to wait for the other processes, here and in every exchange with them.
         notice_after: seconds of waiting after which a line on stderr says for whom.
@@ -121,13 +121,13 @@ def assignments(variables: tuple[str, ...]) -> str:
 def join(process: Process, backend: str, port: int = 29500, dist_url: str = "env://",
          timeout: timedelta = timedelta(minutes=30), notice_after: float = 10,
          option: str = " (--dist_timeout)") -> None:
-    """torch.distributed.init_process_group for several processes, saying what it waits for when that takes long.
+    """Call torch.distributed.init_process_group if there are several processes; print a line if it has to wait long.
 
     Args:
         option: what sets the timeout, for messages.
 
     Raises:
-        ConfigError: the processes did not come together, for whatever reason.
+        ConfigError: the processes did not all join.
     """
     if process.world_size == 1:
         return
@@ -168,7 +168,7 @@ def join(process: Process, backend: str, port: int = 29500, dist_url: str = "env
 
 
 def call_roll(store: dist.Store, process: Process, timeout: timedelta, missing: list[int]) -> None:
-    """Wait until every rank is there, keeping the list of those that are missing up to date."""
+    """Wait until every rank has joined; `missing` lists those that have not, at any time."""
     store.set(f"here/{process.rank}", "")
     deadline = time.monotonic() + timeout.total_seconds()
     missing[:] = range(process.world_size)
@@ -271,7 +271,7 @@ def is_main_process() -> bool:
 
 
 def together(function: Callable[[], T]) -> T:
-    """Call function on every rank, and where one of them raises, raise the first error on all of them.
+    """Call function on every rank; if it raises on any, raise the first error on all.
 
     A rank that ended alone would leave the others waiting for it.
     """
@@ -293,7 +293,7 @@ def together(function: Callable[[], T]) -> T:
 
 
 def on_main_process(function: Callable[[], T]) -> T:
-    """What function returns on rank 0, on every rank; if it raises there, raise it on all of them."""
+    """Call function on rank 0, and return its result, or raise its error, on every rank."""
     result = together(lambda: function() if is_main_process() else None)
     if is_distributed():
         results = [result]
@@ -303,7 +303,7 @@ def on_main_process(function: Callable[[], T]) -> T:
 
 
 def is_lost_contact(error: Exception) -> bool:
-    """Whether an exchange with other processes failed because one of them has ended or does not answer."""
+    """Whether a collective failed because another process has ended or does not answer."""
     return isinstance(error, dist.DistNetworkError) or isinstance(error, RuntimeError | OSError) and any(
         words in str(error) for words in (
             "Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Broken pipe [",
@@ -311,7 +311,7 @@ def is_lost_contact(error: Exception) -> bool:
 
 
 def keep_freed_memory() -> None:
-    """Let malloc keep the memory of freed tensors for this process (Linux, glibc; elsewhere nothing happens).
+    """Let malloc keep the memory of freed tensors in this process (glibc on Linux; no effect elsewhere).
 
     Returning it to the system and faulting it in again at every layer takes 4 % of a training step on a CPU.
     """

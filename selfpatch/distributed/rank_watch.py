@@ -1,7 +1,7 @@
-"""A line that says which process the others are waiting for, and why a process has ended.
+"""Report which process the others wait for, and why a process has ended.
 
-A rank that waits in an exchange with the others is blocked in native code, so a thread of each tells that it is alive,
-through the store by which the processes found each other. Rank 0 watches all others, and the last rank watches rank 0.
+A rank that waits in a collective is blocked in native code, so a thread in each rank reports that it is alive, through
+the store by which the processes found each other. Rank 0 watches all others, and the last rank watches rank 0.
 """
 import contextlib
 import multiprocessing
@@ -21,16 +21,16 @@ from selfpatch.errors import TrainingError, is_first_of_machine, printable, prog
 
 
 class PeerError(TrainingError):
-    """Another rank has ended with an error; the message has it."""
+    """Another rank has ended with the error in the message."""
 
     every_rank, on_all_ranks = False, True  # one line from each machine is enough
 
 
 class RankWatch(threading.Thread):
-    """While entered, says when another rank has given no sign of life, and when it does again.
+    """While entered, report when another rank gives no sign of life, and when it is back.
 
-    An error that ends this rank alone is told to the others. They raise it as PeerError in place of their lost contact;
-    one that does not notice that, blocked in NCCL for instance, is ended. In a single process nothing happens.
+    An error that ends this rank alone is sent to the others, which raise it as PeerError instead of their lost contact.
+    A rank that does not notice, e.g. one blocked in NCCL, is ended. No effect in a single process.
 
     Args:
         timeout: after which the exchange itself fails, for the message.
@@ -68,7 +68,7 @@ class RankWatch(threading.Thread):
             raise PeerError(self.failure) from None
 
     def tell_failure(self, error: Exception) -> None:
-        """Tell the other ranks what ends this one; if it has the store, stay until they know."""
+        """Send the other ranks the error that ends this one; the rank with the store stays until they know."""
         with contextlib.suppress(RuntimeError, OSError):  # the store has ended
             store = connect_store(timedelta(seconds=self.notice_after))
             store.compare_set("failed", "", f"rank {self.rank} ({name_process()}) has ended: {printable(error)}")
@@ -78,7 +78,7 @@ class RankWatch(threading.Thread):
                 time.sleep(0.1)
 
     def ask_for_failure(self, store: dist.Store | None = None) -> None:
-        """Find out whether another rank has told what ended it."""
+        """Read the error that ended another rank, if there is one."""
         with contextlib.suppress(RuntimeError, OSError):
             store = store or connect_store(timedelta(seconds=self.notice_after))
             if store.check(["failed"]):
@@ -105,7 +105,7 @@ class RankWatch(threading.Thread):
 
     @contextlib.contextmanager
     def expect_answer(self) -> Iterator[None]:
-        """Say if the store does not answer: a process that is stopped keeps its connections, and has no time limit."""
+        """Report if the store does not answer: a stopped process keeps its connections, and has no time limit."""
         host, late = store_host(), threading.Event()
 
         def notice() -> None:

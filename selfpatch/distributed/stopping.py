@@ -1,7 +1,7 @@
-"""Ending a run between two steps: signals, a launcher that is gone, and how all ranks agree.
+"""Stop a run between two steps, on a signal or when the launcher ends, and make all ranks agree on the step.
 
-A signal only sets a flag. After each step the ranks exchange what they want, by the maximum of one number that is
-collected a step later, so that nobody waits for it; all of them then save and end after the same step.
+A signal only sets a flag. After each step the ranks start to reduce their wishes to the maximum, and read the result a
+step later, so that nobody waits for it; then all of them save and end after the same step.
 """
 import multiprocessing
 import os
@@ -46,7 +46,7 @@ class Interruption:
 
     def __enter__(self) -> "Interruption":
         if is_distributed():
-            # a group of its own: the exchange runs beside those of a step
+            # a separate group, since this runs concurrently with a step's collectives
             try:
                 self.group = dist.new_group(backend="gloo", timeout=self.timeout)
             except RuntimeError as error:
@@ -93,7 +93,7 @@ class Interruption:
         return SAVE if due else CONTINUE
 
     def agree(self) -> int:
-        """What all ranks do after this step: the most that one of them wanted a step ago. Call it after every step."""
+        """What all ranks do after this step: the maximum of their wishes of the step before. Call it after every step."""
         if not is_distributed():
             return self.wish()
         verdict = CONTINUE
@@ -101,13 +101,13 @@ class Interruption:
             self.exchange.wait()
             verdict = int(self.flag)
         wish = self.wish()
-        # what was agreed on is done before the next step
+        # a verdict is carried out before the next step, so it need not be wished again
         self.flag = torch.tensor(wish if wish > verdict else CONTINUE)
         self.exchange = dist.all_reduce(self.flag, dist.ReduceOp.MAX, group=self.group, async_op=True)
         return verdict
 
     def saved(self) -> None:
-        """Begin to count the minutes anew."""
+        """Restart the clock of save_every_minutes."""
         self.last_save = time.monotonic()
 
 

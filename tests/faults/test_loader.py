@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader
+from torch.utils.data._utils import signal_handling
 
 from selfpatch.data import files as image_files
 from selfpatch.data import loader as loader_module
@@ -44,6 +46,21 @@ def test_a_killed_worker_is_replaced_and_changes_nothing(image_folder, augment, 
     found = crops(loader, lambda i: os.kill(loader.workers[0].pid, signal.SIGKILL) if i in (0, 3) else None)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)) and len(found) == 12
     assert capsys.readouterr().out.count("was ended by signal 9; new workers continue at the same batch") in (1, 2)
+
+
+def test_a_killed_worker_is_replaced_after_another_loader(image_folder, monkeypatch):
+    """Such as that of --knn_data, whose handler of SIGCHLD raises for a dead worker, whatever runs then."""
+    monkeypatch.setattr(signal_handling, "_SIGCHLD_handler_set", False)
+    list(DataLoader([0], num_workers=1))
+    assert signal.getsignal(signal.SIGCHLD).__module__ == signal_handling.__name__
+    loader = make_loader(image_folder)
+
+    def kill_and_wait(i):
+        if i == 3:
+            loader.workers[0].kill()
+            time.sleep(0.2)
+
+    assert len(crops(loader, kill_and_wait)) == 12
 
 
 @pytest.mark.long
