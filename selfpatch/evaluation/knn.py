@@ -35,11 +35,6 @@ def bank_dtype(rows: int, dim: int) -> torch.dtype:
     return torch.float32 if 4 * rows * dim <= FLOAT32_BYTES else torch.float16
 
 
-def bank_bytes(rows: int, dim: int, world_size: int = 1) -> int:
-    """Memory of one process's share of a bank: features, and classes as 8-byte integers."""
-    return -(-rows // world_size) * (dim * bank_dtype(rows, dim).itemsize + 8)
-
-
 def neighbours(queries: torch.Tensor, bank: torch.Tensor, labels: torch.Tensor, k: int,
                **chunks: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosines and classes [Q, k] of each query's neighbours in the bank of all processes, nearest first.

@@ -299,7 +299,7 @@ def train_heads(heads: list[Heads], batches: CropBatches, feature: TokenFeature,
 
 
 @torch.inference_mode()
-def test_heads(heads: list[Heads], loader: DataLoader, feature: TokenFeature, device: torch.device,
+def score_heads(heads: list[Heads], loader: DataLoader, feature: TokenFeature, device: torch.device,
                progress: bool = False) -> tuple[list[torch.Tensor], list[str]]:
     """Top-1 and top-5 accuracy in per cent of each list of heads, [L, 2], over the images of all processes.
 
@@ -325,6 +325,3 @@ def test_heads(heads: list[Heads], loader: DataLoader, feature: TokenFeature, de
         raise ConfigError("none of the test images can be read")
     # divided on the CPU: MPS has no float64
     return list(100 * sum_over_processes(hits).cpu().double() / count.cpu()), sorted(unreadable)
-
-
-test_heads.__test__ = False  # not a test of pytest's

@@ -34,7 +34,8 @@ class LinearHead(nn.Module):
         return self.linear(x if kept is None else x * kept[:, None] / (1 - self.dropout))
 
 
-def build_head(dim: int, num_classes: int, device: torch.device, seed: int = 0, dropout: float = 0.1) -> LinearHead:
+def build_linear_head(dim: int, num_classes: int, device: torch.device, seed: int = 0,
+                      dropout: float = 0.1) -> LinearHead:
     """A head on the device, the same in every process, whose BatchNorm normalises over all of them."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -63,7 +63,6 @@ def second_eigenvector(matrix: torch.Tensor, first: torch.Tensor) -> torch.Tenso
 
     Args:
         first: the eigenvector of that eigenvalue, of unit length [N].
-
     """
     def multiply(vector: np.ndarray) -> np.ndarray:
         x = torch.from_numpy(vector.ravel()).to(matrix.device)

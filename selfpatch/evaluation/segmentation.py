@@ -257,6 +257,11 @@ def mean_iou(confusion: np.ndarray, present_only: bool = False) -> float:
     return float(np.nanmean(iou) if present_only else np.nan_to_num(iou).mean())
 
 
+def pixel_accuracy(confusion: np.ndarray) -> float:
+    """Share of the scored pixels whose class is predicted, from 0 to 1."""
+    return float(np.trace(confusion) / max(confusion.sum(), 1))
+
+
 def match_predictions(confusion: np.ndarray) -> np.ndarray:
     """The confusion matrix with predicted classes renamed, one to one, so that the sum of IoUs is largest."""
     hits = confusion.astype(np.float64)
