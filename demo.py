@@ -33,7 +33,7 @@ from selfpatch.video.frame_features import PatchFeatures
 from selfpatch.video.label_propagation import to_mask, to_one_hot
 from selfpatch.video.propagation_bounds import propagate
 from selfpatch.video.scores import score_sequence
-from selfpatch.visualization.drawing import labelled_panels
+from selfpatch.visualization.features import labelled_panels
 from selfpatch.visualization.scenes import NAMES, Scene, draw_scene
 from selfpatch.visualization.videos import overlay, write_video
 

@@ -1,11 +1,8 @@
 """The jobs of evaluation, in this process and as two, and images of three colours that any network tells apart."""
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
-from davis_folder import free_port
+from forked import ranks, run_program
 from PIL import Image
 
 from selfpatch.errors import ConfigError, report
@@ -39,11 +36,4 @@ def run_job(job, *words) -> int:
 
 def run_two(job, *words) -> list[tuple[int, str, str]]:
     """Exit status, stdout and stderr of each of two processes of a job."""
-    port, processes = free_port(), []
-    for rank in range(2):
-        env = os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-                            "MASTER_PORT": port}
-        processes.append(subprocess.Popen([sys.executable, job.__file__, *map(str, words)], env=env,
-                                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
-    outputs = [process.communicate(timeout=300) for process in processes]
-    return [(process.returncode, *output) for process, output in zip(processes, outputs, strict=True)]
+    return run_program(job.__file__, *words, envs=ranks())
