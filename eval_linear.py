@@ -33,6 +33,7 @@ from selfpatch.evaluation.linear_probe import (
     Inputs,
     TokenFeature,
     build_heads,
+    input_grid,
     score_heads,
     train_heads,
     train_transform,
@@ -77,8 +78,8 @@ def train_and_score(feature: TokenFeature, train: LabelledImages, val: LabelledI
     """Train the grid of heads; the scores of all heads, best first. Unreadable files are listed on stderr."""
     first, on_gpu = is_main_process(), device.type == "cuda"
     batches = CropBatches(train, args.batch_size_per_gpu, args.num_workers, args.seed, on_gpu)
-    heads = build_heads(feature.feature.kind, feature.dim, len(train.classes), args.n_last_blocks, batches.step_size,
-                        args.lr, args.seed, device)
+    heads = build_heads(input_grid(feature.feature.kind, args.n_last_blocks), feature.dim, len(train.classes),
+                        batches.step_size, args.lr, args.seed, device)
     unreadable = train_heads(heads, batches, feature, args.epochs, device, args.cache_features, first)
     accuracies, not_tested = score_heads(heads, share_loader(val, args.batch_size_per_gpu, args.num_workers, on_gpu),
                                         feature, device, first)

@@ -7,6 +7,7 @@ from forked import free_port
 from golden_rules import load, rand
 
 from selfpatch.distributed.collectives import gather_rows
+from selfpatch.evaluation import knn
 from selfpatch.evaluation.knn import Accuracy, bank_dtype, class_ranks, classify, neighbours
 from selfpatch.evaluation.nearest_neighbours import BANK_ROWS, QUERY_ROWS, nearest, search
 
@@ -21,8 +22,9 @@ def golden_data(salt):
     return parts
 
 
-@pytest.mark.parametrize("chunks", [{}, {"query_rows": 7, "bank_rows": 11, "block": 50}])
-def test_golden_knn(chunks):
+@pytest.mark.parametrize("block, chunks", [(4096, {}), (50, {"query_rows": 7, "bank_rows": 11})])
+def test_golden_knn(block, chunks, monkeypatch):
+    monkeypatch.setattr(knn, "BLOCK", block)
     golden = load("knn.npz")
     bank, labels, queries, truth = golden_data(golden["salt"])
     ks = [int(name[1:]) for name in golden if name.startswith("k")]

@@ -65,7 +65,7 @@ def test_grid_of_inputs_and_learning_rates():
     assert input_grid("cls", [4, 1]) == [(1, False), (1, True), (4, False), (4, True)]
     assert input_grid("mean", [1, 4]) == [(1, False), (4, False)]  # without class token, the mean is all there is
     assert input_grid("head", [1, 4]) == [(1, False), (1, True)]
-    heads = build_heads("cls", 384, 100, [1, 4], 1024)
+    heads = build_heads(input_grid("cls", [1, 4]), 384, 100, 1024)
     assert [one.weight.shape[2] // 384 for one in heads] == [1, 2, 4, 5] and len(heads[0].lrs) == 13
     assert heads[0].lrs[-1].item() == pytest.approx(0.4)  # 0.1 · 1024 / 256
     assert heads[0].weight.std().item() == pytest.approx(0.01, rel=0.01)
