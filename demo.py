@@ -24,7 +24,7 @@ from selfpatch.checkpoints.loading import load_backbone
 from selfpatch.errors import run_main, user_path
 from selfpatch.evaluation.dense_retrieval import PatchMemory, label_map, patch_labels
 from selfpatch.evaluation.knn import classify
-from selfpatch.evaluation.segmentation_metrics import confusion_matrix, mean_iou
+from selfpatch.evaluation.segmentation import confusion_matrix, mean_iou
 from selfpatch.evaluation.tables import format_table
 from selfpatch.method.vision_transformer import VisionTransformer, vit_pico
 from selfpatch.pretraining.resuming import fix_random_seeds
