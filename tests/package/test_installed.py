@@ -179,6 +179,7 @@ def test_beside_dinos_repository(run, script):
 
 # ---------------------------------------------------------------- several processes
 
+@pytest.mark.long
 def test_spawned_workers(run, script, image_folder):
     """Workers that are spawned, as on macOS and Windows, give the batches of this process."""
     path = script("""
@@ -203,6 +204,7 @@ def test_spawned_workers(run, script, image_folder):
     assert run(path, image_folder) == "same\n"
 
 
+@pytest.mark.long
 def test_ranks_of_another_projects_script(run, script):
     path = script("""
         import selfpatch, torch
@@ -222,6 +224,7 @@ def test_ranks_of_another_projects_script(run, script):
     assert "site-packages" in output.splitlines()[-1]
 
 
+@pytest.mark.long
 def test_a_submitit_job_of_another_project(run, script, tmp_path):
     pytest.importorskip("submitit", reason="submitit is optional: pip install submitit")
     path = script("""

@@ -18,7 +18,7 @@ from selfpatch.video.scores import boundary_f, jaccard, score_folder, score_sequ
 SCORES = GOLDEN / "davis_scores"
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_golden_scores(processes):
     expected = json.loads((SCORES / "expected.json").read_text())
     measures, objects = summarise(score_folder(SCORES, SCORES / "results", "val", processes))
