@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import torch
 
-from selfpatch.checkpoints.backbones import PREFIX, Backbone, check_layer, load_any_with_info
-from selfpatch.checkpoints.loading import CheckpointInfo, build_head
+from selfpatch.checkpoints.backbones import PREFIX, Backbone, check_layer
+from selfpatch.checkpoints.loading import CheckpointInfo, build_head, load_with_info
 from selfpatch.distributed.precision import DTYPES
 from selfpatch.errors import ConfigError
 from selfpatch.evaluation.tables import tell_apart
@@ -115,7 +115,7 @@ def load_candidates(args: argparse.Namespace, quiet: bool = False, with_heads: b
     found = []
     with contextlib.redirect_stdout(None if quiet else sys.stdout):
         for path, arch, name in zip(weights, archs, row_names(weights), strict=False):
-            model, info = load_any_with_info(arch, path, args.checkpoint_key, args.patch_size)
+            model, info = load_with_info(path, args.checkpoint_key, arch, args.patch_size)
             head = build_head(info) if with_heads and info and info.has_selfpatch_head else None
             found.append(Candidate(name, model, info, path, info.arch if info else arch, head))
         if args.random_weights:
@@ -142,7 +142,7 @@ def build_untrained(found: list[Candidate], arch: str | None, patch_size: int | 
         parts = {"class_token": info.class_token, "final_norm": info.final_norm, "img_size": info.grid * patch_size,
                  "num_heads": like.model.num_heads}
     torch.manual_seed(seed)
-    model, _ = load_any_with_info(arch, "", patch_size=patch_size, random_weights=True, **parts)
+    model, _ = load_with_info("", arch=arch, patch_size=patch_size, random_weights=True, **parts)
     head = like and like.head and SelfPatchHead(model.embed_dim, model.num_heads, like.head.k_num).eval()
     return Candidate("random", model, None, "", arch or "vit_small", head)
 
