@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from networks import assert_same, small_wrapper
+from networks import assert_same, shrink_job, small_wrapper
 from small_job import SMALL, load, options
 
 import main_selfpatch
@@ -91,6 +91,7 @@ def test_other_options_train(image_folder, tmp_path, words):
 @pytest.mark.parametrize("extra", [(), ("--pack_crops", "on", "--checkpoint_activations", "mlp")], ids=["", "packed"])
 def test_compiled_run_is_the_plain_run(image_folder, tmp_path, monkeypatch, extra):
     """The same names in the checkpoint and, to rounding, the same weights; test_train_step.py has the real compiler."""
+    shrink_job(monkeypatch, depth=1)
     compile_ = torch.compile
     monkeypatch.setattr(torch, "compile", lambda *args, **kwargs: compile_(*args, **kwargs, backend="aot_eager"))
     words = ["--epochs", 1, "--data_path", image_folder, "--optimizer", "sgd", "--drop_path_rate", 0]
