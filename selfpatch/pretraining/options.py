@@ -206,7 +206,7 @@ def check_args(args: argparse.Namespace) -> None:
     check_numbers(args)
     check_paths(args.data_path)
     check_output_dir(Path(args.output_dir))
-    check_trackers(chosen_trackers(args), Path(args.output_dir))
+    check_trackers(chosen_trackers(args.log_with, args.tensorboard), Path(args.output_dir))
     # a run that goes on does not use the file, which may be gone by then
     require(not args.init_weights or RunFolder(args.output_dir).has_run() or resolve_path(args.init_weights).exists(),
             f"there is no file {args.init_weights}: give --init_weights a checkpoint, or a run's folder")

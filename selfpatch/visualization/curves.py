@@ -11,8 +11,7 @@ import numpy as np
 
 from selfpatch.errors import ConfigError
 from selfpatch.evaluation.tables import check_png, tell_apart
-from selfpatch.pretraining.logs import parse_row
-from selfpatch.pretraining.step_log import rows_until
+from selfpatch.pretraining.logs import parse_row, rows_until
 
 # title, name in steps.jsonl, name in log.txt, name of its ln K in steps.jsonl
 CURVES = (("loss", "loss", "train_loss", ""),
