@@ -131,11 +131,12 @@ def all_finite(model: nn.Module) -> bool:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Load state but keep each group's factor on the rate, and the implementation (fused, foreach), which differs
-    between devices and torch versions.
+    """Load state, but keep each group's lr_scale and its implementation (fused, foreach).
+
+    The implementation depends on the device and on torch's version.
 
     Raises:
-        ValueError: the state is of another kind of optimizer, or of other groups.
+        ValueError: the state is of a different kind of optimizer, or has different groups.
     """
     signature = {"betas", "momentum", "eta"}  # tells AdamW, SGD and LARS apart
     own, saved = (signature.intersection(groups[0]) for groups in (optimizer.param_groups, state["param_groups"]))
