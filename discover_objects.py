@@ -20,8 +20,9 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional as tf
 from tqdm import tqdm
 
-from selfpatch.checkpoints.backbones import image_statistics, normalise
+from selfpatch.checkpoints.backbones import image_statistics
 from selfpatch.data.files import load_rgb
+from selfpatch.data.normalisation import normalise
 from selfpatch.distributed.processes import get_rank, get_world_size, is_main_process, together
 from selfpatch.errors import ArgumentParser, ConfigError, number, run_main, user_path
 from selfpatch.evaluation.box_data import HELP, BoxImage, find_box_data

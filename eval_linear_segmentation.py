@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional as tf
 from tqdm import tqdm
 
-from selfpatch.checkpoints.backbones import image_statistics, normalise
+from selfpatch.checkpoints.backbones import image_statistics
+from selfpatch.data.normalisation import normalise
 from selfpatch.distributed.collectives import sum_over_processes
 from selfpatch.distributed.processes import get_rank, get_world_size, is_main_process, together
 from selfpatch.errors import ArgumentParser, ConfigError, TrainingError, number, run_main

@@ -21,9 +21,10 @@ import torch.distributed as dist
 from PIL import Image
 from tqdm import tqdm
 
-from selfpatch.checkpoints.backbones import check_layer, normalise
+from selfpatch.checkpoints.backbones import check_layer
 from selfpatch.checkpoints.loading import load_backbone
 from selfpatch.data.files import is_hidden
+from selfpatch.data.normalisation import normalise
 from selfpatch.distributed.precision import choose_dtype
 from selfpatch.distributed.processes import Launch, join, keep_freed_memory, pick_device, read_launcher
 from selfpatch.errors import ArgumentParser, ConfigError, run_main, user_path

@@ -21,7 +21,7 @@ from selfpatch.data.dataset import build_dataset
 from selfpatch.data.files import UnreadableImage
 from selfpatch.data.loader import CropLoader
 from selfpatch.data.sources import prepare
-from selfpatch.distributed.batchnorm import sync_batchnorms
+from selfpatch.distributed.collectives import sync_batchnorms
 from selfpatch.distributed.processes import (
     Processes,
     allow_tf32,

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from selfpatch.checkpoints.backbones import normalise
+from selfpatch.data.normalisation import normalise
 from selfpatch.distributed.processes import keep_freed_memory, pick_device
 from selfpatch.errors import ArgumentParser, ConfigError, run_main, user_path
 from selfpatch.evaluation.image_features import ImageFeature, extract, open_labelled, share_loader

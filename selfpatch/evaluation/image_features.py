@@ -17,9 +17,10 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from selfpatch.checkpoints.backbones import Backbone, image_statistics, normalise
+from selfpatch.checkpoints.backbones import Backbone, image_statistics
 from selfpatch.data.files import IMAGE_SUFFIXES, UnreadableImage, load_rgb
 from selfpatch.data.names import NamedImages
+from selfpatch.data.normalisation import normalise
 from selfpatch.data.sources import open_class_folders
 from selfpatch.distributed.precision import autocast
 from selfpatch.distributed.processes import get_rank, get_world_size

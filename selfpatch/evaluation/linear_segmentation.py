@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from selfpatch.distributed.batchnorm import sync_batchnorms
-from selfpatch.distributed.collectives import sum_over_processes
+from selfpatch.distributed.collectives import sum_over_processes, sync_batchnorms
 from selfpatch.distributed.processes import get_rank, get_world_size
 from selfpatch.evaluation.segmentation import IGNORE
 

@@ -20,12 +20,12 @@ from selfpatch.pretraining.resuming import describe_images
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning",
                                         "ignore:.*fork.*:DeprecationWarning")
-README = (ROOT / "README.md").read_text()
+DATA = (ROOT / "docs" / "DATA.md").read_text()
 
 
 def write_function(folder, path):
     write_sqlite(folder, path)
-    code = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
+    code = re.search(r"```python\n(.*?)```", DATA, re.DOTALL)[1]
     assert len(code.splitlines()) <= 14
     path.with_name("sqlite_images.py").write_text(code)
     return f"{path.with_name('sqlite_images.py')}:{path}"

@@ -8,7 +8,7 @@ from evaluation_jobs import run_job, run_two
 from PIL import Image
 
 import discover_objects as job
-from selfpatch.data.augmentations import IMAGENET_MEAN, IMAGENET_STD
+from selfpatch.data.normalisation import IMAGENET_MEAN, IMAGENET_STD
 
 
 @pytest.fixture(scope="module")

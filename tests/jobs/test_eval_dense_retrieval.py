@@ -9,7 +9,7 @@ from evaluation_jobs import run_job, run_two
 from PIL import Image
 
 import eval_dense_retrieval as job
-from selfpatch.data.augmentations import IMAGENET_MEAN
+from selfpatch.data.normalisation import IMAGENET_MEAN
 from selfpatch.evaluation.dense_retrieval import PatchMemory
 from selfpatch.evaluation.image_features import PatchFeature
 from selfpatch.evaluation.nearest_neighbours import QUERY_ROWS

@@ -12,7 +12,7 @@ from networks import small_wrapper
 from PIL import Image
 
 import eval_knn as job
-from selfpatch.checkpoints.backbones import normalise
+from selfpatch.data.normalisation import normalise
 from selfpatch.evaluation import image_features
 from selfpatch.evaluation.image_features import ImageFeature, open_labelled, share_loader
 from selfpatch.evaluation.knn import knn_accuracy

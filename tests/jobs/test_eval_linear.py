@@ -11,7 +11,7 @@ from golden_rules import set_weights
 from networks import small_wrapper
 
 import eval_linear as job
-from selfpatch.checkpoints.backbones import normalise
+from selfpatch.data.normalisation import normalise
 from selfpatch.errors import ConfigError
 from selfpatch.evaluation.image_features import ImageFeature, open_labelled
 from selfpatch.evaluation.linear_probe import (

@@ -14,7 +14,7 @@ from torch import nn
 
 from main_selfpatch import share_gradients
 from selfpatch.checkpoints.loading import load_backbone
-from selfpatch.distributed.batchnorm import sync_batchnorms
+from selfpatch.distributed.collectives import sync_batchnorms
 from selfpatch.method.fused_loss import FusedDINOLoss
 from selfpatch.method.losses import DINOLoss
 from selfpatch.method.optim import get_params_groups
