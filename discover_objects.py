@@ -7,7 +7,6 @@
 Prints CorLoc where the data has boxes: the share of images whose box reaches IoU 0.5 with any true one.
 """
 import argparse
-import contextlib
 import os
 from collections.abc import Callable
 from functools import partial
@@ -40,6 +39,7 @@ from selfpatch.evaluation.model_options import Candidate, load_candidates
 from selfpatch.evaluation.object_discovery import EPSILON, TAU, box_of, is_found, lost, tokencut
 from selfpatch.evaluation.tables import check_output, folder_names
 from selfpatch.visualization.features import boxes_over
+from selfpatch.whole_files import whole_file
 
 METHODS = {"lost": "LOST", "tokencut": "TokenCut"}
 
@@ -149,21 +149,15 @@ def write_picture(folder: Path, image: BoxImage, pixels: torch.Tensor, boxes: di
     """Write the image with its boxes to folder/name.png, whole or not at all.
 
     Raises:
-        ConfigError: the disk is full or cannot be written.
+        WriteError: the disk is full or cannot be written.
     """
     path = folder / f"{image.name}.png"
     named = {METHODS[name]: [box] for name, box in boxes.items()}
     if truth is not None:
         named["true"] = [tuple(box) for box in truth.tolist()]
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with whole_file(path) as temporary:
         path.parent.mkdir(parents=True, exist_ok=True)
         boxes_over(tf.to_pil_image(pixels), named).save(temporary, "PNG")
-        os.replace(temporary, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise ConfigError(f"--pictures {path} cannot be written ({error.strerror})") from None
 
 
 def check_pictures(folder: Path | None, overwrite: bool) -> None:

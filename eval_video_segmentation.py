@@ -21,7 +21,8 @@ import torch.distributed as dist
 from PIL import Image
 from tqdm import tqdm
 
-from selfpatch.checkpoints.backbones import check_layer, load_any_backbone, normalise
+from selfpatch.checkpoints.backbones import check_layer, normalise
+from selfpatch.checkpoints.loading import load_backbone
 from selfpatch.data.files import is_hidden
 from selfpatch.distributed.precision import choose_dtype
 from selfpatch.distributed.processes import Launch, join, keep_freed_memory, pick_device, read_launcher
@@ -275,8 +276,8 @@ def make_extractor(args: argparse.Namespace, launch: Launch) -> PatchFeatures:
         keep_freed_memory()
     torch.manual_seed(args.seed)
     with contextlib.redirect_stdout(sys.stdout if launch.rank == 0 else None):
-        model = load_any_backbone(args.arch, args.pretrained_weights, args.checkpoint_key, args.patch_size,
-                                  args.random_weights).to(device)
+        model = load_backbone(args.pretrained_weights, args.checkpoint_key, args.arch, args.patch_size,
+                              args.random_weights).to(device)
     check_layer(model, args.layer)
     return PatchFeatures(model, device, choose_dtype(args.precision, device), args.bs, args.layer)
 

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import torch
 
-from selfpatch.checkpoints.backbones import PREFIX, Backbone, check_layer, load_any_with_info
-from selfpatch.checkpoints.loading import CheckpointInfo, build_head
+from selfpatch.checkpoints.backbones import PREFIX, Backbone, check_layer
+from selfpatch.checkpoints.loading import CheckpointInfo, build_head, load_with_info
 from selfpatch.distributed.precision import DTYPES
 from selfpatch.distributed.processes import is_main_process, together
 from selfpatch.errors import ConfigError
@@ -111,7 +111,7 @@ def load_candidates(weights: list[str], archs: list[str] = (), key: str = "teach
     def load() -> list[Candidate]:
         found = []
         for path, arch, name in zip(weights, archs, row_names(weights), strict=False):
-            model, info = load_any_with_info(arch, path, key, patch_size)
+            model, info = load_with_info(path, key, arch, patch_size)
             head = build_head(info) if with_heads and info and info.has_selfpatch_head else None
             found.append(Candidate(name, model, info, path, info.arch if info else arch, head))
         if seed is not None:
@@ -140,7 +140,7 @@ def build_untrained(found: list[Candidate], arch: str | None, patch_size: int | 
         parts = {"class_token": info.class_token, "final_norm": info.final_norm, "img_size": info.grid * patch_size,
                  "num_heads": like.model.num_heads}
     torch.manual_seed(seed)
-    model, _ = load_any_with_info(arch, "", patch_size=patch_size, random_weights=True, **parts)
+    model, _ = load_with_info("", arch=arch, patch_size=patch_size, random_weights=True, **parts)
     head = like and like.head and SelfPatchHead(model.embed_dim, model.num_heads, like.head.k_num).eval()
     return Candidate("random", model, None, "", arch or "vit_small", head)
 

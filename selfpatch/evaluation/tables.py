@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from selfpatch.errors import ConfigError
+from selfpatch.whole_files import whole_file
 
 
 def tell_apart(names: Sequence[str], taken: Iterable[str] = ()) -> list[str]:
@@ -70,15 +71,9 @@ def write_json(content: object, output: str | Path) -> None:
     """Write a JSON file whole or not at all, and print its name.
 
     Raises:
-        ConfigError: the disk is full or cannot be written.
+        WriteError: the disk is full or cannot be written.
     """
     path = Path(output)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with whole_file(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise ConfigError(f"--output {path} cannot be written ({error.strerror})") from None
-    finally:
-        temporary.unlink(missing_ok=True)
     print(f"wrote {path}")

@@ -5,6 +5,7 @@ import zlib
 from pathlib import Path
 
 from selfpatch.errors import PASSING_ERRORS, ConfigError, TrainingError, describe
+from selfpatch.whole_files import WriteError, whole_file
 
 
 def check_log(output: Path) -> None:
@@ -97,10 +98,7 @@ class RunLog:
             self.older = text[:older[0]] if checksum(text[:older[0]]) == older[1] else ""  # unless it was edited
         else:
             self.older = text + "\n" * bool(text and not text.endswith("\n"))
-        try:
-            self.rewrite(text)
-        except OSError as error:
-            raise ConfigError(f"cannot write to {error.filename or output} ({error.strerror})") from None
+        self.rewrite(text)
 
     def state_dict(self) -> dict:
         """What a checkpoint keeps of the log."""
@@ -110,9 +108,8 @@ class RunLog:
         """Make text, what log.txt holds, what it should hold."""
         wanted = self.older + reconcile(text[len(self.older):], self.rows)
         if wanted != text or not self.path.is_file():
-            temporary = self.path.with_name(f".log.txt.{os.getpid()}.tmp")
-            temporary.write_text(wanted, encoding="utf-8")
-            os.replace(temporary, self.path)
+            with whole_file(self.path) as temporary:
+                temporary.write_text(wanted, encoding="utf-8")
 
     def write(self) -> None:
         """Bring log.txt up to rows.
@@ -122,9 +119,9 @@ class RunLog:
         """
         try:
             self.rewrite(self.path.read_text(encoding="utf-8") if self.path.is_file() else "")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "it is not text any more"
+        except (OSError, WriteError, UnicodeDecodeError) as error:
+            reason = error.strerror if hasattr(error, "errno") else "it is not text any more"
             message = f"cannot write to {self.path} ({reason})"
-            if isinstance(error, OSError) and error.errno not in PASSING_ERRORS:
+            if getattr(error, "errno", None) not in (None, *PASSING_ERRORS):
                 raise TrainingError(f"{message}: the same command continues from the last checkpoint") from None
             print(f"warning: {message}; training goes on, and the next epoch will try again", flush=True)

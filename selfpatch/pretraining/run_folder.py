@@ -19,9 +19,10 @@ import shutil
 import socket
 from pathlib import Path
 
-from selfpatch.checkpoints.files import CheckpointError, WriteError, read_checkpoint, sync_folder, write_checkpoint
+from selfpatch.checkpoints.files import CheckpointError, read_checkpoint, write_checkpoint
 from selfpatch.distributed.processes import is_main_process
 from selfpatch.errors import PASSING_ERRORS, ConfigError, TrainingError, describe
+from selfpatch.whole_files import WriteError, whole_file
 
 try:
     import fcntl
@@ -164,22 +165,11 @@ class RunFolder:
 
     def copy(self, epoch: int) -> None:
         """Copy checkpoint.pth to its numbered name, whole or not at all."""
-        temporary = self.path / f".{self.numbered(epoch).name}.{os.getpid()}.tmp"
-        try:
-            temporary.unlink(missing_ok=True)
+        with whole_file(self.numbered(epoch)) as temporary:
             try:
                 os.link(self.last, temporary)  # no file is ever written in place, so that two names can share one
             except OSError:
                 shutil.copyfile(self.last, temporary)
-                with open(temporary, "rb") as file:
-                    os.fsync(file.fileno())
-            os.replace(temporary, self.numbered(epoch))
-            sync_folder(self.path)
-        except OSError as error:
-            raise WriteError(self.numbered(epoch), error) from None
-        finally:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
 
     def try_save(self, state: dict, epoch: int | None = None, last_chance: bool = False) -> None:
         """save, where an error that may pass is a warning, as there is another save to come.

@@ -12,6 +12,7 @@ from selfpatch.method.training_run import TrainingRun
 from selfpatch.pretraining.engine import prototypes
 from selfpatch.pretraining.meters import MetricLogger
 from selfpatch.pretraining.trackers import Trackers
+from selfpatch.whole_files import whole_file
 
 FIRST_STEPS = 3  # of a process: compilation, caches and workers that start make them slow
 
@@ -100,9 +101,8 @@ class StepLog:
         data = self.path.read_bytes() if self.path.is_file() else b""
         wanted = b"".join(rows_until(data, (self.run.step + 0.5) / self.run.steps_per_epoch if self.run.step else 0))
         if wanted != data:
-            temporary = self.path.with_name(f".steps.jsonl.{os.getpid()}.tmp")
-            temporary.write_bytes(wanted)
-            os.replace(temporary, self.path)
+            with whole_file(self.path) as temporary:
+                temporary.write_bytes(wanted)
         return len(wanted)
 
     def __call__(self, logger: MetricLogger) -> None:

@@ -19,6 +19,7 @@ from PIL import Image
 
 from selfpatch.data.files import UnreadableImage, is_hidden, load_ids, load_rgb, open_image, orientation, read_bytes
 from selfpatch.errors import ConfigError
+from selfpatch.whole_files import whole_file
 
 VOID = 255
 SCALE_SIZE = 480  # short side of the frames that a backbone sees
@@ -306,16 +307,10 @@ def write_text(path: str | Path, text: str) -> None:
     """Write a small file whole or not at all, and print whether it replaced one.
 
     Raises:
-        DataError: the disk is full, or a folder is in the way.
+        WriteError: the disk is full, or a folder is in the way.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     replaced = path.exists()
-    try:
+    with whole_file(path) as temporary:
         temporary.write_text(text)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be written ({error.strerror})") from None
-    finally:
-        temporary.unlink(missing_ok=True)
     print(f"{path} {'replaced' if replaced else 'written'}")
