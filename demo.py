@@ -24,7 +24,7 @@ from selfpatch.checkpoints.loading import load_backbone
 from selfpatch.errors import run_main, user_path
 from selfpatch.evaluation.dense_retrieval import PatchMemory, label_map, patch_labels
 from selfpatch.evaluation.knn import classify
-from selfpatch.evaluation.segmentation_metrics import confusion_matrix, mean_iou
+from selfpatch.evaluation.segmentation import confusion_matrix, mean_iou
 from selfpatch.evaluation.tables import format_table
 from selfpatch.method.vision_transformer import VisionTransformer, vit_pico
 from selfpatch.pretraining.resuming import fix_random_seeds
@@ -33,7 +33,7 @@ from selfpatch.video.frame_features import PatchFeatures
 from selfpatch.video.label_propagation import to_mask, to_one_hot
 from selfpatch.video.propagation_bounds import propagate
 from selfpatch.video.scores import score_sequence
-from selfpatch.visualization.drawing import labelled_panels
+from selfpatch.visualization.features import labelled_panels
 from selfpatch.visualization.scenes import NAMES, Scene, draw_scene
 from selfpatch.visualization.videos import overlay, write_video
 

@@ -43,8 +43,16 @@ from selfpatch.evaluation.dense_retrieval import (
 )
 from selfpatch.evaluation.model_options import load_candidates
 from selfpatch.evaluation.nearest_neighbours import BANK_ROWS
-from selfpatch.evaluation.segmentation import HELP, Pair, SegmentationData, find_segmentation_data
-from selfpatch.evaluation.segmentation_metrics import IGNORE, confusion_matrix, match_predictions, mean_iou
+from selfpatch.evaluation.segmentation import (
+    HELP,
+    IGNORE,
+    Pair,
+    SegmentationData,
+    confusion_matrix,
+    find_segmentation_data,
+    match_predictions,
+    mean_iou,
+)
 
 PUBLISHED_STD = (0.229, 0.224, 0.255)  # blue is not ImageNet's 0.225; the published figures are made with it
 JITTER = ("brightness", "contrast", "saturation", "hue")

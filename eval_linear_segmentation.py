@@ -42,8 +42,14 @@ from selfpatch.evaluation.linear_segmentation import (
     sliding_logits,
 )
 from selfpatch.evaluation.model_options import load_candidates
-from selfpatch.evaluation.segmentation import HELP, SegmentationData, find_segmentation_data
-from selfpatch.evaluation.segmentation_metrics import IGNORE, confusion_matrix, mean_iou
+from selfpatch.evaluation.segmentation import (
+    HELP,
+    IGNORE,
+    SegmentationData,
+    confusion_matrix,
+    find_segmentation_data,
+    mean_iou,
+)
 from selfpatch.method.schedules import cosine_schedule
 
 SIDE, STRIDE = 512, 341  # of windows, in pixels; the side is rounded down to whole patches

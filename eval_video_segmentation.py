@@ -23,9 +23,10 @@ from tqdm import tqdm
 
 from selfpatch.checkpoints.backbones import check_layer, load_any_backbone, normalise
 from selfpatch.data.files import is_hidden
+from selfpatch.distributed.precision import choose_dtype
 from selfpatch.distributed.processes import Launch, join, keep_freed_memory, pick_device, read_launcher
 from selfpatch.errors import ArgumentParser, ConfigError, run_main, user_path
-from selfpatch.evaluation.model_options import DTYPES, add_model_options, pick_dtype
+from selfpatch.evaluation.model_options import add_model_options, add_precision_option
 from selfpatch.video import davis as davis_data
 from selfpatch.video.davis import SCALE_SIZE, VOID, DataError, Sequence, imwrite_indexed, load_frame, resized_shape
 from selfpatch.video.frame_features import MEAN, STD, PatchFeatures, frame_features
@@ -191,9 +192,7 @@ def get_args_parser() -> ArgumentParser:
     speed = parser.add_argument_group("speed")
     speed.add_argument("--bs", type=int, default=6, help="frames per batch; halved when memory runs out")
     speed.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps; auto is the GPU if there is one")
-    speed.add_argument("--precision", default="auto", choices=["auto", *DTYPES],
-                       help="of the backbone; auto: bf16 on a GPU that supports it, otherwise fp32. Labels are always "
-                            "propagated in fp32; fp16 can overflow in large backbones")
+    add_precision_option(speed, ". Labels are always propagated in fp32; fp16 can overflow in large backbones")
     return parser
 
 
@@ -279,7 +278,7 @@ def make_extractor(args: argparse.Namespace, launch: Launch) -> PatchFeatures:
         model = load_any_backbone(args.arch, args.pretrained_weights, args.checkpoint_key, args.patch_size,
                                   args.random_weights).to(device)
     check_layer(model, args.layer)
-    return PatchFeatures(model, device, pick_dtype(args.precision, device), args.bs, args.layer)
+    return PatchFeatures(model, device, choose_dtype(args.precision, device), args.bs, args.layer)
 
 
 def main(args: argparse.Namespace) -> int:

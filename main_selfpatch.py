@@ -48,8 +48,10 @@ from selfpatch.pretraining.auto_options import (
     compile_mode,
     uses_cuda_graphs,
 )
-from selfpatch.pretraining.engine import train_one_epoch  # noqa: F401 (likewise)
-from selfpatch.pretraining.finite import NotFiniteError
+from selfpatch.pretraining.engine import (
+    NotFiniteError,
+    train_one_epoch,  # noqa: F401 (likewise)
+)
 from selfpatch.pretraining.flops import flops_per_image, peak_tflops
 from selfpatch.pretraining.initial_weights import read_initial_weights, set_initial_weights
 from selfpatch.pretraining.knn_probe import KnnProbe

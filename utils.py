@@ -6,7 +6,7 @@ from selfpatch.distributed.processes import get_rank, get_world_size, init_distr
 from selfpatch.errors import ConfigError
 from selfpatch.method.optim import LARS, cancel_gradients_last_layer, clip_gradients, get_params_groups  # noqa: F401
 from selfpatch.method.schedules import cosine_scheduler  # noqa: F401
-from selfpatch.pretraining.logs import MetricLogger, SmoothedValue  # noqa: F401
+from selfpatch.pretraining.meters import MetricLogger, SmoothedValue  # noqa: F401
 from selfpatch.pretraining.options import bool_flag  # noqa: F401
 from selfpatch.pretraining.resuming import fix_random_seeds  # noqa: F401
 

@@ -30,6 +30,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import eval_video_segmentation as job
 from selfpatch.checkpoints.loading import load_backbone
+from selfpatch.distributed.precision import DTYPES, autocast, choose_dtype
 from selfpatch.distributed.processes import keep_freed_memory, pick_device
 from selfpatch.errors import run_main
 from selfpatch.method.vision_transformer import ARCHS
@@ -187,7 +188,7 @@ def time_plain(sequence, extract, args, folder: Path) -> tuple[dict, np.ndarray]
     images = clock("reading", lambda: [job.read_frame(path)[0] for path in sequence.frames])
 
     def one(image):
-        with torch.autocast(extract.device.type, extract.dtype, enabled=extract.dtype != torch.float32):
+        with autocast(extract.device, extract.dtype):
             return model(image[None].to(extract.device))[0].float()
 
     features = clock("features", lambda: torch.stack([one(image) for image in tqdm(images, "plain", leave=False)]))
@@ -205,7 +206,7 @@ def time_plain(sequence, extract, args, folder: Path) -> tuple[dict, np.ndarray]
 
 def main(args: argparse.Namespace) -> None:
     device = pick_device(args.device)
-    dtype = job.pick_dtype(args.precision, device)
+    dtype = choose_dtype(args.precision, device)
     if device.type == "cpu":
         keep_freed_memory()  # as the job does; it holds for both ways
     torch.manual_seed(0)
@@ -244,7 +245,7 @@ if __name__ == "__main__":
     parser.add_argument("--frames", type=int, default=50, help="of the clip, at most")
     parser.add_argument("--bs", type=int, default=6)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--precision", default="auto", choices=["auto", *job.DTYPES])
+    parser.add_argument("--precision", default="fp32", choices=["auto", *DTYPES])
     parser.add_argument("--no_plain", action="store_true", help="do not time the plain way")
     options = parser.parse_args()
     if options.sequence and not options.data_path:

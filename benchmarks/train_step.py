@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from published_order import PARTS, PlainBackbone, PlainHead, PlainLoss, fused_update, plain_update
 
 import main_selfpatch as job
+from selfpatch.distributed.precision import autocast
 from selfpatch.distributed.processes import init_distributed_mode, keep_freed_memory, peak_memory_gb, pick_device
 from selfpatch.errors import TrainingError, run_main
 from selfpatch.method.fused_loss import FusedDINOLoss
@@ -110,7 +111,7 @@ class Way:
         """The step in pieces, mark(name) being called after each; the loss."""
         run = self.run
         run.begin_step()
-        with torch.autocast(self.device.type, run.dtype, enabled=run.dtype != torch.float32):
+        with autocast(self.device, run.dtype):
             with torch.no_grad():
                 targets = run.teacher.targets(self.crops)
             mark("teacher")

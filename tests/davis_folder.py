@@ -1,5 +1,4 @@
 """A small DAVIS folder, made here, and the job on it."""
-import socket
 from pathlib import Path
 
 import cv2
@@ -41,9 +40,3 @@ def run(data: Path, output: Path, *options) -> int:
 
 def rewrite(path: Path, change) -> None:
     imwrite_indexed(path, change(read_mask(path)[0].copy()))
-
-
-def free_port() -> str:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return str(s.getsockname()[1])

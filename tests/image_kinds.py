@@ -10,7 +10,6 @@ import torch
 
 from selfpatch.data.dataset import build_dataset
 from selfpatch.data.loader import CropLoader
-from selfpatch.pretraining.resuming import fix_random_seeds
 
 SIZES = {"local_crops_number": 1, "global_crops_size": 32, "local_crops_size": 16}
 
@@ -64,13 +63,10 @@ def write_hub(folder: Path, path: Path) -> str:
     return f"hf:{path}"
 
 
-def epoch(data_path, batches: int = 0, state: dict | None = None, **options) -> tuple[CropLoader, list[torch.Tensor]]:
-    """A loader and its batches of the second epoch, each as one vector; the first ones, if batches says how many."""
+def epoch(data_path, batches: int = 0, start: int = 0, **options) -> tuple[CropLoader, list[torch.Tensor]]:
+    """A loader and its batches of the second epoch from number start on, each as one vector; all, or so many."""
     loader = CropLoader(build_dataset(data_path, **SIZES), 2, **options)
-    fix_random_seeds(0, 0, 1)
-    loader.sampler.set_epoch(1)
-    if state:
-        loader.load_state_dict(state)
+    loader.set_epoch(1, start)
     found = []
     for crops in loader:
         found.append(torch.cat([crop.flatten() for crop in crops]))

@@ -6,6 +6,7 @@ import pytest
 from repository import ROOT
 
 import main_selfpatch
+import selfpatch
 from selfpatch.pretraining.options import get_args_parser
 
 PAGE = (ROOT / "docs" / "FROM_DINO.md").read_text()
@@ -33,15 +34,25 @@ def test_the_citation_is_the_readmes():
     authors = " and ".join(f"{author['family-names']}, {author['given-names']}" for author in paper["authors"])
     assert authors in readme and paper["title"] in readme and f"{{{paper['year']}}}" in readme
     assert paper["identifiers"][0]["value"].removeprefix("arXiv:") in readme
-    assert f'version = "{citation["version"]}"' in (ROOT / "pyproject.toml").read_text()
+    assert citation["version"] == selfpatch.__version__  # pyproject.toml takes it from there
 
 
 def test_the_public_ci_runs_the_projects_own():
     yaml = pytest.importorskip("yaml", reason="PyYAML is not installed")
     job = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())["jobs"]["tests"]
-    assert job["steps"][-1]["run"] == ".ci/run" and os.access(ROOT / ".ci" / "run", os.X_OK)
-    assert f'requires-python = ">={min(job["strategy"]["matrix"]["python-version"])}"' in (
-        ROOT / "pyproject.toml").read_text()
+    matrix = job["strategy"]["matrix"]["include"]
+    assert {one["script"] for one in matrix} == {".ci/run", ".ci/floor", ".ci/extras"}
+    assert all(os.access(ROOT / one["script"], os.X_OK) for one in matrix)
+    assert job["steps"][-1]["run"] == "${{ matrix.script }}"
+
+
+def test_the_floor_is_what_the_project_promises():
+    floor = dict(line.split("==") for line in requirements(".ci/floor.txt"))
+    asked = dict(line.split(">=") for line in requirements("requirements.txt") if ">=" in line)
+    assert floor.keys() == asked.keys() == {"torch", "torchvision", "timm", "pillow"}
+    assert all(version.removesuffix(".0") == asked[name].removesuffix(".0") for name, version in floor.items())
+    project = (ROOT / "pyproject.toml").read_text()
+    assert 'requires-python = ">=3.10"' in project and "python3.10" in (ROOT / ".ci" / "floor").read_text()
 
 
 def here(table):

@@ -16,6 +16,8 @@ from torchvision.transforms.v2.functional import resized_crop
 
 from selfpatch.data.augmentations import IMAGENET_MEAN, IMAGENET_STD
 
+NUMBERS = 14  # uniform ones that draw takes for each crop
+
 # ----------------------------------------------------------------------------------------------------------------------
 # In the workers: an image becomes uint8 crops
 
@@ -41,7 +43,9 @@ def draw_boxes(count: int, height: int, width: int, scale: tuple[float, float]) 
 
 
 class RandomCrops:
-    """uint8 [3, H, W] -> [global crops uint8 [2, 3, G, G], local crops uint8 [n, 3, L, L]], not flipped or coloured.
+    """uint8 [3, H, W] -> [global crops uint8 [2, 3, G, G], local crops uint8 [n, 3, L, L], numbers [2 + n, 14]].
+
+    The crops are neither flipped nor coloured yet: the numbers, uniform in 0 … 1, decide what the device does to each.
 
     Args:
         global_crops_scale, local_crops_scale: (least, most) share of the image's area that a crop covers.
@@ -60,7 +64,7 @@ class RandomCrops:
             crops.append(torch.empty(count, 3, size, size, dtype=torch.uint8))
             for crop, box in zip(crops[-1], draw_boxes(count, *image.shape[1:], scale), strict=True):
                 crop.copy_(resized_crop(image, *box, [size, size], InterpolationMode.BICUBIC, antialias=True))
-        return crops
+        return [*crops, torch.rand(sum(map(len, crops)), NUMBERS)]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -160,10 +164,9 @@ class Draws(NamedTuple):
     solarize: torch.Tensor  # [N] bool
 
 
-def draw(blur: torch.Tensor, solarization: torch.Tensor) -> Draws:
-    """Draw the parameters of N crops, on the device of the probabilities blur and solarization [N], with one call."""
-    u = torch.rand(14, len(blur), device=blur.device)
-    flip, jitter, colour, rank, greyed, blurred, radius, solarized = u.split((1, 1, 4, 4, 1, 1, 1, 1))
+def draw(numbers: torch.Tensor, blur: torch.Tensor, solarization: torch.Tensor) -> Draws:
+    """The parameters of N crops, from uniform numbers [NUMBERS, N] and the probabilities blur and solarization [N]."""
+    flip, jitter, colour, rank, greyed, blurred, radius, solarized = numbers.split((1, 1, 4, 4, 1, 1, 1, 1))
     brightness, contrast, saturation, hue = 2 * colour - 1
     return Draws(flip=flip[0] < 0.5, order=torch.where(jitter < 0.8, rank.argsort(0), -1),
                  factors=torch.stack((1 + 0.4 * brightness, 1 + 0.4 * contrast, 1 + 0.2 * saturation, 0.1 * hue)),
@@ -223,14 +226,17 @@ class DeviceAugmentation(nn.Module):
         return apply(images, draws, select_by_mask=self.compiled or images.is_cuda) * self.scale + self.shift
 
     @torch.no_grad()
-    def forward(self, groups: list[torch.Tensor]) -> list[torch.Tensor]:
+    def forward(self, batch: list[torch.Tensor]) -> list[torch.Tensor]:
+        *groups, numbers = batch
+        size = len(numbers)
+        # view by view, the order in which the networks take them
+        draws = draw(numbers.transpose(0, 1).flatten(0, 1).T,
+                     *(odds[:, None].expand(-1, size).flatten() for odds in (self.blur, self.solarize)))
         views, start = [], 0
         for crops in groups:
-            batch, count = crops.shape[:2]
-            blur, solarization = (probability[start:start + count, None].expand(-1, batch).flatten()
-                              for probability in (self.blur, self.solarize))
-            # view by view, the order in which the networks take them
-            images = self.finish(crops.transpose(0, 1).flatten(0, 1), draw(blur, solarization))
-            views += images.unflatten(0, (count, batch)).unbind()
-            start += count
+            end = start + crops.shape[1] * size
+            own = Draws(*(values[..., start:end] for values in draws))
+            images = self.finish(crops.transpose(0, 1).flatten(0, 1), own)
+            views += images.unflatten(0, (-1, size)).unbind()
+            start = end
         return views

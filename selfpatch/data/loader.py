@@ -10,14 +10,14 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from ctypes import c_int64
-from functools import partial
 from itertools import islice
 from multiprocessing.process import BaseProcess
 from multiprocessing.sharedctypes import RawArray
 
 import torch
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate, get_worker_info
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, get_worker_info
 
+from selfpatch.data.augmentations import seeded
 from selfpatch.data.dataset import TrainingImages
 from selfpatch.data.device_augmentations import DeviceAugmentation, RandomCrops
 from selfpatch.data.time_limit import TimeLimit, time_limit
@@ -32,45 +32,37 @@ MAX_RESTARTS = 3  # of workers, in an epoch
 # In the workers
 
 
-class Tracked(Dataset):
-    """A data set whose workers note which image each is reading, where the main process can read it."""
+class EpochImages(Dataset):
+    """The images of an epoch as its workers load them: the crops of each are seeded by (seed, epoch, index).
 
-    def __init__(self, dataset: TrainingImages, num_workers: int):
-        self.dataset, self.loading = dataset, RawArray(c_int64, max(num_workers, 1))
+    A worker notes the image that it is reading where the main process can see it.
+
+    Args:
+        sampler: its seed and epoch are those of the crops.
+    """
+
+    def __init__(self, dataset: TrainingImages, sampler: DistributedSampler, num_workers: int):
+        self.dataset, self.sampler = dataset, sampler
+        self.loading = RawArray(c_int64, max(num_workers, 1))
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int):
-        return self.dataset.load(index, self.note)
+    def __getitem__(self, index: int) -> tuple[list[torch.Tensor], str]:
+        with seeded(self.sampler.seed, self.sampler.epoch, index):
+            return self.dataset.load(index, self.note)
 
     def note(self, index: int) -> None:
         info = get_worker_info()
         self.loading[info.id if info else 0] = index
 
 
-def collate(samples: list) -> tuple:
-    """(crops, errors, worker, its random state after the batch); the last two are None without workers."""
-    crops, errors = default_collate(samples)
-    info = get_worker_info()
-    return crops, errors, *((info.id, torch.get_rng_state().numpy().tobytes()) if info else (None, None))
-
-
-def init_worker(worker_id: int, first_batch: int, states: list[bytes | None]) -> None:
-    """Prepare a worker that begins at first_batch: its random state is that of the one whose batches it continues.
-
-    Args:
-        states: random states by worker; None for one that has not given a batch in this epoch.
-    """
-    gc.enable()  # off in the process that trains, see training_loop.rare_collection
+def init_worker(_: int) -> None:
+    """Prepare a worker process."""
+    gc.enable()  # off in the process that trains, see pretraining/loop.py's rare_collection
     # Ctrl-C and Slurm signal every process of a job: the main one decides when the workers end
     for number in (getattr(signal, name) for name in SIGNALS if hasattr(signal, name)):
         signal.signal(number, signal.SIG_IGN)
-    if (state := states[worker_id]) is not None:
-        torch.set_rng_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))
-    elif first_batch:
-        first_seed = get_worker_info().seed - worker_id
-        torch.manual_seed(first_seed + (first_batch + worker_id) % len(states))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -78,7 +70,7 @@ def init_worker(worker_id: int, first_batch: int, states: list[bytes | None]) ->
 
 
 class RankSampler(DistributedSampler):
-    """A rank's share of the images, shuffled by epoch, without the first ones: start of them."""
+    """A rank's share of the images, shuffled by epoch, from the image number `start` on."""
 
     start = 0
 
@@ -186,14 +178,15 @@ class CropLoader:
     """Batches of this rank's share of the images, reshuffled by sampler.set_epoch.
 
     A batch is a list of V normalised crops, float32 [B, 3, H, W], on the device: 2 global ones, then the local ones.
-    Images that cannot be read are replaced; bad_images has the reasons.
+    Images that cannot be read are replaced; bad_images has the reasons. The crops of an image depend on seed, epoch and
+    its index in the data set alone: not on num_workers, batch_size or rank.
 
     Args:
         dataset: from data.build_dataset.
         batch_size: B, images of this rank.
         num_workers: processes that load and crop; 0 does it in this one.
         rank, world_size: which share of how many.
-        seed: of the order of images.
+        seed: of the order of images, and of their crops.
         compiled: fuse the augmentation on the device with torch.compile.
         max_bad_images: share of the images that may be unreadable.
         timeout: seconds that a batch may take to load; 0 for no limit.
@@ -211,16 +204,18 @@ class CropLoader:
         self.wait = DataWait(self.device)
         self.sampler = RankSampler(dataset, world_size, rank, shuffle=True, seed=seed)
         on_gpu = self.device.type == "cuda"
-        self.tracked = Tracked(dataset, num_workers)
-        # workers start anew each epoch: persistent ones would carry random state that a resumed run does not have
-        self.batches = DataLoader(self.tracked, batch_size, sampler=self.sampler, num_workers=num_workers,
-                                  pin_memory=on_gpu, drop_last=True, collate_fn=collate)
+        self.images = EpochImages(dataset, self.sampler, num_workers)
+        # workers start anew each epoch, with the sampler's epoch; a generator of its own, or the DataLoader would draw
+        # their seeds from the one that training uses
+        self.batches = DataLoader(self.images, batch_size, sampler=self.sampler, num_workers=num_workers,
+                                  pin_memory=on_gpu, drop_last=True, worker_init_fn=init_worker,
+                                  generator=torch.Generator().manual_seed(rank))
         self.copy_stream = torch.cuda.Stream(self.device) if on_gpu else None
         self.augment = None
         if isinstance(dataset.transform, RandomCrops):
             self.augment = DeviceAugmentation(dataset.transform.local_crops_number, compiled).to(self.device)
-        self.position, self.worker_states, self.resume_state = 0, {}, None
-        self.epoch_rng, self.workers = None, []
+        self.position = self.next_start = 0
+        self.workers = []
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -229,33 +224,18 @@ class CropLoader:
         for crops in self.wait.timed(prefetch(self.readable(), self.device, self.copy_stream)):
             yield self.augment(crops) if self.augment else crops
 
-    def state_dict(self) -> dict:
-        """Where the epoch is, between two batches, and every random state that the next ones depend on."""
-        state = {"batch": self.position, "batch_size": self.batch_size, "rng": torch.get_rng_state(),
-                 "worker_rng": dict(self.worker_states), "num_workers": self.batches.num_workers}
-        return state | ({"cuda_rng": torch.cuda.get_rng_state(self.device)} if self.device.type == "cuda" else {})
-
-    def load_state_dict(self, state: dict) -> None:
-        """Begin the next epoch to be iterated at state["batch"].
-
-        The batches are those of the uninterrupted epoch, to the bit, if the generators had the same state when both
-        began, and num_workers is the same. With "batch" alone they are of the same images, cropped anew.
-        """
-        self.resume_state = state
+    def set_epoch(self, epoch: int, batch: int = 0) -> None:
+        """Make the next iteration give the epoch's batches from number `batch` on."""
+        self.sampler.set_epoch(epoch)
+        self.next_start = batch
 
     def readable(self) -> Iterator[list[torch.Tensor]]:
         """The crops of each batch, on the CPU; what could not be read is counted."""
-        state, self.resume_state = self.resume_state or {}, None
-        self.position, self.worker_states = state.get("batch", 0), dict(state.get("worker_rng", {}))
-        self.epoch_rng, restarts = torch.get_rng_state(), 0
-        batches = self.start()
-        if "rng" in state:
-            torch.set_rng_state(state["rng"])
-        if "cuda_rng" in state and self.device.type == "cuda":
-            torch.cuda.set_rng_state(state["cuda_rng"], self.device)
+        self.position, self.next_start = self.next_start, 0
+        batches, restarts = self.start(), 0
         while True:
             try:
-                crops, errors, worker, worker_rng = self.next_batch(batches)
+                crops, errors = self.next_batch(batches)
             except StopIteration:
                 return
             except WorkerDied as died:
@@ -264,13 +244,8 @@ class CropLoader:
                     raise TrainingError(f"{died}, and workers were restarted {MAX_RESTARTS} times in this epoch: they "
                                         "may be short of memory, lower --num_workers") from None
                 print(f"warning: {died}; new workers continue at the same batch", flush=True)
-                current = torch.get_rng_state()
-                torch.set_rng_state(self.epoch_rng)  # from which the DataLoader draws its workers' first seed
                 batches = self.start()
-                torch.set_rng_state(current)
                 continue
-            if worker is not None:
-                self.worker_states[(self.first + worker) % self.batches.num_workers] = worker_rng
             self.position += 1
             self.bad_images.update(filter(None, errors))
             self.check_bad_images()
@@ -279,10 +254,8 @@ class CropLoader:
     def start(self) -> Iterator:
         """An iterator of the DataLoader from this position on."""
         self.close()
-        count, self.first = self.batches.num_workers, self.position
+        self.first = self.position
         self.sampler.start = self.first * self.batch_size
-        states = [self.worker_states.get((self.first + i) % count) for i in range(count)]
-        self.batches.worker_init_fn = partial(init_worker, first_batch=self.first, states=states)
         others, handler = set(multiprocessing.active_children()), signal.getsignal(signal.SIGCHLD)
         try:
             batches = iter(self.batches)
@@ -308,7 +281,7 @@ class CropLoader:
                 return next(batches)
         except TimeLimit:
             worker = (self.position - self.first) % max(len(self.workers), 1)
-            path = self.dataset.images.location(self.tracked.loading[worker])
+            path = self.dataset.images.location(self.images.loading[worker])
             who = f"data worker {worker}" if self.workers else "loading"
             self.close()  # or torch would wait for each worker again
             raise TrainingError(f"{who} has given nothing for {self.timeout:g} s (--loader_timeout); the last image "

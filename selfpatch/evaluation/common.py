@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from selfpatch.checkpoints.backbones import Backbone
+from selfpatch.distributed.precision import autocast, choose_dtype
 from selfpatch.distributed.processes import get_rank, init_distributed_mode, is_distributed, keep_freed_memory
 from selfpatch.errors import ConfigError, user_path
 from selfpatch.evaluation.image_features import ImageFeature
@@ -18,7 +19,6 @@ from selfpatch.evaluation.model_options import (
     add_model_options,
     add_run_options,
     check_run_options,
-    pick_dtype,
 )
 from selfpatch.evaluation.tables import check_output, format_table, write_json
 
@@ -91,7 +91,7 @@ class Machine(NamedTuple):
     @contextlib.contextmanager
     def frozen(self) -> Iterator[None]:
         """No gradients, and half precision unless dtype is float32."""
-        with torch.no_grad(), torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+        with torch.no_grad(), autocast(self.device, self.dtype):
             yield
 
 
@@ -105,7 +105,7 @@ def start(args: argparse.Namespace) -> Machine:
     if processes.device.type == "cpu":
         keep_freed_memory()
     return Machine(processes.rank, processes.world_size, processes.device,
-                   pick_dtype(args.precision, processes.device))
+                   choose_dtype(args.precision, processes.device))
 
 
 def patch_features(model: Backbone, images: torch.Tensor, args: argparse.Namespace, machine: Machine) -> torch.Tensor:

@@ -21,6 +21,7 @@ from selfpatch.checkpoints.backbones import Backbone, image_statistics, normalis
 from selfpatch.data.files import IMAGE_SUFFIXES, UnreadableImage, load_rgb
 from selfpatch.data.names import NamedImages
 from selfpatch.data.sources import open_class_folders
+from selfpatch.distributed.precision import autocast
 from selfpatch.distributed.processes import get_rank, get_world_size
 from selfpatch.errors import ConfigError
 
@@ -184,7 +185,7 @@ class ImageFeature:
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         x = normalise(images, self.statistics)
-        with torch.autocast(x.device.type, self.dtype, enabled=self.dtype != torch.float32):
+        with autocast(x.device, self.dtype):
             class_token, patches, _ = self.model.features(x, self.layer)
             if self.kind == "cls":
                 return class_token.float()

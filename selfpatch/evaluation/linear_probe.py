@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from selfpatch.checkpoints.backbones import Backbone, image_statistics, normalise
 from selfpatch.distributed.collectives import sum_over_processes
+from selfpatch.distributed.precision import autocast
 from selfpatch.distributed.processes import get_rank, get_world_size, together
 from selfpatch.errors import ConfigError
 from selfpatch.evaluation.image_features import ImageFeature, LabelledImages, check_finite
@@ -56,7 +57,7 @@ class TokenFeature:
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         f = self.feature
         x = normalise(images, image_statistics(f.model))
-        with torch.autocast(x.device.type, f.dtype, enabled=f.dtype != torch.float32):
+        with autocast(x.device, f.dtype):
             found = f.model.intermediate_features(x, self.layers)
             mean = found[-1].patches.mean(1)
             if f.kind == "head":

@@ -12,7 +12,7 @@ from torch import nn
 from selfpatch.distributed.batchnorm import sync_batchnorms
 from selfpatch.distributed.collectives import sum_over_processes
 from selfpatch.distributed.processes import get_rank, get_world_size
-from selfpatch.evaluation.segmentation_metrics import IGNORE
+from selfpatch.evaluation.segmentation import IGNORE
 
 
 class LinearHead(nn.Module):

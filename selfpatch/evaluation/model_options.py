@@ -9,20 +9,13 @@ import torch
 
 from selfpatch.checkpoints.backbones import PREFIX, Backbone, check_layer, load_any_with_info
 from selfpatch.checkpoints.loading import CheckpointInfo, build_head
+from selfpatch.distributed.precision import DTYPES
 from selfpatch.errors import ConfigError
 from selfpatch.evaluation.tables import tell_apart
 from selfpatch.method.selfpatch_head import SelfPatchHead
 from selfpatch.method.vision_transformer import ARCHS
 
 LARGEST_IMAGE = 8192  # side in pixels
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """The type for autocast; auto is bf16 on a GPU that supports it, otherwise fp32."""
-    if precision == "auto":
-        precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
-    return DTYPES[precision]
 
 
 def arch_name(text: str) -> str:
@@ -55,6 +48,13 @@ def add_model_options(parser: argparse.ArgumentParser, several: bool = False) ->
                              "any, is applied to each")
 
 
+def add_precision_option(parser: argparse.ArgumentParser, note: str = "") -> None:
+    """Add --precision, with a note on it in its help."""
+    parser.add_argument("--precision", default="fp32", choices=["auto", *DTYPES],
+                        help="of the backbone; fp32 (or auto) on every device, as in the reference programs; bf16 is "
+                             "faster on GPUs of compute capability 8.0 or more, and changes figures a little" + note)
+
+
 def add_run_options(parser: argparse.ArgumentParser, batch_size: int | None) -> None:
     """Add --batch_size_per_gpu, --num_workers, --device, --precision, --seed and --dist_timeout.
 
@@ -67,8 +67,7 @@ def add_run_options(parser: argparse.ArgumentParser, batch_size: int | None) -> 
     parser.add_argument("--num_workers", type=int, default=min(10, os.cpu_count() or 1),
                         help="processes that load images, for each GPU; 0 loads them in this one")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps; auto is a GPU if there is one")
-    parser.add_argument("--precision", default="auto", choices=["auto", *DTYPES],
-                        help="of the backbone; auto: bf16 on a GPU that supports it, otherwise fp32")
+    add_precision_option(parser)
     parser.add_argument("--seed", type=int, default=0, help="of random weights, crops and heads")
     parser.add_argument("--dist_timeout", type=float, default=30, help="minutes to wait for other processes")
 

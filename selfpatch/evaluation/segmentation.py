@@ -1,4 +1,5 @@
-"""Data sets of images with masks of class ids, named in one option:
+"""Data sets of images with masks of class ids, named in one option; the confusion matrix and mean IoU.
+
 
     voc:VOCdevkit/VOC2012             Pascal VOC 2012, train (1,464 images) and val (1,449): 21 classes
     voc_aug:VOCdevkit/VOC2012         the same with SBD's trainaug list (10,582): SegmentationClassAug and
@@ -14,12 +15,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from PIL import Image
+from scipy.optimize import linear_sum_assignment
 
 from selfpatch.data.files import IMAGE_SUFFIXES, UnreadableImage, is_image_name, load_ids, load_rgb, open_image, walk
 from selfpatch.errors import ConfigError, user_path
-from selfpatch.evaluation.segmentation_metrics import IGNORE
 
+IGNORE = 255  # id of pixels that are not scored
 SPLITS = {"train": ("train", "training"), "val": ("val", "validation")}  # names of a split's folder
 HELP = "voc:FOLDER, voc_aug:FOLDER (SBD's trainaug list), ade20k:FOLDER or folders:IMAGES,MASKS (see --num_classes)"
 
@@ -222,3 +225,40 @@ def check_sizes(pairs: list[Pair]) -> None:
         for pair, (image, mask) in zip(pairs, sizes, strict=True):
             if image != mask:
                 raise ConfigError(f"{pair.mask}: is {mask[0]}×{mask[1]}, its image {pair.image} {image[0]}×{image[1]}")
+
+
+# ---------------------------------------------------------------- scores
+
+def confusion_matrix(truth: torch.Tensor, prediction: torch.Tensor, num_classes: int) -> torch.Tensor:
+    """Pixels by true class (rows) and predicted class (columns), int64 [C, C].
+
+    Args:
+        truth, prediction: ids of one shape; pixels whose truth is IGNORE are left out.
+    """
+    counted = truth != IGNORE
+    pairs = truth[counted].long() * num_classes + prediction[counted].long()
+    return torch.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
+
+
+def class_iou(confusion: np.ndarray) -> np.ndarray:
+    """Intersection over union of every class, float64 [C]; NaN for a class without a true pixel."""
+    hits, true = np.diag(confusion).astype(np.float64), confusion.sum(1)
+    return np.divide(hits, confusion.sum(0) + true - hits, out=np.full(len(hits), np.nan), where=true > 0)
+
+
+def mean_iou(confusion: np.ndarray, present_only: bool = False) -> float:
+    """Mean of class_iou from 0 to 1.
+
+    Args:
+        confusion: [C, C], see confusion_matrix.
+        present_only: leave out classes without a true pixel, which count as 0 otherwise.
+    """
+    iou = class_iou(confusion)
+    return float(np.nanmean(iou) if present_only else np.nan_to_num(iou).mean())
+
+
+def match_predictions(confusion: np.ndarray) -> np.ndarray:
+    """The confusion matrix with predicted classes renamed, one to one, so that the sum of IoUs is largest."""
+    hits = confusion.astype(np.float64)
+    union = confusion.sum(1, keepdims=True) + confusion.sum(0, keepdims=True) - hits
+    return confusion[:, linear_sum_assignment(-hits / np.maximum(union, 1))[1]]

@@ -5,6 +5,7 @@ import shutil
 
 import torch
 
+from selfpatch.distributed.precision import choose_dtype
 from selfpatch.distributed.processes import is_main_process
 from selfpatch.errors import ConfigError
 from selfpatch.method.fused_loss import FusedDINOLoss
@@ -29,11 +30,7 @@ def choose_precision(precision: str, use_fp16: bool, device: torch.device) -> to
     """Autocast's dtype for --precision and --use_fp16; float32 means no autocast."""
     if precision == "fp16" and device.type == "mps":
         raise ConfigError("--precision fp16 needs a GradScaler, which MPS does not have: use fp32 or bf16")
-    if precision != "auto":
-        return {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    if not use_fp16 or device.type != "cuda":
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return choose_dtype(precision, device, half=use_fp16)
 
 
 def choose_compile(choice: str, device: torch.device) -> bool:

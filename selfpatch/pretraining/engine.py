@@ -1,4 +1,10 @@
-"""One step, one epoch, and the line of progress."""
+"""One step, one epoch, the line of progress, and what happens to a step whose loss or gradient is not finite.
+
+On a CPU such a step raises before anything has changed. On a GPU nothing waits for the answer: this step and the
+following ones, until the log is read, leave the student, the optimiser and the centres as they are (the teacher moves
+towards that student); then the run ends. In float16 such steps are normal, since the scaler tries how large a scale may
+be: they change nothing, the teacher included, and the run goes on.
+"""
 import datetime
 import math
 from collections.abc import Callable, Iterable
@@ -7,9 +13,11 @@ from functools import partial
 from itertools import islice
 
 import torch
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from selfpatch.data.loader import CropLoader
+from selfpatch.distributed.precision import autocast
 from selfpatch.distributed.processes import get_world_size, is_main_process, peak_memory_gb
 from selfpatch.errors import TrainingError
 from selfpatch.method.losses import DINOLoss, Losses
@@ -21,34 +29,43 @@ from selfpatch.method.optim import (
     update_teacher,
 )
 from selfpatch.method.training_run import TrainingRun
-from selfpatch.pretraining.finite import check_logged_steps, check_step, clipping, gradient_norms
-from selfpatch.pretraining.logs import MetricLogger
+from selfpatch.pretraining.meters import MetricLogger
+
+SMALLEST_SCALE = 2.0**-10  # of float16's scaler: reached after 26 overflowing steps in a row
+
+
+class NotFiniteError(TrainingError):
+    """A loss or a gradient was NaN or infinite; the student is as it was before the step."""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# One step
 
 
 def train_step(run: TrainingRun, batches: Iterable[list[torch.Tensor]]) -> Losses:
-    """One step of the optimiser, on run.accum_steps small batches as if they were one.
+    """Take one step of the optimiser on run.accum_steps small batches, as if they were one batch.
 
-    No operation waits for the device, except float16's scaler with an optimiser that is not fused.
+    Nothing waits for the device, except float16's scaler with an optimiser that is not fused.
 
     Args:
         batches: run.accum_steps lists of crops, each V tensors [B, 3, H, W], the two global ones first.
 
     Returns:
-        means over the small batches, on the device.
+        their means over the small batches, on the device.
 
     Raises:
-        NotFiniteError: on a CPU, if a loss or gradient is not finite; nothing has changed then.
+        NotFiniteError: a loss or gradient is not finite (on a CPU only); nothing has changed.
     """
     run.begin_step()
     losses, center_means = [], []
     for i, crops in enumerate(batches, 1):
-        # gradients are summed over ranks with the last small batch only
+        # sum gradients over ranks with the last small batch only
         wait = isinstance(run.student, DistributedDataParallel) and i < run.accum_steps
         with run.student.no_sync() if wait else nullcontext():
             batch_losses, means = small_batch_losses(run, crops)
             center_means.append(means)
             if i == run.accum_steps:
-                start = getattr(run.dino_loss, "start_update", None)  # an object of the caller's may not have it
+                start = getattr(run.dino_loss, "start_update", None)  # a loss of the caller's own may lack it
                 move_centers = start(center_means) if start else partial(run.dino_loss.update_centers, center_means)
             run.scaler.scale(batch_losses.total / run.accum_steps).backward()
         losses.append(torch.stack(batch_losses).detach())
@@ -84,27 +101,104 @@ def update_centers(run: TrainingRun, move_centers: Callable[[], None], finite: t
 
 
 def small_batch_losses(run: TrainingRun, crops: list[torch.Tensor]) -> tuple[Losses, list[torch.Tensor]]:
-    """Losses of one small batch, and the teacher's mean logits, by which the centres will move."""
-    with torch.autocast(run.device.type, run.dtype, enabled=run.dtype != torch.float32):
+    """Losses of one small batch, and the teacher's mean logits, towards which the centres will move."""
+    with autocast(run.device, run.dtype):
         with torch.no_grad():
             targets = run.teacher.targets(crops)
         losses = run.dino_loss(run.student(crops), targets, run.epoch)
     return losses, run.dino_loss.batch_means(targets)
 
 
+def gradient_norms(model: nn.Module) -> torch.Tensor:
+    """L2 norm of each parameter's gradient, [number of gradients], without a host-device sync."""
+    return torch.stack(torch._foreach_norm([p.grad for p in model.parameters() if p.grad is not None]))
+
+
+def check_step(run: TrainingRun, losses: Losses, norms: torch.Tensor) -> torch.Tensor:
+    """Whether this step may change the run: a bool on the device.
+
+    Args:
+        losses: of the step.
+        norms: of the gradients after their sum over ranks, so that every rank comes to the same answer.
+
+    Raises:
+        NotFiniteError: it may not (on a CPU only).
+    """
+    finite = norms.isfinite().all()
+    if run.scaler.is_enabled():
+        return finite
+    if run.reads_are_free:
+        if not (finite and losses.total.isfinite()):
+            raise NotFiniteError(describe_step(run, run.step, losses._asdict(), norms))
+        return finite
+    run.bad_norms = norms if run.bad_norms is None else torch.where(run.skipped_steps > 0, run.bad_norms, norms)
+    run.skipped_steps = run.skipped_steps + ((run.skipped_steps > 0) | ~finite)
+    if run.optimizer.defaults.get("fused"):  # others take the step; the run then ends without saving
+        run.optimizer.found_inf = (run.skipped_steps > 0).float()
+    return run.skipped_steps == 0
+
+
+def check_logged_steps(run: TrainingRun, logger: MetricLogger) -> None:
+    """Raise NotFiniteError if a loss or gradient since the last call was not finite. Waits for the device."""
+    steps = len(logger["total"].recent)  # the window is as long as the steps between two calls
+    if run.scaler.is_enabled() and run.scaler.get_scale() < SMALLEST_SCALE:
+        raise NotFiniteError(f"float16's gradients overflow at every scale down to {SMALLEST_SCALE:g}, so that no step "
+                             "is taken: use --precision bf16 or fp32")
+    skipped = int(run.skipped_steps)
+    bad = [i for i, loss in enumerate(logger["total"].recent) if not math.isfinite(loss)]
+    if skipped or bad:
+        i = max(steps - skipped, 0) if skipped else bad[0]
+        losses = {name: logger[name].recent[i] for name in ("total", "image", "patch") if name in logger.meters}
+        message = describe_step(run, run.step - steps + i, losses, run.bad_norms if skipped else None)
+        if skipped and run.optimizer.defaults.get("fused"):  # others have taken those steps
+            run.step -= skipped
+        raise NotFiniteError(message)
+
+
+def describe_step(run: TrainingRun, step: int, losses: dict[str, float], norms: torch.Tensor | None) -> str:
+    """One line: what was not finite at a step, and what to try."""
+    epoch, step_of_epoch = divmod(step, run.steps_per_epoch)
+    terms = ", ".join(f"{name} {float(losses[name]):.4g}" for name in ("image", "patch") if name in losses)
+    message = f"the loss was {float(losses['total']):.4g}" + (f" ({terms})" if terms else "")
+    bad = [] if norms is None else (~norms.isfinite()).nonzero().flatten().tolist()
+    if bad:
+        names = [name for name, p in run.student_module.named_parameters() if p.requires_grad]
+        message += f" and {len(bad)} of {len(norms)} gradients were not finite, first that of {names[bad[0]]},"
+    return (f"{message} at step {step_of_epoch} of epoch {epoch} (iteration {step}): the same command continues from "
+            "the last checkpoint; try --precision fp32, a smaller --clip_grad or --lr")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# One epoch
+
+
+def clipping(norms: torch.Tensor, clip: float) -> dict[str, torch.Tensor]:
+    """The largest norm, and the share of tensors that clip_gradients scales down, on the device.
+
+    Args:
+        norms: of the gradients before clipping.
+        clip: largest norm that stays as it is; 0 for no clipping.
+    """
+    clipped = norms > clip if clip else torch.zeros_like(norms)
+    return {"gradient_norm": norms.max(), "clipped": clipped.float().mean()}
+
+
 def train_one_epoch(run: TrainingRun, loader: CropLoader, log_every: int = 10, logger: MetricLogger | None = None,
                     after_step: Callable[[], None] = lambda: None,
                     on_log: Callable[[MetricLogger], None] = lambda _: None) -> dict[str, float]:
-    """Train through the loader once, or through what is left of the epoch; the epoch's means over all ranks.
+    """Train for one epoch, or for the rest of one.
 
     Args:
-        log_every: steps between two lines of progress, which rank 0 prints.
-        logger: with the sums of the epoch's steps that are done already.
-        after_step: called after every step but the epoch's last; what it raises ends the epoch.
+        log_every: steps between two lines of progress, printed by rank 0.
+        logger: holds the sums of the epoch's earlier steps, if any.
+        after_step: called after every step but the epoch's last; an exception from it ends the epoch.
         on_log: called on rank 0 with the logger after every line of progress.
 
+    Returns:
+        the epoch's means over all ranks, and the last step's rates.
+
     Raises:
-        TrainingError: a loss was NaN or infinite.
+        NotFiniteError: a loss or a gradient was NaN or infinite.
     """
     logger = logger or MetricLogger(window=log_every)
     batches, steps = iter(loader), run.steps_per_epoch
@@ -113,7 +207,7 @@ def train_one_epoch(run: TrainingRun, loader: CropLoader, log_every: int = 10, l
         losses = train_step(run, islice(batches, run.accum_steps))
         logger.update(**losses._asdict(), **clipping(run.gradient_norms, run.clip_grad))
         if step % log_every == 0 or step == steps:
-            logger.read()  # the only wait for the device within an epoch
+            logger.read()  # the epoch's only wait for the device
             check_logged_steps(run, logger)
             if is_main_process():
                 print(progress_line(logger, run, images_per_step), flush=True)
@@ -137,13 +231,13 @@ def check_weights(run: TrainingRun) -> None:
 
 
 def prototypes(dino_loss: DINOLoss) -> dict[str, int]:
-    """K of each term that is used; ln K is the loss of a head that is uniform."""
+    """K of each term in use; a uniform head has the loss ln K."""
     terms = {"image": dino_loss.center.shape[-1], "patch": dino_loss.patch_center.shape[-1]}
     return terms if dino_loss.patch_loss_weight else {"image": terms["image"]}
 
 
 def progress_line(logger: MetricLogger, run: TrainingRun, images_per_step: int) -> str:
-    """Where the run is, its losses beside ln K, its rate, the time that remains, and its peak memory."""
+    """Position, losses beside ln K, learning rate, speed, remaining time and peak memory."""
     epoch, step = divmod(run.step - 1, run.steps_per_epoch)
     remaining_steps = run.schedules.epochs * run.steps_per_epoch - run.step
     terms = "  ".join(f"{name} {logger[name].avg:.4f} (ln K {math.log(K):.4f})"
@@ -156,12 +250,12 @@ def progress_line(logger: MetricLogger, run: TrainingRun, images_per_step: int) 
 
 
 def health_warnings(stats: dict[str, float], dino_loss: DINOLoss, warmed_up: bool, batch_size: int) -> list[str]:
-    """Signs of a head that does not learn, or of a teacher that has collapsed, in an epoch's means.
+    """Warn of a head that does not learn or a teacher that has collapsed, judging by an epoch's means.
 
     Args:
-        stats: what train_one_epoch returned.
-        warmed_up: whether the epoch came after the learning rate's warm-up.
-        batch_size: images per process; fewer than 8 may well be alike, and say nothing of collapse.
+        stats: from train_one_epoch.
+        warmed_up: whether the learning rate's warm-up ended before this epoch.
+        batch_size: images per process; fewer than 8 may well be alike, which is no collapse.
     """
     warnings = []
     keys = {"image": ("clsloss", "cls_entropy"), "patch": ("patchloss", "patch_entropy")}

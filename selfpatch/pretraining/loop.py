@@ -14,10 +14,10 @@ from selfpatch.distributed.rank_watch import RankWatch
 from selfpatch.distributed.stopping import STOP, Interruption
 from selfpatch.errors import ConfigError, RunStopped
 from selfpatch.method.training_run import TrainingRun
-from selfpatch.pretraining.engine import check_weights, health_warnings, train_one_epoch
-from selfpatch.pretraining.finite import check_logged_steps
+from selfpatch.pretraining.engine import check_logged_steps, check_weights, health_warnings, train_one_epoch
 from selfpatch.pretraining.knn_probe import KnnProbe
-from selfpatch.pretraining.logs import MetricLogger, RunLog, make_row
+from selfpatch.pretraining.logs import RunLog, make_row
+from selfpatch.pretraining.meters import MetricLogger
 from selfpatch.pretraining.resuming import begin_epoch, epoch_state
 from selfpatch.pretraining.run_folder import RunFolder, numbered
 from selfpatch.pretraining.step_log import StepLog

@@ -109,11 +109,11 @@ def add_optimisation_options(parser: argparse.ArgumentParser) -> None:
                        help="learning rate of a block relative to that of the block after it; 1: all blocks learn "
                             "alike. 0.65 to 0.9 keep what early blocks have learnt, with --init_weights")
     group.add_argument("--use_fp16", default=True, type=bool_flag,
-                       help="mixed precision on GPUs: bfloat16 where the GPU supports it, else float16. Turn it off if "
-                            "the loss becomes NaN; other devices use float32 either way")
+                       help="mixed precision on GPUs: bfloat16 where the GPU has it (compute capability 8.0 or more), "
+                            "else float16. Turn it off if the loss becomes NaN; other devices use float32 either way")
     group.add_argument("--precision", default="auto", choices=["auto", "fp32", "tf32", "bf16", "fp16"],
-                       help="one precision on any device; auto follows --use_fp16. tf32 is fp32 whose products may use "
-                            "TF32 on a GPU")
+                       help="one precision on any device; auto follows --use_fp16. bf16 is never emulated; tf32 is "
+                            "fp32 whose products may use TF32 on a GPU")
     group.add_argument("--reduce_dtype", default="fp32", choices=["fp32", "bf16"],
                        help="in which gradients are summed over processes; bf16 halves what is sent, and rounds it")
     group.add_argument("--compile", default="auto", choices=COMPILE_WAYS,

@@ -17,7 +17,7 @@ from selfpatch.distributed.processes import Processes, is_distributed
 from selfpatch.errors import ConfigError
 from selfpatch.method.training_run import TrainingRun
 from selfpatch.method.vision_transformer import ARCHS
-from selfpatch.pretraining.logs import MetricLogger
+from selfpatch.pretraining.meters import MetricLogger
 from selfpatch.pretraining.run_folder import RunFolder
 
 # With another value of one of these it would be another run; "batch" is the images of a step, "data" the images.
@@ -45,9 +45,10 @@ def fix_random_seeds(*seed: int) -> None:
 
 
 def plain_args(args: argparse.Namespace, world_size: int, dataset: TrainingImages | None = None) -> dict:
-    """The options as plain values, which torch.load(weights_only=True) reads, and what identifies the images."""
+    """The options as plain values, which torch.load(weights_only=True) reads, and what identifies images and crops."""
     plain = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    return plain | {"world_size": world_size} | ({"data": describe_images(dataset)} if dataset else {})
+    plain |= {"world_size": world_size, "crop_seeds": "(seed, epoch, index)"}
+    return plain | ({"data": describe_images(dataset)} if dataset else {})
 
 
 def describe_images(dataset: TrainingImages) -> str:
@@ -134,7 +135,7 @@ def compare_ranks(ours: dict) -> None:
 
 def epoch_state(loader: CropLoader, logger: MetricLogger) -> dict:
     """What a checkpoint within an epoch holds besides the run's state: sums of losses and random states, by rank."""
-    own = {"loader": loader.state_dict(), "meters": logger.state_dict()}
+    own = random_state(loader.device) | {"meters": logger.state_dict()}
     if not is_distributed():
         return {"ranks": [own]}
     ranks = [None] * dist.get_world_size()
@@ -179,6 +180,8 @@ def resume(run: TrainingRun, loader: CropLoader, folder: RunFolder, path: Path |
     if run.epoch > args.epochs or (run.epoch == args.epochs and run.step % run.steps_per_epoch):
         raise ConfigError(f"--epochs {args.epochs}, but {path} is in epoch {run.epoch} already: give more --epochs, or "
                           "another --output_dir")
+    if "crop_seeds" not in saved and run.epoch < args.epochs and processes.rank == 0:
+        print(f"crops are drawn anew: those of {path} were not seeded by (seed, epoch, index of the image)")
     log = {"resumed": run.step > 0, "start_epoch": run.epoch, "rows": state.get("log"),
            "older": state.get("older_log", [0, 0])}
     return log, {"ranks": state["ranks"]} if "ranks" in state else {}
@@ -192,8 +195,8 @@ def check_types(state: dict, path: Path) -> None:
 
     def ranks_ok(ranks) -> bool:
         return ranks is None or isinstance(ranks, list) and all(
-            isinstance(rank, dict) and isinstance(rank.get("loader"), dict) and isinstance(rank.get("meters"), dict)
-            for rank in ranks)
+            isinstance(rank, dict) and isinstance(rank.get("loader", rank), dict)
+            and "rng" in rank.get("loader", rank) and isinstance(rank.get("meters"), dict) for rank in ranks)
 
     older = state.get("older_log", [0, 0])
     sound = {"args": isinstance(state.get("args"), dict | argparse.Namespace | None), "log": rows_ok(state.get("log")),
@@ -217,26 +220,35 @@ def convert_steps(steps: int, old_batch: int | None, new_batch: int, path: Path)
     return images // new_batch
 
 
+def random_state(device: torch.device) -> dict[str, torch.Tensor]:
+    """The state of the generators that stochastic depth draws from."""
+    state = {"rng": torch.get_rng_state()}
+    return state | ({"cuda_rng": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+
+
+def set_random_state(state: dict, device: torch.device) -> None:
+    torch.set_rng_state(state["rng"])
+    if "cuda_rng" in state and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda_rng"], device)
+
+
 def begin_epoch(run: TrainingRun, loader: CropLoader, logger: MetricLogger, within: dict, seed: int,
                 processes: Processes) -> None:
     """Seed everything for the epoch that run.step is in, and place loader and logger where they were within it.
 
-    The batches are those of the run that was not interrupted, to the bit, with the same numbers of processes and
-    workers; with others, their images are.
+    The batches are those of the run that was not interrupted, to the bit; with the same number of processes, so are
+    the draws of stochastic depth.
     """
     ranks, step = within.get("ranks", []), run.step % run.steps_per_epoch
-    loader.sampler.set_epoch(run.epoch)
-    same = len(ranks) == processes.world_size and all(
-        ranks[processes.rank]["loader"].get(name) == number for name, number in (
-            ("num_workers", loader.batches.num_workers), ("batch_size", loader.batch_size)))
+    loader.set_epoch(run.epoch, step * run.accum_steps)
+    same = len(ranks) == processes.world_size
     # seeds depend on the epoch alone: a resumed run draws what the uninterrupted one would have drawn
     fix_random_seeds(seed, processes.rank, run.epoch, *([] if same or not step else [step]))
     if same:
-        loader.load_state_dict(ranks[processes.rank]["loader"])
-        logger.load_state_dict(ranks[processes.rank]["meters"])
-    elif step:
-        loader.load_state_dict({"batch": step * run.accum_steps})
-        if processes.rank == 0:  # the epoch's means are over all ranks
-            for name in ranks[0]["meters"] if ranks else ():
-                sums = torch.tensor([rank["meters"][name] for rank in ranks], dtype=torch.float64).sum(0)
-                logger.load_state_dict({name: sums.tolist()})
+        own = ranks[processes.rank]
+        set_random_state(own.get("loader", own), loader.device)  # "loader" until crops were seeded by image
+        logger.load_state_dict(own["meters"])
+    elif processes.rank == 0:  # the epoch's means are over all ranks
+        for name in ranks[0]["meters"] if ranks else ():
+            sums = torch.tensor([rank["meters"][name] for rank in ranks], dtype=torch.float64).sum(0)
+            logger.load_state_dict({name: sums.tolist()})

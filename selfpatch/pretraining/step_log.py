@@ -10,7 +10,7 @@ from selfpatch.distributed.processes import peak_memory_gb
 from selfpatch.errors import PASSING_ERRORS, ConfigError, TrainingError
 from selfpatch.method.training_run import TrainingRun
 from selfpatch.pretraining.engine import prototypes
-from selfpatch.pretraining.logs import MetricLogger
+from selfpatch.pretraining.meters import MetricLogger
 from selfpatch.pretraining.trackers import Trackers
 
 FIRST_STEPS = 3  # of a process: compilation, caches and workers that start make them slow

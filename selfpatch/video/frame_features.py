@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from selfpatch.checkpoints.backbones import Backbone, image_statistics, normalise
 from selfpatch.data.augmentations import IMAGENET_MEAN, IMAGENET_STD
+from selfpatch.distributed.precision import autocast
 from selfpatch.video.davis import DataError, Sequence, load_frame, orientation_note
 
 MEAN = (0.485, 0.456, 0.406)
@@ -41,7 +42,7 @@ class PatchFeatures:
         shape = [n * self.model.patch_size for n in self.model.grid_size(images)]
         if list(images.shape[2:]) != shape:  # patches of 14: labels cover the whole frame, so the patches must too
             images = F.interpolate(images, shape, mode="bilinear", align_corners=False)
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+        with autocast(self.device, self.dtype):
             features = self.model.features(images, self.layer).patches
         return F.normalize(features.float(), dim=-1).unflatten(1, self.model.grid_size(images))
 

@@ -1,26 +1,39 @@
-"""Pictures of video masks and their scores: frames with coloured objects, side by side, and a bar chart."""
+"""Pictures of results on videos: frames with tinted objects, as GIF, MP4 or PNGs, and a bar chart of their scores.
+
+    pictures = overlay_frames(frames, [masks], ["ours"], width=427)      # frames and masks: lists of paths
+    write_video(pictures, Path("overlay.gif"), fps=12)
+"""
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
-from selfpatch.video.davis import DAVIS_PALETTE, VOID
-from selfpatch.visualization.drawing import COLOURS, labelled_panels
+from selfpatch.data.files import load_rgb
+from selfpatch.video.davis import DAVIS_PALETTE, VOID, DataError, read_mask
+from selfpatch.video.scores import summarise
+from selfpatch.visualization.features import labelled_panels
 from selfpatch.whole_files import whole_folder
 
-BAR_HEIGHT, BAR_LENGTH, MARGIN = 18, 600, 20
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
+
+# ---------------------------------------------------------------- masks over frames
 
 def overlay(frame: np.ndarray, mask: np.ndarray, palette: bytes) -> np.ndarray:
-    """Tint each object of a frame with its colour, with a full-colour outline.
+    """Tint each object of a frame with its colour, and outline it in full colour.
 
     Args:
         frame: RGB, uint8 [H, W, 3].
-        mask: ids, uint8 [H, W]; 0 and void are not coloured.
+        mask: ids, uint8 [H, W]; background (0) and void (255) stay as they are.
         palette: 3 bytes per id.
+
+    Returns:
+        RGB, uint8 [H, W, 3].
     """
     colours = np.zeros((256, 3), np.uint8)
     entries = np.frombuffer(palette, np.uint8).reshape(-1, 3)  # a palette may have fewer than 256
@@ -34,14 +47,43 @@ def overlay(frame: np.ndarray, mask: np.ndarray, palette: bytes) -> np.ndarray:
 
 
 def side_by_side(panels: list[np.ndarray], labels: list[str], width: int) -> Image.Image:
-    """RGB panels [H, W, 3] of one size, scaled to a width in pixels, in a row below their labels."""
+    """Scale RGB panels [H, W, 3] of one size to a width in pixels, and put them in a row below their labels."""
     size = (width, round(width * panels[0].shape[0] / panels[0].shape[1]))
     images = [Image.fromarray(panel).resize(size, Image.Resampling.BOX) for panel in panels]
     return labelled_panels(list(zip(labels, images, strict=True)), columns=len(panels))
 
 
+def overlay_frames(frames: list[Path], masks: list[list[Path]], labels: list[str], width: int) -> Iterator[Image.Image]:
+    """Draw each frame of a video beside copies tinted by one or several sets of masks.
+
+    Args:
+        frames: image files.
+        masks: for each label the mask files of all frames.
+        width: of each panel in pixels.
+
+    Raises:
+        DataError: a mask has another size than its frame.
+        UnreadableImage: a file cannot be read.
+    """
+    binary = [read_mask(paths[0]).binary for paths in masks]  # decides for the whole video whether 255 is an object
+    for frame, *paths in zip(frames, *masks, strict=True):
+        panels = [np.asarray(load_rgb(frame))]
+        for path, is_binary in zip(paths, binary, strict=True):
+            mask, palette, *_ = read_mask(path, is_binary)
+            if mask.shape != panels[0].shape[:2]:
+                raise DataError(f"{path}: is {mask.shape[1]}×{mask.shape[0]}, not of its frame's size")
+            panels.append(overlay(panels[0], mask, palette))
+        yield side_by_side(panels, ["video", *labels], width)
+
+
+# ---------------------------------------------------------------- video files
+
 def write_video(pictures: Iterable[Image.Image], output: Path, fps: float) -> None:
-    """Write pictures of one size as .gif or .mp4, or as numbered PNGs in a folder; all of them or nothing."""
+    """Write pictures of one size as .gif or .mp4, or as numbered PNGs in a folder; all of them or nothing.
+
+    Raises:
+        OSError: this OpenCV cannot write MP4, or the disk is full.
+    """
     temporary = output.with_name(f".{output.stem}.{os.getpid()}.tmp{output.suffix}")
     try:
         if output.suffix.lower() == ".gif":
@@ -60,7 +102,7 @@ def write_video(pictures: Iterable[Image.Image], output: Path, fps: float) -> No
 
 
 def with_one_palette(pictures: list[Image.Image]) -> list[Image.Image]:
-    """Quantise all pictures to one palette: 208 colours from the first, middle and last, and those of 48 objects."""
+    """Quantise all pictures to one palette: 208 colours of the first, middle and last, and those of 48 objects."""
     sample = np.concatenate([np.asarray(pictures[i]) for i in (0, len(pictures) // 2, -1)])
     palette = Image.fromarray(sample).quantize(208)
     palette.putpalette(palette.getpalette()[:3 * 208] + list(DAVIS_PALETTE[3:3 * 49]))
@@ -78,36 +120,46 @@ def write_mp4(pictures: Iterable[Image.Image], path: Path, fps: float) -> None:
     writer.release()
 
 
-def bar_chart(groups: dict[str, list[float]], labels: list[str], title: str) -> Image.Image:
-    """Horizontal bars of values in 0 … 1: one group per row, in it one bar per label.
+# ---------------------------------------------------------------- scores
+
+def group_scores(scores: list[dict[str, tuple[np.ndarray, np.ndarray]]],
+                 absent: dict[str, list[int]]) -> dict[str, list[float]]:
+    """J&F of several results: the mean over all objects, then of each sequence over its objects and frames.
+
+    Args:
+        scores: for each result J and F [objects, T - 2] by sequence (see video.scores.score_folder).
+        absent: ids to leave out, by sequence.
+
+    Returns:
+        One value per result by row: "all objects", and the names of the sequences.
+    """
+    groups = {"all objects": [summarise(one, absent)[0]["J&F-Mean"] for one in scores]}
+    for name, (js, _) in scores[0].items():
+        rows = [i for i in range(len(js)) if i + 1 not in absent.get(name, ())]
+        groups[name] = [float(np.mean([values[rows] for values in one[name]])) for one in scores]
+    return groups
+
+
+def bar_chart(groups: dict[str, list[float]], labels: list[str], title: str) -> "Figure":
+    """Draw values in 0 … 1 as horizontal bars: one row per group, and in it one bar per label.
 
     Args:
         groups: row name -> one value per label.
     """
-    font, small = ImageFont.load_default(16), ImageFont.load_default(13)
-    name_width = round(max(font.getlength(name) for name in groups)) + MARGIN
-    group_height = len(labels) * BAR_HEIGHT + 12
-    top = 4 * MARGIN
-    image = Image.new("RGB", (name_width + BAR_LENGTH + 5 * MARGIN, top + len(groups) * group_height + 2 * MARGIN),
-                      "white")
-    draw, left, bottom = ImageDraw.Draw(image), name_width + MARGIN, image.height - 2 * MARGIN
-    draw.text((MARGIN // 2, MARGIN), title, "black", ImageFont.load_default(20), anchor="lm")
-    x = left
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 1.2 + len(groups) * (0.12 + 0.18 * len(labels))), layout="constrained")
+    axis, rows, height = figure.subplots(), np.arange(len(groups)), 0.8 / len(labels)
     for i, label in enumerate(labels):
-        draw.rectangle((x, 2 * MARGIN, x + 12, 2 * MARGIN + 12), COLOURS[i % len(COLOURS)], "black")
-        draw.text((x + 18, 2 * MARGIN + 6), label, "black", font, anchor="lm")
-        x += round(font.getlength(label)) + 2 * MARGIN + 12
-    for tenth in range(0, 11, 2):
-        x = left + BAR_LENGTH * tenth // 10
-        draw.line((x, top, x, bottom), "#cccccc")
-        draw.text((x, bottom + 4), f"{tenth / 10:.1f}", "black", small, anchor="mt")
-    for row, (name, values) in enumerate(groups.items()):
-        y = top + row * group_height
-        draw.text((left - 8, y + group_height / 2), name, "black", font, anchor="rm")
-        for i, value in enumerate(values):
-            y_bar = y + 6 + i * BAR_HEIGHT
-            draw.rectangle((left, y_bar, left + BAR_LENGTH * value, y_bar + BAR_HEIGHT - 4),
-                           COLOURS[i % len(COLOURS)])
-            draw.text((left + BAR_LENGTH * value + 5, y_bar + BAR_HEIGHT // 2 - 2), f"{value:.3f}", "black", small,
-                      anchor="lm")
-    return image
+        places = rows + (i - (len(labels) - 1) / 2) * height
+        bars = axis.barh(places, [values[i] for values in groups.values()], 0.9 * height, label=label)
+        axis.bar_label(bars, fmt="%.3f", padding=3, fontsize="small")
+    axis.set(xlim=(0, 1.08), xticks=np.arange(0, 1.1, 0.2), ylim=(len(groups) - 0.5, -0.5), yticks=rows,
+             yticklabels=list(groups))
+    axis.set_title(title, loc="left")
+    axis.grid(axis="x", color="0.87")
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right", "left"]].set_visible(False)
+    axis.tick_params(left=False)
+    figure.legend(loc="outside upper right", ncols=len(labels), frameon=False)
+    return figure

@@ -7,6 +7,7 @@ import torch
 from image_cases import refuse_listing, write_damaged_png
 
 from main_selfpatch import choose_augment
+from selfpatch.data.augmentations import seeded
 from selfpatch.data.dataset import build_dataset
 from selfpatch.data.files import UnreadableImage
 from selfpatch.data.loader import CropLoader, prefetch
@@ -21,7 +22,7 @@ def test_ranks_share_the_images_and_epochs_shuffle_them(image_folder):
         dataset.transform = torch.nn.Identity()
         dataset.loader = lambda path, data: path
         loader = CropLoader(dataset, batch_size=4, rank=rank, world_size=2, seed=3)
-        loader.sampler.set_epoch(epoch)
+        loader.set_epoch(epoch)
         return [path for batch, *_ in loader.batches for path in batch]
 
     first, second = paths(0, 0), paths(1, 0)
@@ -48,6 +49,51 @@ def test_loader_gives_normalised_crops(image_folder, augment):
         assert [tuple(crop.shape) for crop in crops] == [(4, 3, 48, 48)] * 2 + [(4, 3, 64, 64)] * 3
         assert all(crop.dtype == torch.float32 and -2.2 < crop.min() < crop.max() < 2.7 for crop in crops)
     assert not torch.equal(batches[0][0], batches[0][1])
+
+
+@pytest.mark.parametrize("augment", ["pil", "device"])
+def test_an_images_crops_depend_on_seed_epoch_and_index_alone(image_folder, augment):
+    """Not on workers, batch size, ranks or torch's random state, which they leave alone."""
+    dataset = build_dataset(image_folder, local_crops_number=1, global_crops_size=32, local_crops_size=16,
+                            augment=augment)
+
+    def crops(epoch=1, seed=3, **options):
+        """{index: its crops as one vector} of the images of all ranks."""
+        found = {}
+        for rank in range(options.get("world_size", 1)):
+            loader = CropLoader(dataset, rank=rank, seed=seed, **{"batch_size": 4, **options})
+            loader.set_epoch(epoch)
+            torch.manual_seed(len(found))
+            before = torch.get_rng_state()
+            batches = [torch.cat([crop.flatten(1) for crop in batch], 1) for batch in loader]
+            assert torch.equal(torch.get_rng_state(), before)
+            found |= dict(zip(loader.sampler, torch.cat(batches), strict=True))
+        return found
+
+    expected = crops()
+    assert sorted(expected) == list(range(12))
+    tolerance = 0 if augment == "pil" else 0.02  # blur's matrix products may round differently in another batch
+    for options in ({"num_workers": 1}, {"num_workers": 2}, {"batch_size": 3}, {"world_size": 2, "batch_size": 2}):
+        for index, vector in crops(**options).items():
+            torch.testing.assert_close(vector, expected[index], atol=tolerance, rtol=0)
+    for others in (crops(epoch=2), crops(seed=4)):
+        assert not any(torch.equal(others[i], expected[i]) for i in range(12))
+
+
+def test_seeded_draws_are_uniform_and_independent():
+    """Over images of an epoch, over epochs, and between neighbours: within 5 standard errors."""
+    def numbers(*numbers):
+        with seeded(*numbers):
+            return torch.rand(8)
+
+    count = 4000
+    for draws in (torch.stack([numbers(0, 5, i) for i in range(count)]),
+                  torch.stack([numbers(0, i, 7) for i in range(count)])):
+        deciles = torch.stack([torch.histc(column, 10, 0, 1) for column in draws.T]) / count
+        assert (deciles - 0.1).abs().max() < 5 * (0.09 / count) ** 0.5
+        pairs = torch.cat([draws[1:].T, draws[:-1].T]).corrcoef() - torch.eye(16)
+        assert pairs.abs().max() < 5 / count ** 0.5
+        assert len(draws.unique(dim=0)) == count
 
 
 def test_prefetch_gives_every_batch_once_and_in_order():
@@ -148,8 +194,7 @@ def test_an_unreadable_image_is_replaced_and_named(folder, augment, workers, dam
     """By the next readable one of the data set, and all other samples stay where they are."""
     def epoch(dataset):
         loader = CropLoader(dataset, batch_size=4, num_workers=workers, max_bad_images=0.5)
-        loader.sampler.set_epoch(1)
-        torch.manual_seed(0)
+        loader.set_epoch(1)
         return loader, list(loader)
 
     sizes = {"local_crops_number": 1, "global_crops_size": 48, "local_crops_size": 48, "augment": augment}

@@ -113,7 +113,7 @@ def test_blur_matrices_have_the_spread_of_sigma():
 def drawn():
     """48 crops with draws in which everything occurs."""
     images = [PICTURES[i % 6] for i in range(48)]
-    return images, draw(torch.full((48,), 0.5), torch.full((48,), 0.3))
+    return images, draw(torch.rand(ours.NUMBERS, 48), torch.full((48,), 0.5), torch.full((48,), 0.3))
 
 
 def test_whole_chain_is_pils(drawn):
@@ -161,7 +161,7 @@ def test_order_is_each_samples_own():
 
 def test_draws_follow_the_published_odds():
     count = 20000
-    draws = draw(torch.full((count,), 0.3), torch.full((count,), 0.2))
+    draws = draw(torch.rand(ours.NUMBERS, count), torch.full((count,), 0.3), torch.full((count,), 0.2))
 
     def share(chosen):
         return chosen.float().mean().item()
@@ -192,22 +192,23 @@ def test_draws_follow_the_published_odds():
 def test_odds_of_each_view(monkeypatch):
     """Blur 1, 0.1, 0.5 and solarisation 0, 0.2, 0 for the first and the second global and the local crops."""
     seen = []
-    monkeypatch.setattr(ours, "draw", lambda *odds: seen.append(odds) or draw(*odds))
+    monkeypatch.setattr(ours, "draw", lambda *given: seen.extend(given) or draw(*given))
+    numbers = torch.rand(2, 5, ours.NUMBERS)
     views = DeviceAugmentation(3)([torch.zeros(2, 2, 3, 8, 8, dtype=torch.uint8),
-                                   torch.zeros(2, 3, 3, 4, 4, dtype=torch.uint8)])
+                                   torch.zeros(2, 3, 3, 4, 4, dtype=torch.uint8), numbers])
     assert [view.shape for view in views] == [(2, 3, 8, 8)] * 2 + [(2, 3, 4, 4)] * 3
-    (blur, solarize), (local_blur, local_solarize) = seen
-    torch.testing.assert_close(blur, torch.tensor([1.0, 1.0, 0.1, 0.1]))
-    torch.testing.assert_close(solarize, torch.tensor([0.0, 0.0, 0.2, 0.2]))
-    assert local_blur.tolist() == [0.5] * 6 and local_solarize.tolist() == [0.0] * 6
+    given, blur, solarize = seen
+    torch.testing.assert_close(blur, torch.tensor([1.0, 1.0, 0.1, 0.1] + [0.5] * 6))
+    torch.testing.assert_close(solarize, torch.tensor([0.0, 0.0, 0.2, 0.2] + [0.0] * 6))
+    assert all(torch.equal(given[:, 2 * v + b], numbers[b, v]) for v in range(5) for b in range(2))
 
 
 def test_views_are_normalised_and_in_order(monkeypatch):
     """Without any draw, view v of image b is crop v of image b, normalised as ever."""
-    monkeypatch.setattr(ours, "draw", lambda blur, _: draws_of(len(blur)))
+    monkeypatch.setattr(ours, "draw", lambda _, blur, __: draws_of(len(blur)))
     kinds = [torch.randint(0, 256, (3, 2, 3, 8, 8), dtype=torch.uint8),
              torch.randint(0, 256, (3, 4, 3, 6, 6), dtype=torch.uint8)]
-    views = DeviceAugmentation(4)(kinds)
+    views = DeviceAugmentation(4)([*kinds, torch.rand(3, 6, ours.NUMBERS)])
     expected = [TF.normalize(crops[:, i] / 255, IMAGENET_MEAN, IMAGENET_STD) for crops in kinds
                 for i in range(crops.shape[1])]
     assert len(views) == 6
@@ -216,23 +217,21 @@ def test_views_are_normalised_and_in_order(monkeypatch):
         torch.testing.assert_close(view, other)
 
 
-def test_seed_reaches_the_draws():
-    crops, results = [torch.randint(0, 256, (2, 2, 3, 8, 8), dtype=torch.uint8)], []
-    for seed in (1, 1, 2):
-        torch.manual_seed(seed)
-        results.append(torch.stack(DeviceAugmentation(0)(crops)))
-    assert torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])
-    assert not torch.equal(results[0][0], results[0][1])
+def test_the_numbers_alone_decide():
+    """Each crop's own; torch's random state does not matter."""
+    crops, numbers = torch.randint(0, 256, (2, 2, 3, 8, 8), dtype=torch.uint8), torch.rand(2, 2, ours.NUMBERS)
+    other = numbers.clone()
+    other[1] = torch.rand(2, ours.NUMBERS)
+    first, again, changed = (torch.stack(DeviceAugmentation(0)([crops, n])) for n in (numbers, numbers, other))
+    assert torch.equal(first, again) and torch.equal(first[:, 0], changed[:, 0])
+    assert not torch.equal(first[:, 1], changed[:, 1])
 
 
 def test_compiles_as_one_graph(monkeypatch):
     """No part of it hangs on what was drawn, which a GPU would have to be asked for."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-    crops, results = [torch.randint(0, 256, (4, 2, 3, 16, 16), dtype=torch.uint8)], []
-    for compiled in (False, True):
-        torch.manual_seed(3)
-        results.append(torch.stack(DeviceAugmentation(0, compiled)(crops)))
-    assert torch.equal(*results)
+    batch = [torch.randint(0, 256, (4, 2, 3, 16, 16), dtype=torch.uint8), torch.rand(4, 2, ours.NUMBERS)]
+    assert torch.equal(*(torch.stack(DeviceAugmentation(0, compiled)(batch)) for compiled in (False, True)))
 
 
 # ---------------------------------------------------------------- in the workers
@@ -241,7 +240,8 @@ def test_compiles_as_one_graph(monkeypatch):
 def test_crops_sizes_and_pixels(monkeypatch):
     image, boxes = picture(1, 90, 70), [(3, 5, 40, 50), (0, 0, 70, 90), (10, 20, 20, 21)]
     monkeypatch.setattr(ours, "draw_boxes", lambda count, *_: (boxes * 3)[:count])
-    crops = RandomCrops((0.25, 1.0), (0.05, 0.25), 3, 64, 32)(TF.pil_to_tensor(image))
+    *crops, numbers = RandomCrops((0.25, 1.0), (0.05, 0.25), 3, 64, 32)(TF.pil_to_tensor(image))
+    assert numbers.shape == (5, ours.NUMBERS) and 0 <= numbers.min() < numbers.max() < 1
     assert [(tuple(kind.shape), kind.dtype) for kind in crops] == [((2, 3, 64, 64), torch.uint8),
                                                                    ((3, 3, 32, 32), torch.uint8)]
     for kind, size in zip(crops, (64, 32), strict=True):
@@ -249,8 +249,9 @@ def test_crops_sizes_and_pixels(monkeypatch):
             expected = TF.resized_crop(image, *box, [size, size], TF.InterpolationMode.BICUBIC)
             error = (crop.float() - to_tensor([expected])[0]).abs()
             assert error.max() <= 2 and error.mean() < 0.02  # the two round their weights differently
-    assert len(RandomCrops((0.25, 1.0), (0.05, 0.25), 0)(TF.pil_to_tensor(image))) == 1
-    assert [kind.shape[-1] for kind in RandomCrops((0.25, 1.0), (0.05, 0.25), 8)(TF.pil_to_tensor(image))] == [224, 96]
+    for count, expected in ((0, [(2, 3, 224, 224)]), (8, [(2, 3, 224, 224), (8, 3, 96, 96)])):
+        crops = RandomCrops((0.25, 1.0), (0.05, 0.25), count)(TF.pil_to_tensor(image))
+        assert [tuple(kind.shape) for kind in crops] == [*expected, (2 + count, ours.NUMBERS)]
 
 
 @pytest.mark.parametrize("height, width, scale", [(375, 500, (0.25, 1.0)), (160, 160, (0.05, 0.25)),
@@ -285,10 +286,11 @@ def test_gpu_waits_for_nothing_and_gives_the_cpus_crops(drawn):
     there = Draws(*(values.cuda() for values in draws))
     error = (apply(images.cuda(), there, select_by_mask=True).cpu() - apply(images, draws, select_by_mask=False)).abs()
     assert (error > 2).float().mean() < 0.005
-    augment, crops = DeviceAugmentation(2).cuda(), [images.unflatten(0, (24, 2)).cuda()] * 2
-    augment(crops)
+    crops, numbers = images.unflatten(0, (24, 2)).cuda(), torch.rand(24, 4, ours.NUMBERS).cuda()
+    augment = DeviceAugmentation(2).cuda()
+    augment([crops, crops, numbers])
     torch.cuda.set_sync_debug_mode("error")
     try:
-        augment(crops)
+        augment([crops, crops, numbers])
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -1,15 +1,13 @@
 """One reader of images: formats, depths, orientation, damage, and what is not an image file at all."""
 import os
 import struct
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
+from forked import run_program
 from image_cases import picture, refuse_listing, write_damaged_png
 from PIL import Image, PngImagePlugin
-from repository import ROOT
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from selfpatch.data import files as image_files
@@ -104,19 +102,18 @@ print(open_image(sys.argv[2]).size)
 
 
 def python(code, *words):
-    """Run code in a process of its own, which must not crash; return it."""
-    result = subprocess.run([sys.executable, "-c", code, *map(str, words)], cwd=ROOT, capture_output=True, text=True,
-                            timeout=120)
-    assert result.returncode == 0, result.stderr[-2000:]
-    return result
+    """Run code in a process of its own, which must not crash; return what it prints on stdout and stderr."""
+    (status, stdout, stderr), = run_program(code, *words)
+    assert status == 0, stderr[-2000:]
+    return stdout, stderr
 
 
 def test_a_damaged_png_is_refused_and_a_large_one_read_without_a_warning(tmp_path):
     write_damaged_png(tmp_path / "damaged.png")  # torchvision's decoder would crash
     Image.new("1", (9500, 9500)).save(tmp_path / "large.png")  # over PIL's 89 million pixels
-    result = python(READ, tmp_path / "damaged.png", tmp_path / "large.png")
-    assert result.stdout.count("damaged.png (") == 2 and result.stdout.endswith("(9500, 9500)\n")
-    assert result.stderr == ""
+    stdout, stderr = python(READ, tmp_path / "damaged.png", tmp_path / "large.png")
+    assert stdout.count("damaged.png (") == 2 and stdout.endswith("(9500, 9500)\n")
+    assert stderr == ""
 
 
 def test_what_is_not_a_regular_file_is_refused_at_once(tmp_path):
@@ -201,7 +198,7 @@ print(read, refused)
     ("TIFF", "RGB,L", '{};{"compression":"tiff_lzw"};{"compression":"tiff_deflate"}')])
 def test_2000_damaged_images_are_read_or_refused(name, modes, variants):
     """334 of each format, with flipped bits, cut off or zeroed; either decoder gives the same pixels, or none."""
-    read, refused = map(int, python(FUZZ, name, 334, f"modes={modes}", f"variants={variants}").stdout.split())
+    read, refused = map(int, python(FUZZ, name, 334, f"modes={modes}", f"variants={variants}")[0].split())
     assert read + refused == 2 * 334 and refused > 50
 
 

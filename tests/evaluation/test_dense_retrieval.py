@@ -1,15 +1,15 @@
 """Dense retrieval against the reference program's figures, and what chunks and processes may not change."""
+from itertools import permutations
+
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
-from davis_folder import free_port
+from forked import run_ranks
 from golden_rules import assert_close, load, rand
 
-from selfpatch.distributed.processes import Launch, join
 from selfpatch.evaluation.dense_retrieval import PatchMemory, label_map, patch_labels, patch_scores, sample_patches
 from selfpatch.evaluation.nearest_neighbours import nearest
-from selfpatch.evaluation.segmentation_metrics import IGNORE, assign, confusion_matrix, match_predictions, mean_iou
+from selfpatch.evaluation.segmentation import IGNORE, confusion_matrix, match_predictions, mean_iou
 
 CLASSES = 6
 
@@ -126,23 +126,18 @@ def test_classes_without_pixels():
     assert mean_iou(confusion, present_only=True) == pytest.approx((3 / 4 + 4 / 5) / 2)
 
 
-def test_assignment_is_the_best():
-    from itertools import permutations
+def test_predictions_are_renamed_for_the_largest_iou():
     rng = np.random.RandomState(0)
     for n in (1, 2, 3, 5, 6):
         for _ in range(10):
-            cost = rng.randn(n, n).round(1)
-            best = min(cost[range(n), list(columns)].sum() for columns in permutations(range(n)))
-            columns = assign(cost)
-            assert sorted(columns) == list(range(n))
-            assert cost[range(n), columns].sum() == pytest.approx(best)
+            confusion = rng.randint(0, 20, (n, n))
+            best = max(mean_iou(confusion[:, list(columns)]) for columns in permutations(range(n)))
+            assert mean_iou(match_predictions(confusion)) == pytest.approx(best)
 
 
-def worker(rank, port, folder):
-    import os
-    os.environ.update(MASTER_PORT=port, MASTER_ADDR="127.0.0.1")
-    torch.set_num_threads(1)
-    join(Launch(rank, 2, rank, ("RANK", "WORLD_SIZE")), "gloo")
+def worker(folder):
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
     golden = load("dense_retrieval.npz")
     labels = patch_labels(golden_masks(golden), CLASSES, 4)
     features = golden_features(golden, labels)
@@ -156,7 +151,7 @@ def worker(rank, port, folder):
 
 @pytest.mark.slow
 def test_two_processes_vote_as_one(golden, tmp_path):
-    mp.spawn(worker, (free_port(), str(tmp_path)), nprocs=2)
+    run_ranks(worker, str(tmp_path))
     memory, queries = golden_memory(golden, torch.float16)
     ours = torch.cat([torch.load(tmp_path / f"{rank}.pth") for rank in range(2)])
     torch.testing.assert_close(ours, memory.vote(queries), rtol=0, atol=1e-6)

@@ -3,7 +3,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from davis_folder import free_port
+from forked import free_port
 from golden_rules import load, rand
 
 from selfpatch.distributed.collectives import gather_rows

@@ -21,7 +21,7 @@ from selfpatch.evaluation.linear_segmentation import (
     sliding_logits,
     window_starts,
 )
-from selfpatch.evaluation.segmentation_metrics import IGNORE
+from selfpatch.evaluation.segmentation import IGNORE
 
 
 def test_head_normalises_and_maps():

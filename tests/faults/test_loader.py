@@ -17,7 +17,6 @@ from selfpatch.data.dataset import build_dataset
 from selfpatch.data.files import UnreadableImage, load_rgb
 from selfpatch.data.loader import CropLoader
 from selfpatch.errors import TrainingError
-from selfpatch.pretraining.resuming import fix_random_seeds
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning",
                                         "ignore:.*fork.*:DeprecationWarning")
@@ -30,8 +29,7 @@ def make_loader(folder, num_workers=2, augment="device", **kwargs):
 
 def crops(loader, hurt=lambda i: None):
     """All batches of the second epoch, and what hurts the workers after each."""
-    fix_random_seeds(0, 0, 1)
-    loader.sampler.set_epoch(1)
+    loader.set_epoch(1)
     batches = []
     for i, batch in enumerate(loader):
         batches.append(torch.cat([crop.flatten() for crop in batch]))
@@ -82,7 +80,7 @@ def test_a_file_that_hangs(image_folder, num_workers, who):
         time.sleep(60)
 
     loader = make_loader(image_folder, num_workers=num_workers, timeout=4)
-    loader.sampler.set_epoch(1)
+    loader.set_epoch(1)
     first = next(iter(loader.sampler))
     bad = int(Path(loader.dataset.images.name(first)).stem)
     loader.dataset.loader = hang

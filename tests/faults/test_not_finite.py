@@ -10,9 +10,8 @@ from main_selfpatch import train_dino
 from selfpatch.errors import TrainingError
 from selfpatch.method.fused_loss import FusedDINOLoss
 from selfpatch.pretraining import engine
-from selfpatch.pretraining.engine import train_step
-from selfpatch.pretraining.finite import NotFiniteError, check_logged_steps
-from selfpatch.pretraining.logs import MetricLogger
+from selfpatch.pretraining.engine import NotFiniteError, check_logged_steps, train_step
+from selfpatch.pretraining.meters import MetricLogger
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")
 CROPS = [[torch.randn(2, 3, 32, 32) for _ in range(3)]]

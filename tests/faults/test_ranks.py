@@ -7,7 +7,7 @@ import sys
 import time
 
 import pytest
-from davis_folder import free_port
+from forked import free_port
 from processes import Job, run
 from repository import ROOT
 

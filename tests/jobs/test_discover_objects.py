@@ -1,13 +1,11 @@
 """The job of object discovery: boxes, CorLoc, pictures, two processes."""
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
 from dense_data import UNTRAINED, make_folders, make_voc, run_job
+from forked import ranks, run_program
 from PIL import Image
-from repository import ROOT
 
 import discover_objects as job
 from selfpatch.data.augmentations import IMAGENET_MEAN, IMAGENET_STD
@@ -72,11 +70,9 @@ def test_refusals(voc, capsys, more, says):
 @pytest.mark.slow
 def test_two_processes_find_the_same_boxes(voc, tmp_path):
     names = ["one.json", "two.json"]
-    for name, launcher in zip(names, ([], ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]),
-                              strict=True):
-        words = [sys.executable, *launcher, "discover_objects.py", "--data", f"voc:{voc}", *UNTRAINED, "--output",
-                 tmp_path / name]
-        subprocess.run(list(map(str, words)), cwd=ROOT, check=True, capture_output=True,
-                       timeout=300)
+    for name, envs in zip(names, ([{}], ranks()), strict=True):
+        outputs = run_program(job.__file__, "--data", f"voc:{voc}", *UNTRAINED, "--output", tmp_path / name,
+                              envs=envs)
+        assert not any(status for status, *_ in outputs), outputs
     one, two = (json.loads((tmp_path / name).read_text()) for name in names)
     assert one["boxes"] == two["boxes"] and one["networks"] == two["networks"]

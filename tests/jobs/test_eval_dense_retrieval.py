@@ -1,14 +1,12 @@
 """The job of dense retrieval: on images that colours tell apart, by one process and by two, and what it refuses."""
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 from dense_data import UNTRAINED, make_ade20k, make_folders, run_job
+from forked import ranks, run_program
 from PIL import Image
-from repository import ROOT
 
 import eval_dense_retrieval as job
 from selfpatch.data.augmentations import IMAGENET_MEAN
@@ -130,11 +128,9 @@ def test_refusals(folders, capsys, options, says):
 @pytest.mark.slow
 def test_two_processes_give_the_figures_of_one(folders, tmp_path):
     names = ["one.json", "two.json"]
-    for name, launcher in zip(names, ([], ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]),
-                              strict=True):
-        words = [sys.executable, *launcher, "eval_dense_retrieval.py", "--data", f"folders:{folders}", "--num_classes",
-                 3, *UNTRAINED, "--patch_size", 32, "--memory_size", 999, "--output", tmp_path / name]
-        subprocess.run(list(map(str, words)), cwd=ROOT, check=True, capture_output=True,
-                       timeout=300)
+    for name, envs in zip(names, ([{}], ranks()), strict=True):
+        outputs = run_program(job.__file__, "--data", f"folders:{folders}", "--num_classes", 3, *UNTRAINED,
+                              "--patch_size", 32, "--memory_size", 999, "--output", tmp_path / name, envs=envs)
+        assert not any(status for status, *_ in outputs), outputs
     one, two = (list(figures(tmp_path / name).values())[0] for name in names)
     assert two == pytest.approx(one, abs=1e-4)

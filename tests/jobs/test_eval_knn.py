@@ -1,9 +1,6 @@
 """The k-NN job end to end: folders, features, tables, several processes, and what it refuses."""
 import argparse
 import json
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -11,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from davis_folder import free_port
+from forked import ranks, run_program
 from golden_rules import set_weights
 from networks import small_wrapper
 from PIL import Image
@@ -65,14 +62,7 @@ def run(*words):
 
 def run_two(*words):
     """Exit status, stdout and stderr of two processes of the job on small images."""
-    port, processes = free_port(), []
-    for rank in range(2):
-        env = os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-                            "MASTER_PORT": port}
-        processes.append(subprocess.Popen([sys.executable, job.__file__, *SMALL, *map(str, words)], env=env,
-                                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
-    outputs = [process.communicate(timeout=120) for process in processes]
-    return [(process.returncode, *output) for process, output in zip(processes, outputs, strict=True)]
+    return run_program(job.__file__, *SMALL, *words, envs=ranks())
 
 
 def test_table_and_json(colours, run_file, tmp_path, capsys):

@@ -1,16 +1,13 @@
 """Linear classification: the heads are SGD's, the features what they say, and the job end to end."""
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from davis_folder import free_port
+from forked import ranks, run_program
 from golden_rules import set_weights
 from networks import small_wrapper
 from PIL import Image
@@ -190,16 +187,9 @@ def test_two_processes_give_the_figures_of_one(more, colours, tmp_path):
     words = ["--data_path", colours, "--random_weights", "--arch", "vit_tiny", "--epochs", 3, "--lr", 1e-5, 1e-3, 0.1,
              *more]
     assert run(*words, "--batch_size_per_gpu", 4, "--output", tmp_path / "one.json") == 0
-    port, processes = free_port(), []
-    for rank in range(2):
-        env = os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-                            "MASTER_PORT": port}
-        processes.append(subprocess.Popen(
-            [sys.executable, Path(job.__file__), *map(str, words), "--batch_size_per_gpu", "2", "--device", "cpu",
-             "--num_workers", "0", "--image_size", "32", "--output", tmp_path / "two.json"], env=env,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
-    outputs = [process.communicate(timeout=120) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
+    outputs = run_program(job.__file__, *words, "--batch_size_per_gpu", 2, "--device", "cpu", "--num_workers", 0,
+                          "--image_size", 32, "--output", tmp_path / "two.json", envs=ranks())
+    assert [status for status, *_ in outputs] == [0, 0], outputs
     one, two = (json.loads((tmp_path / name).read_text()) for name in ("one.json", "two.json"))
     assert one == two
 

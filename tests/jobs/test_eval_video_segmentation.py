@@ -1,8 +1,6 @@
 """The DAVIS job: the published masks, out of memory, several processes, and data that cannot be used."""
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import cv2
@@ -10,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from davis_folder import UNTRAINED, make_davis, rewrite, run
+from forked import ranks, run_program
 from golden_rules import GOLDEN, assert_close, load, set_weights
 from PIL import Image
 
@@ -263,12 +262,11 @@ def test_backbones_with_a_class_token(tmp_path):
 
 def test_two_processes_share_the_sequences(tmp_path):
     data = make_davis(tmp_path / "data", "one", "two", "three")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", job.__file__,
-               "--data_path", data, "--output_dir", tmp_path / "two", "--device", "cpu", *map(str, UNTRAINED)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
+    outputs = run_program(job.__file__, "--data_path", data, "--output_dir", tmp_path / "two", "--device", "cpu",
+                          *UNTRAINED, envs=ranks())
+    assert [status for status, *_ in outputs] == [0, 0], outputs
     assert run(data, tmp_path / "one", *UNTRAINED) == 0
     assert sum(len(list(folder.iterdir())) for folder in (tmp_path / "two").iterdir()) == 12
     measures = summarise(score_folder(data, tmp_path / "two"))[0]
-    assert " ".join(f"{value:.3f}" for value in measures.values()) in " ".join(done.stdout.split())
+    assert " ".join(f"{value:.3f}" for value in measures.values()) in " ".join(outputs[0][1].split())
     assert measures == pytest.approx(summarise(score_folder(data, tmp_path / "one"))[0], abs=0.01)

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-import torch.multiprocessing as mp
+from forked import free_port, run_ranks
 from golden_rules import set_weights
 from networks import constant_run, small_wrapper
 from repository import ROOT
@@ -61,19 +61,12 @@ CASES = {"fused": {}, "plain": {"loss_class": DINOLoss}, "BatchNorm": {"use_bn":
          "sums in bfloat16": {"reduce_dtype": "bf16"}}
 
 
-def worker(rank, world_size, port, batch, folder):
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+def worker(batch, folder):
     torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
     for case, options in CASES.items():
-        torch.save(run_step(batch, **options, rank=rank, world_size=world_size), f"{folder}/{case}.{rank}.pth")
+        torch.save(run_step(batch, **options, rank=rank, world_size=2), f"{folder}/{case}.{rank}.pth")
     torch.distributed.destroy_process_group()
-
-
-def free_port():
-    import socket
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return str(s.getsockname()[1])
 
 
 def close(a, b, tolerance):
@@ -90,7 +83,7 @@ def two_processes(tmp_path_factory):
     """The batch, and the folder of what two processes made of it in every case."""
     torch.manual_seed(0)
     batch, folder = [torch.randn(4, 3, size, size) for size in (32, 32, 24, 24)], tmp_path_factory.mktemp("ranks")
-    mp.spawn(worker, (2, free_port(), batch, str(folder)), nprocs=2)
+    run_ranks(worker, batch, str(folder))
     return batch, folder
 
 

@@ -96,7 +96,7 @@ def test_compiling_without_a_compiler_is_refused(monkeypatch):
     ("cuda", True, ["--use_fp16", "false"], torch.float32), ("cpu", True, [], torch.float32),
     ("cpu", False, ["--precision", "bf16"], torch.bfloat16), ("cuda", True, ["--precision", "fp32"], torch.float32)])
 def test_precision_by_device(monkeypatch, device, has_bf16, words, dtype):
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0) if has_bf16 else (7, 5))
     args = options(*words)
     assert main_selfpatch.choose_precision(args.precision, args.use_fp16, torch.device(device)) == dtype
 

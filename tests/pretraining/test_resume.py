@@ -19,9 +19,8 @@ from selfpatch.method.optim import build_optimizer
 from selfpatch.method.training_run import TrainingRun, build_schedules
 from selfpatch.pretraining import engine
 from selfpatch.pretraining import loop as training_loop
-from selfpatch.pretraining.engine import train_step
-from selfpatch.pretraining.finite import check_logged_steps
-from selfpatch.pretraining.logs import MetricLogger
+from selfpatch.pretraining.engine import check_logged_steps, train_step
+from selfpatch.pretraining.meters import MetricLogger
 
 EARLIER_RUN = ROOT / "tests" / "earlier_run"
 pytestmark = [pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning"),
@@ -121,17 +120,28 @@ def test_loss_that_is_not_finite_stops_and_names_the_step(image_folder, tmp_path
     assert load(tmp_path / "checkpoint.pth")["epoch"] == 1
 
 
-def test_a_run_of_an_earlier_version_continues(image_folder, tmp_path, monkeypatch):
-    """Its second epoch gives what that version logged: a checkpoint written in November 2026, commit 326003a.
+def test_a_run_of_an_earlier_version_continues(image_folder, tmp_path, monkeypatch, capsys):
+    """Its state is taken over; its crops are drawn anew. A checkpoint written in November 2026, commit 326003a.
 
     vit_tiny 12 wide, 1 deep, heads of 16 and 8; otherwise tests/small_job.py's options with --epochs 2.
     """
     shrink_job(monkeypatch, width=12, depth=1, hidden_dim=16, bottleneck_dim=8)
     shutil.copy(EARLIER_RUN / "checkpoint.pth", tmp_path)
+    begun, epoch = [], training_loop.train_one_epoch
+    monkeypatch.setattr(training_loop, "train_one_epoch", lambda run, *args: (
+        begun.append(copy.deepcopy(run.state_dict())), epoch(run, *args))[1])
     train_dino(options("--epochs", 2, "--data_path", image_folder, "--output_dir", tmp_path, "--out_dim", 16,
                        "--out_dim_selfpatch", 8))
+    earlier = load(EARLIER_RUN / "checkpoint.pth")
+    for name in ("student", "teacher", "dino_loss", "epoch"):
+        assert_same(begun[0][name], earlier[name])
+    assert_same(begun[0]["optimizer"]["state"], earlier["optimizer"]["state"])
     ours = json.loads((tmp_path / "log.txt").read_text())  # of the second epoch alone: there was no log of the first
-    assert ours == pytest.approx(json.loads((EARLIER_RUN / "log.txt").read_text().splitlines()[1]), rel=1e-3)
+    theirs = json.loads((EARLIER_RUN / "log.txt").read_text().splitlines()[1])
+    for name in ("train_lr", "train_wd", "epoch"):
+        assert ours[name] == pytest.approx(theirs[name], rel=1e-6)
+    assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=0.3)  # of other crops
+    assert capsys.readouterr().out.count("crops are drawn anew: those of ") == 1
     assert load(tmp_path / "checkpoint.pth").keys() == load(EARLIER_RUN / "checkpoint.pth").keys() | {"log"}
 
 

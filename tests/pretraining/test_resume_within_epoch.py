@@ -53,16 +53,39 @@ def whole_runs(image_folder, tmp_path_factory):
     return whole
 
 
-@pytest.mark.parametrize("step, words", [
-    *((step, ("--num_workers", 0)) for step in (0, 1, 2, 4)), (1, ("--num_workers", 2)),
-    (1, ("--num_workers", 2, "--augment", "pil")), (1, ("--batch_size_per_gpu", 2, "--accum_steps", 2))])
-def test_stopped_run_equals_the_whole_one(whole_runs, image_folder, tmp_path, monkeypatch, step, words):
+@pytest.mark.parametrize("step, words, then", [
+    *((step, ("--num_workers", 0), ()) for step in (0, 1, 2, 4)), (1, ("--num_workers", 0), ("--num_workers", 2)),
+    (1, ("--num_workers", 2), ("--num_workers", 0)),
+    (1, ("--num_workers", 2, "--augment", "pil"), ("--num_workers", 1)),
+    (1, ("--batch_size_per_gpu", 2, "--accum_steps", 2), ())])
+def test_stopped_run_equals_the_whole_one(whole_runs, image_folder, tmp_path, monkeypatch, step, words, then):
+    """Also with another number of workers."""
     whole = whole_runs(*words)
-    stop_and_continue(monkeypatch, step, "--epochs", 2, "--data_path", image_folder, "--output_dir", tmp_path, *words)
+    stop_and_continue(monkeypatch, step, "--epochs", 2, "--data_path", image_folder, "--output_dir", tmp_path, *words,
+                      then=then)
     ours, other = load(tmp_path / "checkpoint.pth"), load(whole / "checkpoint.pth")
     del ours["args"], other["args"]  # they name the folders
     assert_same(ours, other)
     assert (tmp_path / "log.txt").read_bytes() == (whole / "log.txt").read_bytes()
+
+
+def test_a_run_stopped_by_an_earlier_version_continues(whole_runs, image_folder, tmp_path, monkeypatch, capsys):
+    """Whose checkpoint holds the workers' random states, too."""
+    words = ["--epochs", 2, "--data_path", image_folder, "--output_dir", tmp_path]
+    with monkeypatch.context() as patch, pytest.raises(RunStopped):
+        signal_at(patch, 1)
+        train_dino(options(*words))
+    state = load(tmp_path / "checkpoint.pth")
+    del state["args"]["crop_seeds"]
+    state["ranks"] = [{"loader": {"batch": 2, "batch_size": 4, "rng": rank["rng"], "num_workers": 2,
+                                  "worker_rng": {0: bytes(5056), 1: bytes(5056)}}, "meters": rank["meters"]}
+                      for rank in state["ranks"]]
+    torch.save(state, tmp_path / "checkpoint.pth")
+    capsys.readouterr()
+    train_dino(options(*words))
+    assert capsys.readouterr().out.count("crops are drawn anew") == 1
+    assert_same(load(tmp_path / "checkpoint.pth")["student"], load(whole_runs("--num_workers", 0) / "checkpoint.pth")[
+        "student"])
 
 
 def test_saves_every_so_many_steps_change_nothing(whole_runs, image_folder, tmp_path):
@@ -73,7 +96,7 @@ def test_saves_every_so_many_steps_change_nothing(whole_runs, image_folder, tmp_
     assert_same(load(tmp_path / "checkpoint.pth")["student"], load(whole / "checkpoint.pth")["student"])
 
 
-def test_other_numbers_of_workers_continue_with_the_same_images(image_folder, tmp_path, monkeypatch, capsys):
+def test_another_division_of_the_batch_continues_with_the_same_images(image_folder, tmp_path, monkeypatch, capsys):
     """And the epoch's means are over the steps before the stop as well."""
     stop_and_continue(monkeypatch, 0, "--epochs", 1, "--data_path", image_folder, "--output_dir", tmp_path,
                       then=["--num_workers", 1, "--batch_size_per_gpu", 2, "--accum_steps", 2, "--log_every", 1])

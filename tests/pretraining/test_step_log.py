@@ -18,9 +18,9 @@ from selfpatch.errors import ConfigError, TrainingError
 from selfpatch.method.fused_loss import FusedDINOLoss
 from selfpatch.method.vision_transformer import ARCHS
 from selfpatch.pretraining import engine, step_log
-from selfpatch.pretraining.finite import clipping, gradient_norms
+from selfpatch.pretraining.engine import clipping, gradient_norms
 from selfpatch.pretraining.flops import flops_per_image, peak_tflops
-from selfpatch.pretraining.logs import MetricLogger
+from selfpatch.pretraining.meters import MetricLogger
 from selfpatch.pretraining.step_log import StepLog, rows_until
 
 pytestmark = [pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning"),

@@ -1,12 +1,10 @@
 """DAVIS folders as their users have them: gaps, EXIF, DAVIS 2016, missing ids; and several tasks under srun."""
-import os
-import subprocess
-import sys
 
 import cv2
 import numpy as np
 import pytest
-from davis_folder import UNTRAINED, free_port, make_davis, rewrite, run
+from davis_folder import UNTRAINED, make_davis, rewrite, run
+from forked import free_port, run_program
 from image_cases import png
 from PIL import Image
 
@@ -151,14 +149,10 @@ def test_ids_with_gaps(tmp_path, capsys, present_objects):
 
 def test_two_tasks_under_plain_srun_share_the_sequences(tmp_path):
     data, port = make_davis(tmp_path / "data", "one", "two"), free_port()
-    kept = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_") and k not in ("RANK", "WORLD_SIZE")}
-    tasks = [subprocess.Popen([sys.executable, job.__file__, "--data_path", data, "--output_dir", tmp_path / "masks",
-                               "--device", "cpu", "--no_score", *map(str, UNTRAINED)], text=True,
-                              stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                              env=kept | {"OMP_NUM_THREADS": "1", "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank),
-                                          "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "localhost",
-                                          "MASTER_PORT": port}) for rank in (0, 1)]
-    outputs = [task.communicate(timeout=120) for task in tasks]
-    assert [task.returncode for task in tasks] == [0, 0], outputs
-    assert sum("random weights" in stdout for stdout, _ in outputs) == 1  # one task prints
+    outputs = run_program(job.__file__, "--data_path", data, "--output_dir", tmp_path / "masks", "--device", "cpu",
+                          "--no_score", *UNTRAINED, envs=[
+                              {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), "SLURM_STEP_NUM_TASKS": "2",
+                               "SLURM_STEP_NODELIST": "localhost", "MASTER_PORT": port} for rank in (0, 1)])
+    assert [status for status, *_ in outputs] == [0, 0], outputs
+    assert sum("random weights" in stdout for _, stdout, _ in outputs) == 1  # one task prints
     assert sorted(p.name for p in (tmp_path / "masks").iterdir()) == ["one", "two"]

@@ -11,7 +11,7 @@ from repository import ROOT
 
 import visualize
 from selfpatch.errors import ConfigError
-from selfpatch.visualization import curves as curve_pictures
+from selfpatch.visualization import curves
 
 EARLIER_RUN = ROOT / "tests" / "earlier_run"
 
@@ -31,7 +31,7 @@ def write_run(folder, steps=(), epochs=()):
 
 
 def panels_of(*folders):
-    return {panel.title: panel for panel in curve_pictures.make_panels([curve_pictures.read_run(f) for f in folders])}
+    return {panel.title: panel for panel in curves.make_panels([curves.read_run(f) for f in folders])}
 
 
 def test_steps_where_there_are_any_else_epochs(tmp_path):
@@ -77,7 +77,7 @@ def test_a_picture_of_two_runs(tmp_path, capsys):
 
 def test_lines_levels_and_legend(tmp_path):
     line = np.array([[0.0, 3.0], [1.0, 2.0]])
-    figure = curve_pictures.draw_panels([curve_pictures.Panel("loss", [None, line], {4.2: "ln K"})] * 4, ["a", "b"])
+    figure = curves.draw_panels([curves.Panel("loss", [None, line], {4.2: "ln K"})] * 4, ["a", "b"])
     axis = figure.axes[0]
     np.testing.assert_array_equal(axis.lines[0].get_xydata(), line)
     assert same_color(axis.lines[0].get_color(), "C1") and set(axis.lines[1].get_ydata()) == {4.2}
@@ -88,7 +88,7 @@ def test_lines_levels_and_legend(tmp_path):
 def test_one_row_is_a_point(tmp_path):
     folder = write_run(tmp_path / "run", [{"loss": 3.0}])
     run(folder, "--output", tmp_path / "curves.png")
-    figure = curve_pictures.draw_panels(list(panels_of(folder).values()), ["run"])
+    figure = curves.draw_panels(list(panels_of(folder).values()), ["run"])
     assert figure.axes[0].lines[0].get_marker() == "o" and (tmp_path / "curves.png").is_file()
 
 
@@ -117,7 +117,7 @@ def test_curves_refuse(tmp_path):
 
 def test_runs_of_one_label_have_one_colour_and_one_place_in_the_legend(tmp_path):
     folders = [write_run(tmp_path / name, [], [{"train_loss": 4.0}, {"train_loss": 3.0}]) for name in "abc"]
-    figure = curve_pictures.draw_panels(list(panels_of(*folders).values()), ["DINO", "SelfPatch", "DINO"])
+    figure = curves.draw_panels(list(panels_of(*folders).values()), ["DINO", "SelfPatch", "DINO"])
     first, second, third = figure.axes[0].lines
     assert same_color(first.get_color(), third.get_color()) and not same_color(first.get_color(), second.get_color())
     assert first.get_linewidth() == third.get_linewidth() > second.get_linewidth()

@@ -12,8 +12,8 @@ from PIL import Image
 import visualize
 from selfpatch.method.selfpatch_head import MultiCropWrapper, SelfPatchHead, positive_matching
 from selfpatch.method.vision_transformer import DINOHead, vit_tiny
-from selfpatch.visualization import drawing
-from visualize import head_attention, self_attention
+from selfpatch.visualization import features as pictures
+from selfpatch.visualization.features import head_attention, self_attention
 
 
 @pytest.fixture(scope="module")
@@ -87,12 +87,12 @@ def test_attention_is_drawn_where_it_is():
     maps = np.zeros((3, 4, 6), dtype=np.float32)
     maps[0, 0, 0] = maps[1, 3, 5] = maps[2, 1, 2] = 1
     image = Image.new("RGB", (96, 64), "blue")
-    drawn = np.asarray(drawing.attention_maps(image, maps, None, 16)).astype(int)
-    width, height = drawing.PANEL_WIDTH, round(drawing.PANEL_WIDTH * 64 / 96)
+    drawn = np.asarray(pictures.attention_panels(image, maps, None, 16)).astype(int)
+    width, height = pictures.PANEL_WIDTH, round(pictures.PANEL_WIDTH * 64 / 96)
 
     def panel(index):
-        y, x = index // 3 * (height + drawing.LABEL_HEIGHT + drawing.GAP), index % 3 * (width + drawing.GAP)
-        y, x = y + drawing.LABEL_HEIGHT, x + drawing.GAP
+        y, x = index // 3 * (height + pictures.LABEL_HEIGHT + pictures.GAP), index % 3 * (width + pictures.GAP)
+        y, x = y + pictures.LABEL_HEIGHT, x + pictures.GAP
         return drawn[y:y + height, x:x + width]
 
     assert (panel(0) == (0, 0, 255)).all()  # the image; then the mean, then the heads
@@ -102,16 +102,16 @@ def test_attention_is_drawn_where_it_is():
         cell = width / 6
         assert bright.mean() == pytest.approx(1 / 24, rel=0.05)
         assert (ys.mean() // cell, xs.mean() // cell) == (row, column)
-    flat = drawing.heat(np.full((2, 2), 0.5), (4, 4))
+    flat = pictures.heat(np.full((2, 2), 0.5), (4, 4))
     assert len(flat.getcolors()) == 1  # all alike: no division by zero
 
 
 def test_positives_are_drawn_where_they_are():
     image = Image.new("RGB", (96, 64), "black")
-    drawn = drawing.positives(image, 16, [(0, 0), (2, 3)], [[(0, 1), (3, 5)], [(1, 3), (2, 2)]])
+    drawn = pictures.positives_over(image, 16, [(0, 0), (2, 3)], [[(0, 1), (3, 5)], [(1, 3), (2, 2)]])
     assert drawn.size == (240, 160)
     cell = 40
-    colours = [tuple(int(c[i:i + 2], 16) for i in (1, 3, 5)) for c in drawing.COLOURS]
+    colours = [tuple(int(c[i:i + 2], 16) for i in (1, 3, 5)) for c in pictures.COLOURS]
     framed = {(row, column): drawn.getpixel((column * cell + 3, row * cell + cell // 2))
               for row in range(4) for column in range(6)}
     assert framed.pop((0, 0)) == framed.pop((0, 1)) == framed.pop((3, 5)) == colours[0]
@@ -144,7 +144,7 @@ def test_an_orientation_tag_is_reported(tmp_path, photo, capsys):
 
 def test_positives_job_draws_what_matching_picks(tmp_path, run_file, photo, capsys, monkeypatch):
     asked = []
-    monkeypatch.setattr(drawing, "positives", lambda image, size, patches, chosen: asked.append(
+    monkeypatch.setattr(pictures, "positives_over", lambda image, size, patches, chosen: asked.append(
         (image, size, patches, chosen)) or Image.new("RGB", (8, 8)))
     output = tmp_path / "positives.png"
     run("positives", "--pretrained_weights", run_file, "--image_path", photo, "--image_size", 64, "--output", output,

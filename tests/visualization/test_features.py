@@ -6,7 +6,6 @@ from PIL import Image
 
 import visualize
 from selfpatch.errors import ConfigError
-from selfpatch.visualization import drawing
 from selfpatch.visualization import features as pictures
 
 
@@ -82,13 +81,13 @@ def test_similarity_is_drawn_where_it_is():
     maps = [cosines.reshape(10, 12).numpy(), np.zeros((6, 6), np.float32)]
     images = [Image.new("RGB", (192, 160), "blue"), Image.new("RGB", (96, 96), "blue")]
     sheet = np.asarray(pictures.similarity_panels(images, maps, (4, 5), 16)).astype(int)
-    width, top = drawing.PANEL_WIDTH, drawing.LABEL_HEIGHT
+    width, top = pictures.PANEL_WIDTH, pictures.LABEL_HEIGHT
     height = width  # of the square image, the taller one
-    right = sheet[top:top + height, 2 * drawing.GAP + width:2 * drawing.GAP + 2 * width]
+    right = sheet[top:top + height, 2 * pictures.GAP + width:2 * pictures.GAP + 2 * width]
     bright = (right.sum(2) > 500) & (right.sum(2) < 765)
     ys, xs = np.nonzero(bright)
     assert (xs.mean() / width, ys.mean() / height) == pytest.approx((6 / 12, 0.5), abs=0.03)
-    lower = sheet[top + height + drawing.GAP + top:, 2 * drawing.GAP + width:]
+    lower = sheet[top + height + pictures.GAP + top:, 2 * pictures.GAP + width:]
     assert (lower.sum(2) < 30).mean() > 0.9  # one scale for both maps: all of the second is dark
 
 
@@ -96,7 +95,7 @@ def test_boxes_are_drawn_where_they_are():
     drawn = np.asarray(pictures.boxes_over(Image.new("RGB", (320, 240)), {"LOST": [(32, 48, 160, 200)],
                                                                           "true": [(200, 10, 300, 100)]})).astype(int)
     line = drawn.shape[0] - 240
-    red = (drawn[line:] == [int(drawing.COLOURS[0][i:i + 2], 16) for i in (1, 3, 5)]).all(2)
+    red = (drawn[line:] == [int(pictures.COLOURS[0][i:i + 2], 16) for i in (1, 3, 5)]).all(2)
     ys, xs = np.nonzero(red)
     assert (xs.min(), ys.min(), xs.max() + 1, ys.max() + 1) == (32, 48, 160, 200)
     white = (drawn[line:] == 255).all(2)
@@ -125,7 +124,7 @@ def test_jobs_draw_both_images(photos, tmp_path, capsys, drawing_name, says):
                *(("--patch", "1,4") if drawing_name == "similarity" else ()), "--image_path")
     run(*options, *photos, "--output", output)
     assert says in capsys.readouterr().out
-    assert Image.open(output).width == 2 * drawing.PANEL_WIDTH + 3 * drawing.GAP
+    assert Image.open(output).width == 2 * pictures.PANEL_WIDTH + 3 * pictures.GAP
     with pytest.raises(ConfigError, match="exists: give another name"):
         run(*options, *photos, "--output", output)
     with pytest.raises(ConfigError, match="cannot read the image none.jpg"):

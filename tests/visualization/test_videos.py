@@ -8,8 +8,9 @@ from golden_rules import GOLDEN
 from PIL import Image
 
 import visualize
+from selfpatch.errors import ConfigError
 from selfpatch.video.davis import DAVIS_PALETTE, imwrite_indexed
-from selfpatch.visualization import videos as overlays
+from selfpatch.visualization import videos
 
 CLIP = GOLDEN / "davis_clip"
 MASKS = CLIP / "expected"
@@ -28,11 +29,11 @@ def draw(output, *options):
 def test_overlay_tints_objects_and_nothing_else():
     frame, mask = np.full((40, 60, 3), 100, np.uint8), np.zeros((40, 60), np.uint8)
     mask[10:30, 10:30], mask[35:] = 2, 255
-    drawn = overlays.overlay(frame, mask, DAVIS_PALETTE)
+    drawn = videos.overlay(frame, mask, DAVIS_PALETTE)
     assert drawn[20, 20].tolist() == [50, 114, 50]  # half the frame, half object 2's green
     assert drawn[10, 20].tolist() == [0, 128, 0]  # outline
     assert (drawn[mask == 255] == 100).all() and (drawn[5, :] == 100).all() and (frame == 100).all()
-    assert drawn[20, 20].tolist() == overlays.overlay(frame, mask, DAVIS_PALETTE[:9])[20, 20].tolist()
+    assert drawn[20, 20].tolist() == videos.overlay(frame, mask, DAVIS_PALETTE[:9])[20, 20].tolist()
 
 
 @pytest.mark.parametrize("name", ["video.gif", "video.mp4", "pictures"])
@@ -60,7 +61,7 @@ def test_small_objects_keep_their_colour_in_a_gif():
     rng = np.random.RandomState(0)
     pictures = [rng.randint(0, 256, (60, 80, 3)).astype(np.uint8) for _ in range(3)]
     pictures[1][20:24, 30:34] = (128, 128, 0)  # object 3's
-    first, second, third = overlays.with_one_palette([Image.fromarray(picture) for picture in pictures])
+    first, second, third = videos.with_one_palette([Image.fromarray(picture) for picture in pictures])
     assert np.array(second.convert("RGB"))[21:23, 31:33].tolist() == [[[128, 128, 0]] * 2] * 2
     assert first.getpalette() == third.getpalette()
 
@@ -102,8 +103,8 @@ def test_scores_of_ids_with_gaps(tmp_path, capsys, monkeypatch, options, figure)
     for t in range(4):
         Image.fromarray(mask).save(tmp_path / f"Annotations/480p/x/{t:05}.png")
         imwrite_indexed(tmp_path / f"results/x/{t:05}.png", mask * (t == 1))
-    drawn = {}
-    monkeypatch.setattr(overlays, "bar_chart", lambda groups, *_: drawn.update(groups) or Image.new("RGB", (8, 8)))
+    drawn, bar_chart = {}, videos.bar_chart
+    monkeypatch.setattr(videos, "bar_chart", lambda groups, *rest: drawn.update(groups) or bar_chart(groups, *rest))
     run("scores", "--davis_path", tmp_path, "--results", tmp_path / "results", "--output", tmp_path / "scores.png",
         *options)
     out, err = capsys.readouterr()
@@ -116,7 +117,23 @@ def test_scores_chart(tmp_path, capsys):
     run("scores", "--davis_path", data, "--results", data / "results", "--labels", "published", "--output", output)
     assert "published 0.579" in capsys.readouterr().out
     with Image.open(output) as image:
-        assert image.mode == "RGB"
-    chart = np.array(overlays.bar_chart({"half": [0.5, 1.0]}, ["a", "b"], "title"))
-    widths = [(chart == colour).all(-1).sum(1).max() for colour in ((255, 59, 48), (52, 199, 89))]
-    assert widths == [overlays.BAR_LENGTH // 2 + 1, overlays.BAR_LENGTH + 1]
+        pixels = np.asarray(image.convert("RGB")).astype(int)
+    assert abs(pixels - [31, 119, 180]).sum(-1).min() < 30  # matplotlib's first colour
+
+
+def test_bars_have_their_lengths_and_labels():
+    axis = videos.bar_chart({"half": [0.5, 1.0], "less": [0.25, 0.0]}, ["a", "b"], "title").axes[0]
+    first, second = ([(bar.get_width(), bar.get_y()) for bar in bars] for bars in axis.containers)
+    assert [width for width, _ in first] == [0.5, 0.25] and [width for width, _ in second] == [1.0, 0.0]
+    assert first[0][1] < second[0][1] < first[1][1] and axis.yaxis_inverted()  # rows from top to bottom
+    assert [text.get_text() for text in axis.texts] == ["0.500", "0.250", "1.000", "0.000"]
+    assert [text.get_text() for text in axis.get_yticklabels()] == ["half", "less"]
+    assert axis.get_title("left") == "title"
+    assert [text.get_text() for text in axis.figure.legends[0].get_texts()] == ["a", "b"]
+
+
+def test_without_matplotlib(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    data = GOLDEN / "davis_scores"
+    with pytest.raises(ConfigError, match="visualize.py scores needs the package matplotlib: pip install matplotlib"):
+        run("scores", "--davis_path", data, "--results", data / "results", "--output", tmp_path / "scores.png")

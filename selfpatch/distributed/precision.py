@@ -1,0 +1,45 @@
+"""The one rule for precision, in training and evaluations: what a device computes itself, never what it emulates."""
+import inspect
+
+import torch
+
+from selfpatch.errors import ConfigError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether the device has bfloat16 products: CUDA GPUs from compute capability 8.0 on; all CPUs count.
+
+    torch.cuda.is_bf16_supported() by itself also counts older GPUs, which emulate them.
+    """
+    if device.type != "cuda":
+        return True
+    if torch.version.hip is None:
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    known = inspect.signature(torch.cuda.is_bf16_supported).parameters
+    return torch.cuda.is_bf16_supported(**{name: False for name in ("including_emulation",) if name in known})
+
+
+def choose_dtype(precision: str, device: torch.device, half: bool = False) -> torch.dtype:
+    """The dtype for autocast; float32 means no autocast.
+
+    Args:
+        precision: fp32, tf32 (which is float32 here), bf16, fp16 or auto.
+        half: auto means half precision on CUDA: bfloat16 if the GPU has it, else float16. By default auto is float32
+            on every device, for figures that are compared with published ones.
+
+    Raises:
+        ConfigError: bf16 on a GPU without it.
+    """
+    if precision == "auto" and half and device.type == "cuda":
+        return torch.bfloat16 if has_bfloat16(device) else torch.float16
+    if precision == "bf16" and not has_bfloat16(device):
+        raise ConfigError(f"--precision bf16: {torch.cuda.get_device_name(device)} would only emulate bfloat16: use "
+                          "fp16 or fp32")
+    return DTYPES.get(precision, torch.float32)
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """torch.autocast on the device; disabled for float32."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
