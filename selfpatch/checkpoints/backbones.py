@@ -1,17 +1,12 @@
-"""One door to any backbone: this project's, or any plain Vision Transformer that timm builds.
+"""timm's plain Vision Transformers with the interface of this project's backbone, and what jobs ask of either.
 
-    model = load_any_backbone(None, "checkpoint.pth")                               # whatever loading.py reads
-    model = load_any_backbone("timm:vit_small_patch14_dinov2.lvd142m", "dinov2.safetensors")
+    model = build_timm("vit_small_patch14_dinov2.lvd142m")      # untrained; loading.load_backbone adds a file's weights
     class_token, patches, keys = model.features(images, layer=-1, keys=True)
-
-Weights come from local files alone; nothing is downloaded.
 """
 import contextlib
 import difflib
 import io
-import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import timm
 import torch
@@ -20,16 +15,11 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer as TimmViT
 from torch import nn
 
-from selfpatch.checkpoints import layouts
-from selfpatch.checkpoints.files import CheckpointError, read_checkpoint
-from selfpatch.checkpoints.loading import CheckpointInfo, check_state_dict, load_with_info, resolve_path
-from selfpatch.checkpoints.networks import choose_network, collect_tensors, list_networks
 from selfpatch.data.normalisation import IMAGENET_MEAN, IMAGENET_STD
 from selfpatch.errors import ConfigError
 from selfpatch.method.vision_transformer import Features, VisionTransformer
 
 PREFIX = "timm:"
-UNUSED = ("head.", "fc_norm.", "attn_pool.")  # what timm applies after pooling: no part of the features
 
 
 def project_queries_keys(attn: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -163,8 +153,6 @@ class TimmBackbone(nn.Module):
 Backbone = VisionTransformer | TimmBackbone
 
 
-# ---------------------------------------------------------------- loading
-
 def build_timm(name: str, **kwargs) -> TimmBackbone:
     """A timm Vision Transformer by its name (without "timm:"), untrained, in eval mode.
 
@@ -194,98 +182,6 @@ def build_timm(name: str, **kwargs) -> TimmBackbone:
     network.fc_norm, network.attn_pool = nn.Identity(), None
     return TimmBackbone(network).eval()
 
-
-def read_timm_weights(path: str | Path, key: str, network: nn.Module) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """The tensors of a file for a timm network, and which modules of the file are left out.
-
-    timm's own conversion is applied: DINOv2's, DINOv3's and EVA's original names, and positions on another grid.
-
-    Raises:
-        CheckpointError: no checkpoint, none or several networks for the key, or another patch size.
-    """
-    content = read_checkpoint(path)
-    try:
-        found = list_networks(content)
-        chosen = choose_network(found, key)
-        if chosen is None:
-            there = [one.name or "one without a name" for one in found] or list(collect_tensors(content, nested=True))
-            raise CheckpointError(f"{path} has no Vision Transformer under {key!r}: it has "
-                                  + (", ".join(there[:6]) or "no tensors"))
-    except layouts.LayoutError as error:
-        raise CheckpointError(f"{path} does not fit: {error}") from None
-    state = {name.removeprefix(chosen.prefix): tensor.float() if tensor.is_floating_point() else tensor
-             for name, tensor in chosen.tensors.items() if name.startswith(chosen.prefix)}
-    ours, theirs = network.patch_embed.proj.weight, state.get("patch_embed.proj.weight")
-    if theirs is not None and theirs.shape[-2:] != ours.shape[-2:] and theirs.dim() == 4:
-        raise CheckpointError(f"{path} has patches of {theirs.shape[-2]}×{theirs.shape[-1]}, the network of --arch of "
-                              f"{ours.shape[-2]}×{ours.shape[-1]}: choose the --arch that the file is for")
-    convert = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
-    if convert is not None:
-        try:
-            with contextlib.redirect_stdout(io.StringIO()):
-                state = convert(state, network)
-        except Exception as error:  # it meets shapes that it does not expect
-            raise CheckpointError(f"{path} does not fit --arch: timm cannot convert it ({error})") from None
-    expected = network.state_dict()
-    ignored = UNUSED + tuple(start for starts, _ in layouts.IGNORED for start in starts)
-    left_out = [name for name in state if name not in expected and name.startswith(ignored)]
-    return ({name: tensor for name, tensor in state.items() if name not in left_out},
-            sorted({name.split(".")[0] for name in left_out}))
-
-
-def load_timm(name: str, weights: str | Path = "", key: str = "teacher", **kwargs) -> TimmBackbone:
-    """A timm network with the weights of a local file, .pth or .safetensors, or untrained where weights is empty.
-
-    Raises:
-        ConfigError: see build_timm and read_timm_weights, or the tensors do not fit.
-    """
-    model = build_timm(name, **kwargs)
-    prefix = model.num_prefix_tokens
-    words = f"{PREFIX}{name}, patch size {model.patch_size}, {len(model.blocks)} blocks, " + (
-        f"{prefix} prefix token{'s' * (prefix != 1)}")
-    if not weights:
-        print(f"random weights: {words}, untrained")
-        return model
-    path = resolve_path(weights)
-    state, left_out = read_timm_weights(path, key, model.network)
-    check_state_dict(state, model.network.state_dict(), f"{path} does not fit {PREFIX}{name}")
-    model.network.load_state_dict(state)
-    print(f"loaded {path}: {words}, {len(state)} tensors" + (f", ignored {' '.join(left_out)}" if left_out else ""))
-    return model
-
-
-def load_any_with_info(arch: str | None, weights: str | Path, key: str = "teacher", patch_size: int | None = None,
-                       random_weights: bool = False, **kwargs) -> tuple[Backbone, CheckpointInfo | None]:
-    """A backbone in eval mode and, for this project's, the metadata of its file; prints one line about it.
-
-    Args:
-        arch: timm:NAME, one of ours, or None for what the file holds.
-        weights: checkpoint file or run's folder; empty only together with random_weights.
-        key: network of a training run, see checkpoints.read_backbone.
-        patch_size: of ours; what the user asked for, or None.
-        kwargs: further arguments of the network.
-
-    Raises:
-        ConfigError: see load_timm and checkpoints.load_with_info.
-    """
-    if arch is None or not arch.startswith(PREFIX):
-        return load_with_info(weights, key, arch, patch_size, random_weights, **kwargs)
-    if bool(weights) == random_weights:
-        raise ConfigError(f"--arch {arch}: give either --pretrained_weights, a local file, or --random_weights")
-    model = load_timm(arch.removeprefix(PREFIX), weights, key, **kwargs)
-    if patch_size not in (None, model.patch_size):
-        raise ConfigError(f"--patch_size {patch_size} contradicts --arch {arch}, whose patch size is "
-                          f"{model.patch_size}: omit --patch_size")
-    return model, None
-
-
-def load_any_backbone(arch: str | None, weights: str | Path, key: str = "teacher", patch_size: int | None = None,
-                      random_weights: bool = False, **kwargs) -> Backbone:
-    """The network of load_any_with_info, without the metadata."""
-    return load_any_with_info(arch, weights, key, patch_size, random_weights, **kwargs)[0]
-
-
-# ---------------------------------------------------------------- what jobs ask
 
 def check_layer(model: Backbone, layer: int) -> None:
     """Raise ConfigError if the network has no block of that number, 0 being the first and -1 the last."""

@@ -1,9 +1,7 @@
 """Checkpoint files: written atomically, and read without executing code from the file."""
-import contextlib
 import os
 import pickle
 import re
-import shutil
 import stat
 import warnings
 import zipfile
@@ -15,6 +13,7 @@ import torch
 from selfpatch.checkpoints.foreign_files import what_instead
 from selfpatch.checkpoints.pickled_classes import StandIn, allowed_classes, is_refused, name_of, stand_ins
 from selfpatch.errors import ConfigError, printable
+from selfpatch.whole_files import whole_file
 
 LEGACY_TORCH_MAGIC = bytes.fromhex("6cfc9c46f9206aa85019")  # first number that torch.save wrote before torch 1.6
 FILE_TYPES = ((stat.S_ISFIFO, "a FIFO (named pipe)"), (stat.S_ISSOCK, "a socket"), (stat.S_ISCHR, "a device"),
@@ -26,18 +25,6 @@ class CheckpointError(ConfigError):
 
     def __init__(self, message: str, every_rank: bool = False):
         super().__init__(printable(message), every_rank)
-
-
-class WriteError(CheckpointError):
-    """A checkpoint that could not be written; errno says why."""
-
-    def __init__(self, path: str | Path, error: OSError):
-        kept = "; the file that was there before is kept" if os.path.isfile(path) else ""
-        super().__init__(f"{path} cannot be written: {error.strerror or error}{kept}")
-        self.errno, self.parts = error.errno, (path, error)
-
-    def __reduce__(self) -> tuple:
-        return type(self), self.parts  # other ranks get it by pickle
 
 
 def write_checkpoint(state: dict, path: str | Path, previous: Path | None = None,
@@ -53,59 +40,13 @@ def write_checkpoint(state: dict, path: str | Path, previous: Path | None = None
     Raises:
         WriteError: the disk is full or cannot be written; the old file is kept.
     """
-    path = Path(os.path.realpath(path))
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # two processes never write to one file
-    try:
-        with open(temporary, "wb") as file:
-            if path.suffix == ".safetensors":
-                # safetensors refuses tensors that share memory
-                state = {name: tensor.clone().contiguous() for name, tensor in state.items()}
-                file.write(safetensors.torch.save(state, {"format": "pt"} | (metadata or {})))
-            else:
-                torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        if previous is not None and path.is_file():
-            keep_as(path, previous)
-        os.replace(temporary, path)
-        sync_folder(path.parent)
-    except (OSError, RuntimeError) as error:
-        if (cause := _os_error(error)) is None:
-            raise
-        raise WriteError(path, cause) from None
-    finally:
-        with contextlib.suppress(OSError):  # a disk that became read-only
-            temporary.unlink(missing_ok=True)
-
-
-def keep_as(path: Path, name: Path) -> None:
-    """Give a file a second name, in place of what has that name; where there are no hard links, rename it."""
-    temporary = name.with_name(f".{name.name}.{os.getpid()}.tmp")
-    try:
-        temporary.unlink(missing_ok=True)
-        os.link(path, temporary)
-    except OSError:
-        shutil.move(path, name)  # which copies, should the two be on different disks
-    else:
-        os.replace(temporary, name)
-        temporary.unlink(missing_ok=True)  # replace does nothing if both are one file already
-
-
-def sync_folder(folder: Path) -> None:
-    """Write a folder's names to the disk, so that a new one outlives a power cut; not every file system can."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def _os_error(error: BaseException | None) -> OSError | None:
-    """The OSError behind an error: torch's zip writer raises a RuntimeError on top of it."""
-    while error is not None and not isinstance(error, OSError):
-        error = error.__cause__ or error.__context__
-    return error
+    with whole_file(path, previous) as temporary, open(temporary, "wb") as file:
+        if Path(path).suffix == ".safetensors":
+            # safetensors refuses tensors that share memory
+            state = {name: tensor.clone().contiguous() for name, tensor in state.items()}
+            file.write(safetensors.torch.save(state, {"format": "pt"} | (metadata or {})))
+        else:
+            torch.save(state, file)
 
 
 def read_checkpoint(path: str | Path) -> dict:

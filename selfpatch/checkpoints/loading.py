@@ -1,25 +1,36 @@
 """Load the backbone of any supported checkpoint, strictly.
 
     model = load_backbone("checkpoint.pth")             # prints one line about what was loaded
-    state, info = read_backbone("dino_vits16.pth")      # float32 tensors under this project's names, and metadata
+    model, info = load_with_info("checkpoint.pth")      # also the file's metadata
     head = build_head(info)                             # the SelfPatchHead of a training run
+    state, info = read_backbone("dino_vits16.pth")      # float32 tensors under this project's names, and metadata
+    model = build_backbone(state, info)                 # the network that holds them
+
+    model = load_backbone("dinov2.safetensors", arch="timm:vit_small_patch14_dinov2.lvd142m")   # any plain ViT of timm
 
 Supported are training runs of SelfPatch, DINO and other methods, bare backbones, VISSL checkpoints, wrappers, timm
-and Hugging Face files, and mmdet and mmseg models, as .pth or .safetensors; docs/CHECKPOINTS.md lists them.
+and Hugging Face files, and mmdet and mmseg models, as .pth or .safetensors; docs/CHECKPOINTS.md lists them. Weights
+come from local files alone; nothing is downloaded.
 """
+import contextlib
+import io
 import os
 import re
+import sys
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from selfpatch.checkpoints import layouts, networks
+from selfpatch.checkpoints.backbones import PREFIX, Backbone, TimmBackbone, build_timm
 from selfpatch.checkpoints.files import CheckpointError, read_checkpoint, read_metadata
 from selfpatch.checkpoints.info import OWN_WORDS, CheckpointInfo, describe, summarise
 from selfpatch.checkpoints.pickled_classes import StandIn
 from selfpatch.method.selfpatch_head import SelfPatchHead
 from selfpatch.method.vision_transformer import ARCHS, VisionTransformer
 
+AFTER_POOLING = ("head.", "fc_norm.", "attn_pool.")  # modules of timm that take no part in the features
 RESNET = re.compile(r"(^|\.)layer1\.\d+\.conv1\.weight$")
 
 
@@ -185,18 +196,91 @@ def print_line(model: VisionTransformer, info: CheckpointInfo) -> None:
               "and the published detectors have 8: load_backbone(path, num_heads=8)")
 
 
-def load_with_info(path: str | Path, key: str = "teacher", arch: str | None = None, patch_size: int | None = None,
-                   random_weights: bool = False, **kwargs) -> tuple[VisionTransformer, CheckpointInfo | None]:
-    """Load a backbone for a job and print one line about it; see read_backbone and build_backbone.
+def _read_timm_weights(path: str | Path, key: str, network: nn.Module) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """Read the tensors of a file for a timm network; also return which modules of the file are left out.
 
-    Args:
-        path: empty only together with random_weights, which builds an untrained network and returns no metadata.
+    timm's own conversion is applied: DINOv2's, DINOv3's and EVA's original names, and positions on another grid.
 
     Raises:
-        CheckpointError: as read_backbone and build_backbone, or neither or both of path and random_weights are given.
+        CheckpointError: no checkpoint, none or several networks for the key, or another patch size.
+    """
+    content = read_checkpoint(path)
+    try:
+        found = networks.list_networks(content)
+        chosen = networks.choose_network(found, key)
+        if chosen is None:
+            there = [one.name or "one without a name" for one in found] or list(
+                networks.collect_tensors(content, nested=True))
+            raise CheckpointError(f"{path} has no Vision Transformer under {key!r}: it has "
+                                  + (", ".join(there[:6]) or "no tensors"))
+    except layouts.LayoutError as error:
+        raise CheckpointError(f"{path} does not fit: {error}") from None
+    state = {name.removeprefix(chosen.prefix): tensor.float() if tensor.is_floating_point() else tensor
+             for name, tensor in chosen.tensors.items() if name.startswith(chosen.prefix)}
+    ours, theirs = network.patch_embed.proj.weight, state.get("patch_embed.proj.weight")
+    if theirs is not None and theirs.shape[-2:] != ours.shape[-2:] and theirs.dim() == 4:
+        raise CheckpointError(f"{path} has patches of {theirs.shape[-2]}×{theirs.shape[-1]}, the network of --arch of "
+                              f"{ours.shape[-2]}×{ours.shape[-1]}: choose the --arch that the file is for")
+    convert = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
+    if convert is not None:
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                state = convert(state, network)
+        except Exception as error:  # it meets shapes that it does not expect
+            raise CheckpointError(f"{path} does not fit --arch: timm cannot convert it ({error})") from None
+    expected = network.state_dict()
+    ignored = AFTER_POOLING + tuple(start for starts, _ in layouts.IGNORED for start in starts)
+    left_out = [name for name in state if name not in expected and name.startswith(ignored)]
+    return ({name: tensor for name, tensor in state.items() if name not in left_out},
+            sorted({name.split(".")[0] for name in left_out}))
+
+
+def _load_timm(path: str | Path, key: str, arch: str, patch_size: int | None, **kwargs) -> TimmBackbone:
+    """load_with_info for timm:NAME."""
+    model = build_timm(arch.removeprefix(PREFIX), **kwargs)
+    if patch_size not in (None, model.patch_size):
+        raise CheckpointError(f"--patch_size {patch_size} contradicts --arch {arch}, whose patch size is "
+                              f"{model.patch_size}: omit --patch_size")
+    prefix = model.num_prefix_tokens
+    words = f"{arch}, patch size {model.patch_size}, {len(model.blocks)} blocks, {prefix} prefix token" + (
+        "s" * (prefix != 1))
+    if not path:
+        print(f"random weights: {words}, untrained")
+        return model
+    path = resolve_path(path)
+    state, left_out = _read_timm_weights(path, key, model.network)
+    check_state_dict(state, model.network.state_dict(), f"{path} does not fit {arch}")
+    model.network.load_state_dict(state)
+    print(f"loaded {path}: {words}, {len(state)} tensors" + (f", ignored {' '.join(left_out)}" if left_out else ""))
+    return model
+
+
+def load_with_info(path: str | Path, key: str = "teacher", arch: str | None = None, patch_size: int | None = None,
+                   random_weights: bool = False, **kwargs) -> tuple[Backbone, CheckpointInfo | None]:
+    """Load a backbone in eval mode with the metadata of its file, and print one line about it.
+
+    Args:
+        path: checkpoint file, or the folder of a run; empty only together with random_weights.
+        key: network of a training run, see read_backbone.
+        arch: what the user asked for; None accepts the file's. timm:NAME is a Vision Transformer of timm.
+        patch_size: likewise.
+        random_weights: build an untrained network.
+        kwargs: further arguments of the network, see build_backbone and build_timm.
+
+    Returns:
+        The network, and its metadata; None for an untrained network and for timm's.
+
+    Raises:
+        ConfigError: as read_backbone, build_backbone and build_timm, or neither or both of path and random_weights
+            are given.
     """
     if path and random_weights:
         raise CheckpointError(f"--random_weights contradicts --pretrained_weights {path}: give one of the two")
+    if not (path or random_weights):
+        raise CheckpointError("--pretrained_weights is empty, so the features would be those of a random network: "
+                              "give a checkpoint, or --random_weights to run without one")
+    if arch is not None and arch.startswith(PREFIX):
+        return _load_timm(path, key, arch, patch_size, **kwargs), None
     if path:
         state, info = read_backbone(path, key)
         if "num_heads" in kwargs:
@@ -204,9 +288,6 @@ def load_with_info(path: str | Path, key: str = "teacher", arch: str | None = No
         model = build_backbone(state, info, arch, patch_size, **kwargs)
         print_line(model, info)
         return model, info
-    if not random_weights:
-        raise CheckpointError("--pretrained_weights is empty, so the features would be those of a random network: "
-                              "give a checkpoint, or --random_weights to run without one")
     arch, patch_size = arch or "vit_small", 16 if patch_size is None else patch_size
     if not 1 <= patch_size <= 224:
         raise CheckpointError(f"patch size {patch_size} is not between 1 and 224")
@@ -215,6 +296,6 @@ def load_with_info(path: str | Path, key: str = "teacher", arch: str | None = No
 
 
 def load_backbone(path: str | Path, key: str = "teacher", arch: str | None = None, patch_size: int | None = None,
-                  random_weights: bool = False, **kwargs) -> VisionTransformer:
-    """The network of load_with_info, without the metadata."""
+                  random_weights: bool = False, **kwargs) -> Backbone:
+    """Load a backbone in eval mode: load_with_info without the metadata."""
     return load_with_info(path, key, arch, patch_size, random_weights, **kwargs)[0]

@@ -8,16 +8,16 @@ Needs the optional packages onnx and onnxscript, and to compare the features onn
 import contextlib
 import importlib.util
 import logging
-import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-from selfpatch.checkpoints.files import CheckpointError, WriteError
+from selfpatch.checkpoints.files import CheckpointError
 from selfpatch.errors import ConfigError
 from selfpatch.method.vision_transformer import VisionTransformer
+from selfpatch.whole_files import whole_file
 
 NEEDED = ("onnx", "onnxscript")
 LARGEST_SIDE = 4096
@@ -74,30 +74,20 @@ def write_onnx(model: VisionTransformer, output: Path, image_size: tuple[int, in
 
     Raises:
         ConfigError: a package is missing, or the size does not fit.
-        CheckpointError: the file gives other features than the network, or cannot be written.
+        CheckpointError: the file gives other features than the network.
+        WriteError: the file cannot be written.
     """
     check_packages()
     check_image_size(image_size, model.patch_size)
-    output = Path(os.path.realpath(output))
-    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
     images = torch.zeros(2, 3, *image_size)  # 2: a batch of 1 would be taken as a constant
-    try:
+    with whole_file(output) as temporary:
         with quiet():
             program = torch.onnx.export(
                 model.eval(), (images,), dynamo=True, input_names=[INPUT], output_names=[OUTPUT], verbose=False,
                 dynamic_shapes=({0: torch.export.Dim("batch")},))
         program.model.metadata_props.update(metadata or {})
         program.save(temporary, external_data=False)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        difference = compare(model, temporary, image_size)
-        os.replace(temporary, output)
-    except OSError as error:
-        raise WriteError(output, error) from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-    return difference
+        return compare(model, temporary, image_size)
 
 
 @torch.inference_mode()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from selfpatch.checkpoints.files import CheckpointError, WriteError, printable, write_checkpoint
+from selfpatch.checkpoints.files import CheckpointError, printable, write_checkpoint
 from selfpatch.checkpoints.info import CheckpointInfo
 from selfpatch.data.normalisation import IMAGENET_MEAN, IMAGENET_STD
 from selfpatch.whole_files import whole_folder
@@ -163,13 +163,8 @@ def write_timm_folder(state: dict[str, torch.Tensor], info: CheckpointInfo, outp
         WriteError: the disk is full, or the folder cannot be written.
     """
     metadata = {"num_heads": str(info.num_heads)} if info.num_heads else None
-    try:
-        with whole_folder(output) as folder:
-            write_checkpoint(state, folder / WEIGHTS, metadata=metadata)
-            (folder / CONFIG).write_text(json.dumps(timm_config(info), indent=2) + "\n", encoding="utf-8")
-            name = Path(os.path.realpath(output)).name
-            (folder / CARD).write_text(model_card(state, info, name), encoding="utf-8")
-    except WriteError as error:
-        raise WriteError(output, OSError(error.errno, os.strerror(error.errno))) from None
-    except OSError as error:
-        raise WriteError(output, error) from None
+    with whole_folder(output) as folder:
+        write_checkpoint(state, folder / WEIGHTS, metadata=metadata)
+        (folder / CONFIG).write_text(json.dumps(timm_config(info), indent=2) + "\n", encoding="utf-8")
+        name = Path(os.path.realpath(output)).name
+        (folder / CARD).write_text(model_card(state, info, name), encoding="utf-8")

@@ -20,12 +20,11 @@ T = TypeVar("T")
 
 
 class Process(NamedTuple):
-    """This process: its rank among all of a job and on its machine, and what it computes on."""
+    """This process: its rank among all of a job and on its machine, and its device."""
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
     device: torch.device = torch.device("cpu")
-    dtype: torch.dtype = torch.float32  # of autocast
     variables: tuple[str, ...] = ()  # of the environment, which give rank and world size
 
 

@@ -93,7 +93,7 @@ class Interruption:
         return SAVE if due else CONTINUE
 
     def agree(self) -> int:
-        """What all ranks do after this step: the maximum of their wishes of the step before. Call it after every step."""
+        """What all ranks do after this step: the maximum of their wishes a step ago. Call it after every step."""
         if not is_distributed():
             return self.wish()
         verdict = CONTINUE

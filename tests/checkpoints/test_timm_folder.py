@@ -20,6 +20,7 @@ from selfpatch.checkpoints.files import CheckpointError
 from selfpatch.checkpoints.info import CheckpointInfo
 from selfpatch.checkpoints.timm_folder import CARD, CONFIG, WEIGHTS, card_options, model_card
 from selfpatch.method.vision_transformer import vit_small, vit_tiny
+from selfpatch.whole_files import WriteError
 
 needs_local_dir = pytest.mark.skipif("local-dir" not in Path(_factory.__file__).read_text(),
                                      reason="timm reads local-dir: from 1.0.16 on")
@@ -70,11 +71,11 @@ def test_local_dir_gives_the_same_features(tmp_path, capsys, make):
 
 
 @needs_local_dir
-def test_the_readmes_line_loads_the_weights(tmp_path, run_file, monkeypatch):
+def test_the_printed_line_loads_the_weights(tmp_path, run_file, monkeypatch):
     convert_file(run_file, tmp_path / "vit", "timm")
-    readme = (ROOT / "README.md").read_text()
+    page = (ROOT / "docs" / "LIBRARY.md").read_text()
     monkeypatch.chdir(tmp_path)
-    model = eval(re.search(r"timm\.create_model\('local-dir:vit'[^)]*\)", readme)[0])
+    model = eval(re.search(r"timm\.create_model\('local-dir:vit'[^)]*\)", page)[0])
     assert torch.equal(model.blocks[0].norm1.weight, torch.load(run_file, weights_only=False)["teacher"][
         "backbone.blocks.0.norm1.weight"])
 
@@ -181,7 +182,7 @@ def test_a_failure_leaves_the_folder_as_it_was(tmp_path, monkeypatch, run_file, 
     else:
         monkeypatch.setattr(timm_folder, step, no_space)
     for folder in ("vit", "new"):
-        with pytest.raises(CheckpointError, match=f"{folder} cannot be written: No space left on device"):
+        with pytest.raises(WriteError, match=f"{folder} cannot be written: No space left on device"):
             convert_file(run_file, tmp_path / folder, "timm", overwrite=True)
     assert sorted(os.listdir(tmp_path)) == ["checkpoint.pth", "vit"]
     assert {path.name: path.read_bytes() for path in (tmp_path / "vit").iterdir()} == before

@@ -18,6 +18,7 @@ from selfpatch.checkpoints.files import CheckpointError, read_checkpoint
 from selfpatch.checkpoints.loading import build_head, load_backbone, read_backbone
 from selfpatch.method.selfpatch_head import SelfPatchHead
 from selfpatch.method.vision_transformer import vit_small, vit_tiny
+from selfpatch.whole_files import WriteError
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +177,7 @@ def test_full_disk_is_one_error(tmp_path, run_file, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "replace", no_space)
-    with pytest.raises(CheckpointError, match="out.pth cannot be written: No space left on device$"):
+    with pytest.raises(WriteError, match="out.pth cannot be written: No space left on device$"):
         convert_file(run_file, tmp_path / "out.pth", "timm")
 
 
