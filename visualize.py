@@ -28,11 +28,11 @@ from PIL import Image
 from torchvision.transforms.v2.functional import pil_to_tensor
 from tqdm import tqdm
 
-from selfpatch.checkpoints.backbones import Backbone, TimmBackbone, check_layer, image_statistics, normalise
+from selfpatch.checkpoints.backbones import Backbone, TimmBackbone, check_layer, image_statistics
 from selfpatch.checkpoints.files import CheckpointError
 from selfpatch.checkpoints.loading import CheckpointInfo, build_head, load_with_info
-from selfpatch.data.augmentations import IMAGENET_MEAN, IMAGENET_STD
 from selfpatch.data.files import load_rgb, open_image, orientation
+from selfpatch.data.normalisation import IMAGENET_MEAN, IMAGENET_STD, normalise
 from selfpatch.errors import ArgumentParser, ConfigError, run_main
 from selfpatch.evaluation.model_options import add_model_options
 from selfpatch.evaluation.tables import check_output, check_png, tell_apart

@@ -7,6 +7,7 @@ Library code raises; only a job's main ends the process:
 """
 import argparse
 import errno
+import math
 import os
 import signal
 import sys
@@ -106,6 +107,29 @@ def absurdity(value: object) -> str:
 def user_path(text: str) -> Path:
     """Type of a path option: expand ~, also in --option=~/x, where the shell does not."""
     return Path(os.path.expanduser(text))
+
+
+def number(kind: type, least: float = -math.inf, above: float = -math.inf,
+           below: float = math.inf) -> Callable[[str], int | float]:
+    """The type of an option that takes an int or a float within limits; infinity and NaN are outside all limits.
+
+    Args:
+        least: smallest value.
+        above, below: limits that are excluded themselves.
+    """
+    def parse(text: str) -> int | float:
+        value = kind(text)
+        if value >= least and above < value < below:
+            return value
+        wanted = f"{least:g} or more" if math.isfinite(least) else f"more than {above:g}"
+        if below < math.inf:
+            wanted += f" and less than {below:g}"
+        elif value == math.inf:
+            wanted += ", and finite"
+        raise argparse.ArgumentTypeError(f"{text}: give {wanted}")
+
+    parse.__name__ = kind.__name__  # argparse's "invalid int value"
+    return parse
 
 
 def describe(path: Path) -> str:

@@ -1,27 +1,34 @@
-"""The README's Python examples, as printed."""
-import re
-
+"""The README is short, and its Python examples and those of docs/LIBRARY.md run as printed."""
 import pytest
 import torch
-from repository import ROOT
+from repository import ROOT, example
 from small_job import load, options
 
 import main_selfpatch
+from selfpatch.method.losses import DINOLoss
 
-README = (ROOT / "README.md").read_text()
+WEIGHTS = ROOT / "weights" / "vit_tiny_imagenette.safetensors"
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")
 
 
-def example(heading):
-    """The Python block of a section."""
-    section = README.split(f"\n## {heading}\n")[1].split("\n## ")[0]
-    return re.search(r"```python\n(.*?)```", section, re.DOTALL)[1]
+def test_the_readme_is_short():
+    readme = (ROOT / "README.md").read_bytes()
+    assert len(readme) <= 10_000
+    first_screen = readme.decode().split("\n## ")[0]
+    assert "demo.py" in first_screen and "docs/demo.jpg" in first_screen
 
 
-def test_two_steps_in_a_notebook(image_folder, capsys):
-    code = example("In a notebook")
+def test_features_from_a_checkpoint():
+    namespace = {"images": torch.rand(2, 3, 64, 96)}
+    exec(example("README.md", "Use a backbone").replace("checkpoint.pth", str(WEIGHTS)), namespace)
+    assert namespace["features"].shape == (2, 24, 192)
+
+
+@pytest.mark.parametrize("loss", ["FusedDINOLoss", "DINOLoss"])
+def test_two_steps_in_a_notebook(image_folder, capsys, loss):
+    code = example("docs/LIBRARY.md", "Train in a notebook").replace("FusedDINOLoss(", f"{loss}(")
     assert "/path/to/images" in code
-    namespace = {}
+    namespace = {"DINOLoss": DINOLoss}
     exec(code.replace("/path/to/images", str(image_folder)), namespace)
     assert capsys.readouterr().out.count("Losses(total=") == 2
     assert namespace["run"].step == 2
@@ -29,7 +36,7 @@ def test_two_steps_in_a_notebook(image_folder, capsys):
 
 def test_a_variant_of_the_loss(image_folder, tmp_path, small_network):
     namespace = {"__name__": "variant"}
-    exec(example("Changing the loss"), namespace)
+    exec(example("README.md", "Change it"), namespace)
     loss = namespace["SinkhornLoss"](64, 32, 3)
     logits = torch.randn(2, 50, 4) / 10 + torch.tensor([0.3, 0.0, 0.0, 0.0])  # one prototype that most would choose
     assert (logits / 0.04).softmax(-1).mean((0, 1))[0] > 0.9

@@ -15,7 +15,7 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer as TimmViT
 from torch import nn
 
-from selfpatch.data.augmentations import IMAGENET_MEAN, IMAGENET_STD
+from selfpatch.data.normalisation import IMAGENET_MEAN, IMAGENET_STD
 from selfpatch.errors import ConfigError
 from selfpatch.method.vision_transformer import Features, VisionTransformer
 
@@ -189,9 +189,3 @@ def image_statistics(model: Backbone) -> tuple[tuple[float, ...], tuple[float, .
     """Return the RGB mean and standard deviation, in 0 … 1, that normalise the network's images."""
     config = getattr(model.network, "pretrained_cfg", None) or {} if isinstance(model, TimmBackbone) else {}
     return tuple(config.get("mean", IMAGENET_MEAN)), tuple(config.get("std", IMAGENET_STD))
-
-
-def normalise(pixels: torch.Tensor, statistics: tuple = (IMAGENET_MEAN, IMAGENET_STD)) -> torch.Tensor:
-    """RGB, uint8 [..., 3, H, W] -> float32, normalised by each channel's mean and standard deviation in 0 … 1."""
-    mean, std = (torch.tensor(values, device=pixels.device)[:, None, None] for values in statistics)
-    return (pixels / 255 - mean) / std

@@ -11,7 +11,7 @@ import torch
 
 from selfpatch.checkpoints.files import CheckpointError, printable, write_checkpoint
 from selfpatch.checkpoints.info import CheckpointInfo
-from selfpatch.data.augmentations import IMAGENET_MEAN, IMAGENET_STD
+from selfpatch.data.normalisation import IMAGENET_MEAN, IMAGENET_STD
 from selfpatch.whole_files import whole_folder
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"

@@ -71,11 +71,11 @@ def test_local_dir_gives_the_same_features(tmp_path, capsys, make):
 
 
 @needs_local_dir
-def test_the_readmes_line_loads_the_weights(tmp_path, run_file, monkeypatch):
+def test_the_printed_line_loads_the_weights(tmp_path, run_file, monkeypatch):
     convert_file(run_file, tmp_path / "vit", "timm")
-    readme = (ROOT / "README.md").read_text()
+    page = (ROOT / "docs" / "LIBRARY.md").read_text()
     monkeypatch.chdir(tmp_path)
-    model = eval(re.search(r"timm\.create_model\('local-dir:vit'[^)]*\)", readme)[0])
+    model = eval(re.search(r"timm\.create_model\('local-dir:vit'[^)]*\)", page)[0])
     assert torch.equal(model.blocks[0].norm1.weight, torch.load(run_file, weights_only=False)["teacher"][
         "backbone.blocks.0.norm1.weight"])
 

@@ -1,14 +1,13 @@
 """Every kind of data gives the same batches, and says in one line what is wrong with it."""
 import os
 import pickle
-import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from image_kinds import SIZES, epoch, files, write_hub, write_list, write_sqlite, write_tar, write_two_tars, write_zip
-from repository import ROOT
+from repository import example
 
 from main_selfpatch import get_args_parser
 from selfpatch.data import names as named_images
@@ -20,12 +19,11 @@ from selfpatch.pretraining.resuming import describe_images
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning",
                                         "ignore:.*fork.*:DeprecationWarning")
-README = (ROOT / "README.md").read_text()
 
 
 def write_function(folder, path):
     write_sqlite(folder, path)
-    code = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
+    code = example("docs/DATA.md", "Anything else")
     assert len(code.splitlines()) <= 14
     path.with_name("sqlite_images.py").write_text(code)
     return f"{path.with_name('sqlite_images.py')}:{path}"

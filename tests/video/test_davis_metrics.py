@@ -19,7 +19,7 @@ from selfpatch.whole_files import WriteError
 SCORES = GOLDEN / "davis_scores"
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_golden_scores(processes):
     expected = json.loads((SCORES / "expected.json").read_text())
     measures, objects = summarise(score_folder(SCORES, SCORES / "results", "val", processes))
