@@ -13,11 +13,11 @@ from torch import nn
 import selfpatch_head
 import utils
 import vision_transformer
-from selfpatch.whole_files import WriteError
 from selfpatch.errors import ConfigError
 from selfpatch.method.losses import DINOLoss
 from selfpatch.method.optim import update_teacher
 from selfpatch.method.schedules import cosine_schedule
+from selfpatch.whole_files import WriteError
 
 
 def test_names_that_users_of_dino_import():
