@@ -1,23 +1,16 @@
-"""J & F of DAVIS 2017, semi-supervised: how well masks of a video agree with its annotation (Perazzi et al. 2016).
+"""J & F of DAVIS 2017, semi-supervised: region and contour agreement of masks and annotations (Perazzi et al. 2016).
 
     python davis_metrics.py --davis_path /path/to/DAVIS --results_path /path/to/masks --task semi-supervised --set val
 
-Options, figures and the two CSV files are those of the official davis2017-evaluation, except that figures are computed
-each time, never read from existing CSV files.
+Options, figures and the two CSV files are those of the official davis2017-evaluation, but existing CSV files are
+replaced rather than read.
 """
 import argparse
 import os
 import sys
 
 from selfpatch.errors import ArgumentParser, ConfigError, run_main, user_path
-from selfpatch.video.scores import (
-    find_absent,
-    first_annotations,
-    format_scores,
-    score_folder,
-    score_notes,
-    write_csv,
-)
+from selfpatch.video.scores import find_absent, first_annotations, format_scores, score_folder, score_notes, write_csv
 
 
 def get_args_parser() -> ArgumentParser:
@@ -38,7 +31,10 @@ def get_args_parser() -> ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Exit status: 0, or 1 if a sequence cannot be scored, with a line for each.
+    """Score a folder of results, print the figures and write the CSV files.
+
+    Returns:
+        The exit status: 0, or 1 if a sequence cannot be scored (a line says why).
 
     Raises:
         ConfigError: an option is wrong.

@@ -1,9 +1,9 @@
-"""A demo of a few minutes: draw scenes, pretrain a small ViT on them without labels, and see what it has learnt.
+"""A demo of a few minutes: draw scenes, pretrain a small ViT on them without labels, and show what it has learnt.
 
     python demo.py                  # everything goes to runs/demo; look at runs/demo/before_after.png
 
-The network, vit_pico, and the scenes (selfpatch/visualization/scenes.py) are for trying things on a CPU. All
-figures are of scenes that were not trained on, before and after; benchmarks/demo_seeds.py has them for several seeds.
+The network, vit_pico, and the scenes (selfpatch/visualization/scenes.py) are for trying things on a CPU. All figures
+are for unseen scenes, before and after training; benchmarks/demo_seeds.py computes them for several seeds.
 """
 import argparse
 import json
@@ -40,9 +40,9 @@ from selfpatch.visualization.videos import overlay, write_video
 ROOT = Path(__file__).resolve().parent
 PATCH = 8
 PROTOTYPES = 256  # of each head
-MEMORY, TESTED, CLIPS, FRAMES = 24, 200, 6, 12  # labelled scenes to compare with, scenes to test, clips, their frames
-TRAINING, UNSEEN, MOVING = range(3)  # which random numbers a scene is drawn from
-NEIGHBOURS = 5  # that vote for an image's class
+MEMORY, TESTED, CLIPS, FRAMES = 24, 200, 6, 12  # labelled scenes, tested scenes, clips, frames of a clip
+TRAINING, UNSEEN, MOVING = range(3)  # random streams for scenes
+NEIGHBOURS = 5  # voting for an image's class
 PALETTE = bytes(DAVIS_PALETTE)
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -59,13 +59,13 @@ def unseen_scene(seed: int, number: int) -> Scene:
 
 
 def clip(seed: int, number: int) -> Scene:
-    """Two or three objects that move, under light that changes."""
+    """Two or three moving objects in changing light."""
     return draw_scene(np.random.default_rng((seed, MOVING, number)), 320, 240, objects=(2, 3), radius=(34, 52),
                       frames=FRAMES, speed=5, light=0.35)
 
 
 def make_images(folder: Path, count: int, seed: int) -> None:
-    """The training images, in folders by the ground's material, as an ImageFolder has them; unless they exist."""
+    """Write the training images as an ImageFolder, one folder per material of the ground, unless they exist."""
     done = folder / "done.json"
     if done.is_file() and json.loads(done.read_text()) == [count, seed]:
         return
@@ -81,7 +81,7 @@ def make_images(folder: Path, count: int, seed: int) -> None:
 
 
 class Unseen(NamedTuple):
-    """Scenes that are not trained on: images [n, 96, 96, 3], their materials [n, 96, 96], and clips."""
+    """Unseen scenes: images [n, 96, 96, 3], their materials [n, 96, 96], and clips."""
     images: np.ndarray
     materials: torch.Tensor
     clips: list[Scene]
@@ -99,7 +99,7 @@ def make_unseen(seed: int) -> Unseen:
 
 
 def run(*words: str) -> None:
-    """Run a job of this project, showing the command.
+    """Print and run the command of a job.
 
     Raises:
         subprocess.CalledProcessError: the job failed.
@@ -109,13 +109,13 @@ def run(*words: str) -> None:
 
 
 def initial_backbone(seed: int) -> VisionTransformer:
-    """The network with the weights that training with this seed begins with."""
+    """The network with the initial weights of training with this seed."""
     fix_random_seeds(seed)
     return vit_pico(PATCH)
 
 
 def pretraining(scenes: Path, output: Path, epochs: int, seed: int) -> list[str]:
-    """The job that pretrains on the folder of scenes: its words, without the python before them."""
+    """Command of the job that pretrains on the folder of scenes, without `python`."""
     words = ["main_selfpatch.py", "--arch", "vit_pico", "--patch_size", PATCH, "--data_path", scenes,
              "--output_dir", output, "--seed", seed, "--epochs", epochs, "--warmup_epochs", min(1, epochs - 1),
              "--warmup_teacher_temp", 0.03, "--teacher_temp", 0.03,
@@ -128,11 +128,11 @@ def pretraining(scenes: Path, output: Path, epochs: int, seed: int) -> list[str]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What the features are worth, by the functions of eval_knn.py, eval_dense_retrieval.py and eval_video_segmentation.py
+# Evaluation, by the functions of eval_knn.py, eval_dense_retrieval.py and eval_video_segmentation.py
 
 
 class Findings(NamedTuple):
-    """Three figures from 0 to 1; materials of the tested images, masks of the clips, and each clip's J & F."""
+    """Three figures in 0 … 1; the tested images' materials [n, H, W], the clips' masks [T, H, W] and J & F."""
     figures: dict[str, float]
     materials: np.ndarray
     masks: list[np.ndarray]
@@ -155,7 +155,7 @@ def measure(backbone: VisionTransformer, unseen: Unseen) -> Findings:
 
 
 def retrieve(features: torch.Tensor, materials: torch.Tensor) -> torch.Tensor:
-    """The materials of the tested images [n, H, W], by the most similar patches of the others."""
+    """Materials of the tested images [n, H, W], by the most similar patches of the labelled ones."""
     memory = PatchMemory(features[:MEMORY].flatten(0, 2).shape[0], features.shape[-1], len(NAMES))
     memory.add(features[:MEMORY].flatten(0, 2), patch_labels(materials[:MEMORY], len(NAMES), PATCH).flatten(0, 2))
     votes = memory.vote(features[MEMORY:].flatten(0, 2)).unflatten(0, features[MEMORY:].shape[:3])
@@ -163,7 +163,7 @@ def retrieve(features: torch.Tensor, materials: torch.Tensor) -> torch.Tensor:
 
 
 def follow(extract: PatchFeatures, scene: Scene) -> np.ndarray:
-    """Masks of a clip [T, H, W], propagated from the first frame's."""
+    """Masks of a clip [T, H, W], propagated from the first frame."""
     first, shape = scene.objects[0], scene.objects.shape[1:]
     labels = to_one_hot(torch.from_numpy(first[PATCH // 2::PATCH, PATCH // 2::PATCH]))[0]
     features = (one for frames in np.array_split(scene.frames, 3) for one in extract(frames))
@@ -171,7 +171,7 @@ def follow(extract: PatchFeatures, scene: Scene) -> np.ndarray:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What is shown
+# Figures and pictures
 
 MEANING = {
     "J&F": "the first frame's masks follow the objects through {clips} clips; 1 is perfect",
@@ -188,16 +188,16 @@ def report(before: dict[str, float], after: dict[str, float]) -> None:
 
 
 def tinted(image: np.ndarray, ids: np.ndarray, size: tuple[int, int]) -> Image.Image:
-    """The image enlarged, with each id above 0 in a colour of its own."""
+    """Enlarge an image, and tint each id above 0 with its colour."""
     large = (np.asarray(Image.fromarray(part).resize(size, way)) for part, way in
              ((image, Image.Resampling.BICUBIC), (ids.astype(np.uint8), Image.Resampling.NEAREST)))
     return Image.fromarray(overlay(*large, PALETTE))
 
 
 def draw(folder: Path, unseen: Unseen, before: Findings, after: Findings) -> None:
-    """before_after.png: the clips' last frames, and materials of some images. clip.gif: the first clip.
+    """Draw before_after.png, the clips' last frames and materials of some images; and clip.gif, the first clip.
 
-    The images are those whose gain is at the quartiles, so that they are typical.
+    The images are those at the quartiles of the gain, as typical ones.
     """
     panels, true = [], unseen.materials[MEMORY:].numpy()
     for number, scene in enumerate(unseen.clips[:3]):
@@ -219,7 +219,7 @@ def draw(folder: Path, unseen: Unseen, before: Findings, after: Findings) -> Non
 
 
 def write_clip(output: Path, scene: Scene, masks: dict[str, np.ndarray]) -> None:
-    """The frames of a clip as a GIF, once for each of the masks [T, H, W], side by side below their names."""
+    """Write a clip as a GIF, once for each set of masks [T, H, W], side by side below their names."""
     write_video((labelled_panels([(name, tinted(frame, found[t], (320, 240))) for name, found in masks.items()],
                                  columns=len(masks)) for t, frame in enumerate(scene.frames)), output, fps=6)
 
@@ -232,7 +232,7 @@ def report_losses(log: Path) -> None:
 
 
 def show(folder: Path, epochs: int, images: int, seed: int) -> None:
-    """The whole demo, in a folder of its own."""
+    """Run the whole demo in a folder."""
     start = time.time()
     make_images(folder / "scenes", images, seed)
     unseen = make_unseen(seed)
@@ -258,7 +258,7 @@ def main() -> int:
     try:
         show(args.output_dir, args.epochs, args.images, args.seed)
     except subprocess.CalledProcessError as error:
-        return error.returncode  # the job has said why
+        return error.returncode  # the job has printed why
     return 0
 
 

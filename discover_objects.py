@@ -7,8 +7,6 @@
 Prints CorLoc where the data has boxes: the share of images whose box reaches IoU 0.5 with any true one.
 """
 import argparse
-import contextlib
-import math
 import os
 from collections.abc import Callable
 from functools import partial
@@ -22,31 +20,34 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional as tf
 from tqdm import tqdm
 
-from selfpatch.checkpoints.backbones import Backbone, image_statistics, normalise
+from selfpatch.checkpoints.backbones import image_statistics
 from selfpatch.data.files import load_rgb
-from selfpatch.distributed.processes import together
-from selfpatch.errors import ArgumentParser, ConfigError, run_main, user_path
+from selfpatch.data.normalisation import normalise
+from selfpatch.distributed.processes import get_rank, get_world_size, is_main_process, together
+from selfpatch.errors import ArgumentParser, ConfigError, number, run_main, user_path
 from selfpatch.evaluation.box_data import HELP, BoxImage, find_box_data
 from selfpatch.evaluation.common import (
     Column,
-    Machine,
     add_evaluation_options,
     add_patch_feature,
-    check_options,
     evaluate_each,
     finish,
-    patch_features,
+    positive_float,
     start,
 )
-from selfpatch.evaluation.image_features import check_finite
+from selfpatch.evaluation.image_features import PatchFeature, check_finite
 from selfpatch.evaluation.model_options import Candidate, load_candidates
 from selfpatch.evaluation.object_discovery import EPSILON, TAU, box_of, is_found, lost, tokencut
-from selfpatch.evaluation.tables import folder_names
+from selfpatch.evaluation.tables import check_output, folder_names
 from selfpatch.visualization.features import boxes_over
+from selfpatch.whole_files import whole_file
 
 METHODS = {"lost": "LOST", "tokencut": "TokenCut"}
 
 Box = tuple[int, int, int, int]
+
+
+Found = tuple[dict[str, Box], dict[str, bool] | None]  # boxes by method, and whether each is right, if that is known
 
 
 class Images(Dataset):
@@ -72,23 +73,24 @@ def prepare(pixels: torch.Tensor, patch_size: int, statistics: tuple) -> torch.T
     return F.pad(image, (0, -image.shape[-1] % patch_size, 0, -image.shape[-2] % patch_size))
 
 
-def discover(model: Backbone, pixels: torch.Tensor, args: argparse.Namespace, machine: Machine,
+def discover(feature: PatchFeature, pixels: torch.Tensor, args: argparse.Namespace, device: torch.device,
              path: Path) -> dict[str, Box]:
     """The box of an image, uint8 [3, H, W], by every method asked for.
 
     Args:
-        path: of the image, for messages.
+        path: the image's, for messages.
 
     Raises:
         ConfigError: the image has more than MAX_PATCHES patches, or a feature is not finite.
     """
-    image = prepare(pixels.to(machine.device), model.patch_size, image_statistics(model))
+    model = feature.model
+    image = prepare(pixels.to(device), model.patch_size, image_statistics(model))
     rows, columns = model.grid_size(image)
     if rows * columns > MAX_PATCHES:
         raise ConfigError(f"{path}: an image of {pixels.shape[2]}×{pixels.shape[1]} has {rows * columns} patches of "
                           f"{model.patch_size}, more than {MAX_PATCHES}, between which every correlation is needed: "
                           "scale it down")
-    tokens, grid, masks = patch_features(model, image, args, machine)[0].float(), (rows, columns), {}
+    tokens, grid, masks = feature(image)[0].float(), (rows, columns), {}
     check_finite(tokens, str(path))
     if "lost" in args.method:
         masks["lost"] = lost(tokens, grid)[0]
@@ -97,12 +99,12 @@ def discover(model: Backbone, pixels: torch.Tensor, args: argparse.Namespace, ma
     return {name: box_of(mask, model.patch_size, pixels.shape[1:]) for name, mask in masks.items()}
 
 
-def discover_all(model: Backbone, images: list[BoxImage], args: argparse.Namespace, machine: Machine,
+def discover_all(feature: PatchFeature, images: list[BoxImage], args: argparse.Namespace, device: torch.device,
                  draw: Callable[[BoxImage, torch.Tensor, dict[str, Box], np.ndarray | None], None] | None = None,
-                 ) -> dict[int, tuple[dict[str, Box], dict[str, bool] | None]]:
-    """Boxes of all images by number, and whether each is right, None where an image has no true box.
+                 ) -> dict[int, Found]:
+    """What is found in all images, by number; None in the place of right or wrong for an image without true boxes.
 
-    Every process calls it, and gets those of all.
+    Every process calls it with all images and gets the results of all.
 
     Args:
         draw: called with every image of this process, its pixels, its boxes and the true ones.
@@ -110,26 +112,26 @@ def discover_all(model: Backbone, images: list[BoxImage], args: argparse.Namespa
     Raises:
         ConfigError: an image cannot be read, is too large, or cannot be drawn; all processes raise it.
     """
-    outcome = together(lambda: discover_share(model, images, args, machine, draw))
-    if machine.world_size > 1:
-        parts = [None] * machine.world_size
+    outcome = together(lambda: discover_share(feature, images, args, device, draw))
+    if get_world_size() > 1:
+        parts = [None] * get_world_size()
         dist.all_gather_object(parts, outcome)
-        outcome = {number: found for part in parts for number, found in part.items()}
+        outcome = {i: found for part in parts for i, found in part.items()}
     return dict(sorted(outcome.items()))
 
 
-def discover_share(model: Backbone, images: list[BoxImage], args: argparse.Namespace, machine: Machine,
-                   draw: Callable | None = None) -> dict[int, tuple[dict[str, Box], dict[str, bool] | None]]:
+def discover_share(feature: PatchFeature, images: list[BoxImage], args: argparse.Namespace, device: torch.device,
+                   draw: Callable | None = None) -> dict[int, Found]:
     """discover_all for this process's share of the images."""
-    dataset = Images(images, range(machine.rank, len(images), machine.world_size))
+    dataset = Images(images, range(get_rank(), len(images), get_world_size()))
     loader = DataLoader(dataset, None, num_workers=args.num_workers)
     outcome = {}
-    for number, pixels, truth in tqdm(loader, desc="images", unit="image", disable=machine.rank > 0):
-        boxes = discover(model, pixels, args, machine, images[number].path)
+    for i, pixels, truth in tqdm(loader, desc="images", unit="image", disable=not is_main_process()):
+        boxes = discover(feature, pixels, args, device, images[i].path)
         known = truth is not None and len(truth) > 0
-        outcome[number] = boxes, {name: is_found(box, truth) for name, box in boxes.items()} if known else None
+        outcome[i] = boxes, {name: is_found(box, truth) for name, box in boxes.items()} if known else None
         if draw:
-            draw(images[number], pixels, boxes, truth)
+            draw(images[i], pixels, boxes, truth)
     return outcome
 
 
@@ -148,21 +150,15 @@ def write_picture(folder: Path, image: BoxImage, pixels: torch.Tensor, boxes: di
     """Write the image with its boxes to folder/name.png, whole or not at all.
 
     Raises:
-        ConfigError: the disk is full or cannot be written.
+        WriteError: the disk is full or cannot be written.
     """
     path = folder / f"{image.name}.png"
     named = {METHODS[name]: [box] for name, box in boxes.items()}
     if truth is not None:
         named["true"] = [tuple(box) for box in truth.tolist()]
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with whole_file(path) as temporary:
         path.parent.mkdir(parents=True, exist_ok=True)
         boxes_over(tf.to_pil_image(pixels), named).save(temporary, "PNG")
-        os.replace(temporary, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise ConfigError(f"--pictures {path} cannot be written ({error.strerror})") from None
 
 
 def check_pictures(folder: Path | None, overwrite: bool) -> None:
@@ -185,8 +181,9 @@ def get_args_parser() -> ArgumentParser:
     parser.add_argument("--data", required=True, help=HELP)
     parser.add_argument("--method", nargs="+", choices=list(METHODS), default=list(METHODS), help="default: both")
     add_patch_feature(parser, "keys")
-    parser.add_argument("--tau", type=float, default=TAU, help="TokenCut's cosine above which patches are connected")
-    parser.add_argument("--epsilon", type=float, default=EPSILON, help="TokenCut's weight of other edges")
+    parser.add_argument("--tau", type=number(float, above=-1, below=1), default=TAU,
+                        help="TokenCut's cosine above which patches are connected")
+    parser.add_argument("--epsilon", type=positive_float, default=EPSILON, help="TokenCut's weight of other edges")
     parser.add_argument("--pictures", type=user_path, metavar="FOLDER",
                         help="write every image with its boxes to <folder>/<backbone>/<image>.png")
     add_evaluation_options(parser)
@@ -195,25 +192,25 @@ def get_args_parser() -> ArgumentParser:
 
 def main(args: argparse.Namespace) -> None:
     """Raises ConfigError for options, data or checkpoints that cannot be used."""
-    check_options(args)
-    if not (0 < args.epsilon < math.inf and -1 < args.tau < 1):
-        raise ConfigError(f"--tau {args.tau:g} --epsilon {args.epsilon:g}: give a cosine, and more than 0 and finite")
-    machine = start(args)
+    check_output(args.output, args.overwrite)
+    device, dtype = start(args.device, args.precision, args.dist_timeout)
     together(lambda: check_pictures(args.pictures, args.overwrite))
     images = together(lambda: find_box_data(args.data))
-    candidates = together(lambda: load_candidates(args, quiet=machine.rank > 0))
+    candidates = load_candidates(args.pretrained_weights, args.arch, args.checkpoint_key, args.patch_size, args.layer,
+                                 args.seed if args.random_weights else None)
     names, outcomes = [one.name for one in candidates], {}
     folders = dict(zip(names, folder_names(names), strict=True))
 
-    def evaluate(candidate: Candidate) -> Column:
+    def discover_objects(candidate: Candidate) -> Column:
         draw = args.pictures and partial(write_picture, args.pictures / folders[candidate.name])
-        outcomes[candidate.name] = discover_all(candidate.model, images, args, machine, draw)
+        feature = PatchFeature(candidate.model, args.feature, args.layer, dtype)
+        outcomes[candidate.name] = discover_all(feature, images, args, device, draw)
         return figures(outcomes[candidate.name], args.method)
 
-    table = evaluate_each(candidates, evaluate, machine.device)
-    boxes = {name: {images[number].name: found for number, (found, _) in outcome.items()}
+    table = evaluate_each(candidates, discover_objects, device)
+    boxes = {name: {images[i].name: found for i, (found, _) in outcome.items()}
              for name, outcome in outcomes.items()}
-    finish(args, "object discovery", candidates, table, boxes=boxes)
+    finish("object discovery", candidates, table, args.output, vars(args), boxes=boxes)
 
 
 if __name__ == "__main__":

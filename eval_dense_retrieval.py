@@ -16,21 +16,20 @@ from torchvision.transforms import RandomResizedCrop, v2
 from torchvision.transforms.v2 import functional as tf
 from tqdm import tqdm
 
-from selfpatch.checkpoints.backbones import Backbone, image_statistics, normalise
-from selfpatch.data.augmentations import IMAGENET_MEAN, IMAGENET_STD
+from selfpatch.checkpoints.backbones import image_statistics
+from selfpatch.data.normalisation import IMAGENET_MEAN, IMAGENET_STD, normalise
 from selfpatch.distributed.collectives import sum_over_processes
-from selfpatch.distributed.processes import together
+from selfpatch.distributed.processes import get_rank, get_world_size, is_main_process, together
 from selfpatch.errors import ArgumentParser, ConfigError, run_main
 from selfpatch.evaluation.common import (
     Column,
-    Machine,
     add_evaluation_options,
     add_patch_feature,
-    check_options,
+    add_segmentation_data,
     evaluate_each,
     finish,
-    patch_features,
-    patch_width,
+    positive_float,
+    positive_int,
     start,
 )
 from selfpatch.evaluation.dense_retrieval import (
@@ -41,10 +40,10 @@ from selfpatch.evaluation.dense_retrieval import (
     patch_labels,
     sample_patches,
 )
-from selfpatch.evaluation.model_options import load_candidates
+from selfpatch.evaluation.image_features import PatchFeature
+from selfpatch.evaluation.model_options import Candidate, load_candidates
 from selfpatch.evaluation.nearest_neighbours import BANK_ROWS
 from selfpatch.evaluation.segmentation import (
-    HELP,
     IGNORE,
     Pair,
     SegmentationData,
@@ -52,7 +51,9 @@ from selfpatch.evaluation.segmentation import (
     find_segmentation_data,
     match_predictions,
     mean_iou,
+    pixel_accuracy,
 )
+from selfpatch.evaluation.tables import check_output
 
 PUBLISHED_STD = (0.229, 0.224, 0.255)  # blue is not ImageNet's 0.225; the published figures are made with it
 JITTER = ("brightness", "contrast", "saturation", "hue")
@@ -62,13 +63,12 @@ BILINEAR, NEAREST = tf.InterpolationMode.BILINEAR, tf.InterpolationMode.NEAREST
 # ---------------------------------------------------------------- images
 
 class MemoryImages(Dataset):
-    """Training images, several times each, with the protocol's augmentation: jittered colours and a random crop.
+    """Training images, once for each pass, with the protocol's augmentation: jittered colours and a random crop.
 
-    A sample is (normalised image [3, S, S], ids [S, S], pass, number in the data set). It depends on seed, pass and
-    number alone.
+    A sample is (normalised image [3, S, S], ids [S, S], pass, number of the image); seed, pass and number determine it.
 
     Args:
-        share: which of the passes · images samples, pass by pass, are in this data set.
+        share: this data set's part of the passes · images samples, which are ordered by pass.
     """
 
     def __init__(self, data: SegmentationData, size: int, statistics: tuple, share: range, seed: int):
@@ -84,7 +84,7 @@ class MemoryImages(Dataset):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(random_seed(self.seed, repeat, number))
             image = normalise(tf.pil_to_tensor(self.jitter(image)), self.statistics)
-            # a crop of up to twice the image is asked for, and of course the image's size is the most there is
+            # as published, scales go up to twice the image's area, though no crop exceeds the image
             box = RandomResizedCrop.get_params(image, scale=(0.5, 2), ratio=(3 / 4, 4 / 3))
         image = tf.resized_crop(image, *box, [self.size] * 2, BILINEAR, antialias=True)
         ids = tf.resized_crop(torch.from_numpy(ids)[None], *box, [self.size] * 2, NEAREST)[0]
@@ -95,7 +95,7 @@ class TestImages(Dataset):
     """Images and ids, resized to S × S: (normalised image [3, S, S], ids [S, S]).
 
     Args:
-        pairs: None stands for an image that is not scored, where processes have different numbers of images.
+        pairs: None for an image that is not scored, which fills up a smaller share.
     """
 
     def __init__(self, data: SegmentationData, size: int, statistics: tuple, pairs: list[Pair | None]):
@@ -114,69 +114,68 @@ class TestImages(Dataset):
 
 
 def random_seed(*numbers: int) -> int:
-    """A seed from 0 to 2³² − 1 for a sequence of numbers from 0; any two hardly ever have the same."""
+    """A seed from 0 to 2³² − 1 for a sequence of numbers from 0; sequences hardly ever collide."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 def image_size(patch_size: int) -> int:
-    """512 or, where patches do not divide it, the next smaller multiple: 504 for patches of 14."""
+    """The largest multiple of the patch size up to 512: 504 for patches of 14."""
     return 512 // patch_size * patch_size
 
 
 # ---------------------------------------------------------------- memory and votes
 
-def batches(dataset: Dataset, args: argparse.Namespace, machine: Machine, what: str) -> Iterator[list[torch.Tensor]]:
-    """The samples of a data set in batches, on the device, with a progress bar named what on the first process."""
+def batches(dataset: Dataset, args: argparse.Namespace, device: torch.device,
+            name: str) -> Iterator[list[torch.Tensor]]:
+    """The samples of a data set in batches on the device; the first process shows a progress bar of that name."""
     loader = DataLoader(dataset, args.batch_size_per_gpu, num_workers=args.num_workers,
-                        pin_memory=machine.device.type == "cuda")
-    with tqdm(total=len(dataset), desc=what, unit="image", disable=machine.rank > 0) as progress:
+                        pin_memory=device.type == "cuda")
+    with tqdm(total=len(dataset), desc=name, unit="image", disable=not is_main_process()) as progress:
         for batch in loader:
-            yield [part.to(machine.device, non_blocking=True) for part in batch]
+            yield [part.to(device, non_blocking=True) for part in batch]
             progress.update(len(batch[0]))
 
 
-def build_memory(model: Backbone, data: SegmentationData, args: argparse.Namespace, machine: Machine,
+def build_memory(feature: PatchFeature, data: SegmentationData, args: argparse.Namespace, device: torch.device,
                  statistics: tuple) -> PatchMemory:
     """The memory of this process's share of the training images.
 
     Args:
-        statistics: mean and standard deviation of RGB to normalise images with.
+        statistics: mean and standard deviation of RGB, for normalisation.
 
     Raises:
         ConfigError: the memory does not fit the device, or an image or mask cannot be read.
     """
-    samples = args.passes * len(data.train)
-    bounds = [samples * rank // machine.world_size for rank in (machine.rank, machine.rank + 1)]
-    size = image_size(model.patch_size)
-    rows = min(args.memory_size // samples, (size // model.patch_size)**2)
-    width = patch_width(model, args, machine)
-    memory = PatchMemory(rows * (bounds[1] - bounds[0]), width, data.num_classes, machine.device)
+    samples, patch_size = args.passes * len(data.train), feature.model.patch_size
+    bounds = [samples * rank // get_world_size() for rank in (get_rank(), get_rank() + 1)]
+    size = image_size(patch_size)
+    rows = min(args.memory_size // samples, (size // patch_size)**2)
+    memory = PatchMemory(rows * (bounds[1] - bounds[0]), feature.dim, data.num_classes, device)
     dataset = MemoryImages(data, size, statistics, range(*bounds), args.seed)
-    for images, ids, repeats, numbers in batches(dataset, args, machine, "memory"):
-        features = patch_features(model, images, args, machine)
-        ids = torch.where(ids == IGNORE, 0, ids)  # as published: what is not scored is class 0 in the memory
-        for one, labels, repeat, number in zip(features, patch_labels(ids, data.num_classes, model.patch_size),
+    for images, ids, repeats, numbers in batches(dataset, args, device, "memory"):
+        ids = torch.where(ids == IGNORE, 0, ids)  # as published: unscored pixels are class 0 in the memory
+        for one, labels, repeat, number in zip(feature(images), patch_labels(ids, data.num_classes, patch_size),
                                                repeats.tolist(), numbers.tolist(), strict=True):
             labels = labels.flatten(0, 1)
-            # another seed than the crop's, whose numbers would else be drawn again
+            # not the crop's seed: the same numbers would be drawn again
             generator = torch.Generator().manual_seed(random_seed(args.seed, repeat, number, 1))
             taken = sample_patches(labels, rows, generator)
             memory.add(one[taken], labels[taken])
     return memory
 
 
-def score(model: Backbone, data: SegmentationData, args: argparse.Namespace, machine: Machine) -> np.ndarray:
+def score(feature: PatchFeature, data: SegmentationData, args: argparse.Namespace, device: torch.device) -> np.ndarray:
     """The confusion matrix over all test images, int64 [C, C], the same in every process."""
-    statistics = image_statistics(model)
+    statistics, model = image_statistics(feature.model), feature.model
     if statistics == (IMAGENET_MEAN, IMAGENET_STD):
         statistics = IMAGENET_MEAN, PUBLISHED_STD
-    memory = together(lambda: build_memory(model, data, args, machine, statistics))
-    pairs = data.val + [None] * (-len(data.val) % machine.world_size)
-    dataset = TestImages(data, image_size(model.patch_size), statistics, pairs[machine.rank::machine.world_size])
-    confusion = torch.zeros(data.num_classes, data.num_classes, dtype=torch.long, device=machine.device)
-    for images, ids in batches(dataset, args, machine, "test"):
-        features = patch_features(model, images, args, machine)
-        votes = memory.vote(features.flatten(0, 1), args.neighbours, args.temperature, memory_rows=args.memory_rows)
+    memory = together(lambda: build_memory(feature, data, args, device, statistics))
+    pairs = data.val + [None] * (-len(data.val) % get_world_size())
+    dataset = TestImages(data, image_size(model.patch_size), statistics, pairs[get_rank()::get_world_size()])
+    confusion = torch.zeros(data.num_classes, data.num_classes, dtype=torch.long, device=device)
+    for images, ids in batches(dataset, args, device, "test"):
+        votes = memory.vote(feature(images).flatten(0, 1), args.neighbours, args.temperature,
+                            memory_rows=args.memory_rows)
         for one, truth in zip(votes.unflatten(0, (len(images), *model.grid_size(images))), ids, strict=True):
             confusion += confusion_matrix(truth, label_map(one, truth.shape), data.num_classes)
     return sum_over_processes(confusion).cpu().numpy()
@@ -186,11 +185,11 @@ def figures(confusion: np.ndarray, hungarian: bool) -> Column:
     """The rows of the table, shares from 0 to 1, from a confusion matrix [C, C].
 
     Args:
-        hungarian: also the mean IoU after the predicted classes are renamed to fit best.
+        hungarian: add the mean IoU after renaming the predicted classes to fit best.
     """
     column = {"mean IoU, all classes": mean_iou(confusion),
               "mean IoU, true classes": mean_iou(confusion, present_only=True),
-              "pixels": float(np.trace(confusion) / max(confusion.sum(), 1))}
+              "pixels": pixel_accuracy(confusion)}
     if hungarian:
         column["mean IoU, matched (Hungarian)"] = mean_iou(match_predictions(confusion))
     return column
@@ -200,35 +199,40 @@ def figures(confusion: np.ndarray, hungarian: bool) -> Column:
 
 def get_args_parser() -> ArgumentParser:
     parser = ArgumentParser(description="Dense retrieval (Hummingbird): mean IoU by nearest neighbours of patches")
-    parser.add_argument("--data", required=True, help=HELP)
-    parser.add_argument("--num_classes", type=int, help="of --data folders: ids below it count")
+    add_segmentation_data(parser)
     protocol = parser.add_argument_group("protocol")
-    protocol.add_argument("--memory_size", type=int, default=1_024_000,
+    protocol.add_argument("--memory_size", type=positive_int, default=1_024_000,
                           help="patches in the memory; published are 102400, 1024000 and 10240000")
-    protocol.add_argument("--passes", type=int, default=2, help="times that every training image gives patches")
-    protocol.add_argument("--neighbours", type=int, default=NEIGHBOURS, help="patches that vote")
-    protocol.add_argument("--temperature", type=float, default=TEMPERATURE, help="of the votes' softmax")
+    protocol.add_argument("--passes", type=positive_int, default=2,
+                          help="times that every training image gives patches")
+    protocol.add_argument("--neighbours", type=positive_int, default=NEIGHBOURS, help="patches that vote")
+    protocol.add_argument("--temperature", type=positive_float, default=TEMPERATURE, help="of the votes' softmax")
     protocol.add_argument("--hungarian", action="store_true",
                           help="also the published program's figure, which renames predicted classes to fit best")
     add_patch_feature(protocol, "patches")
     add_evaluation_options(parser, 8)
-    parser.add_argument("--memory_rows", type=int, default=BANK_ROWS, help="patches compared at once; less needs less "
-                                                                           "memory, and changes no figure")
+    parser.add_argument("--memory_rows", type=positive_int, default=BANK_ROWS,
+                        help="patches compared at once; less needs less memory, and changes no figure")
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
     """Raises ConfigError for options, data or checkpoints that cannot be used."""
-    check_options(args, positive=["temperature"], passes=1, neighbours=1, memory_rows=1)
-    machine = start(args)
+    check_output(args.output, args.overwrite)
+    device, dtype = start(args.device, args.precision, args.dist_timeout)
     data = together(lambda: find_segmentation_data(args.data, args.num_classes))
     if args.memory_size < args.passes * len(data.train):
         raise ConfigError(f"--memory_size {args.memory_size} is less than one patch of each of {len(data.train)} "
                           f"images in --passes {args.passes}: give {args.passes * len(data.train)} or more")
-    candidates = together(lambda: load_candidates(args, quiet=machine.rank > 0))
-    table = evaluate_each(candidates, lambda candidate: figures(score(candidate.model, data, args, machine),
-                                                                args.hungarian), machine.device)
-    finish(args, f"dense retrieval, {data.name}", candidates, table, train_images=len(data.train),
+    candidates = load_candidates(args.pretrained_weights, args.arch, args.checkpoint_key, args.patch_size, args.layer,
+                                 args.seed if args.random_weights else None)
+
+    def retrieve(candidate: Candidate) -> Column:
+        feature = PatchFeature(candidate.model, args.feature, args.layer, dtype)
+        return figures(score(feature, data, args, device), args.hungarian)
+
+    table = evaluate_each(candidates, retrieve, device)
+    finish(f"dense retrieval, {data.name}", candidates, table, args.output, vars(args), train_images=len(data.train),
            test_images=len(data.val))
 
 

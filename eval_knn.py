@@ -15,29 +15,22 @@ from pathlib import Path
 
 from selfpatch.checkpoints.files import write_checkpoint
 from selfpatch.distributed.collectives import gather_rows
-from selfpatch.distributed.processes import on_main_process, together
+from selfpatch.distributed.processes import is_main_process, on_main_process, together
 from selfpatch.errors import ArgumentParser, ConfigError, run_main, user_path
 from selfpatch.evaluation.common import (
-    Machine,
     add_evaluation_options,
+    add_image_feature,
     add_image_options,
-    check_options,
     evaluate_each,
-    image_feature,
     leave,
+    positive_float,
+    positive_int,
     start,
 )
-from selfpatch.evaluation.image_features import (
-    KINDS,
-    ImageFeature,
-    LabelledImages,
-    eval_transform,
-    open_pair,
-    share_loader,
-)
+from selfpatch.evaluation.image_features import LabelledImages, eval_transform, open_pair, share_loader
 from selfpatch.evaluation.knn import KS, TEMPERATURE, Accuracy, KnnResult, knn_classification
 from selfpatch.evaluation.model_options import Candidate, check_image_size, load_candidates
-from selfpatch.evaluation.tables import folder_names, format_table, write_json
+from selfpatch.evaluation.tables import check_output, folder_names, format_table, write_json
 
 DUMPED = ("trainfeat.pth", "trainlabels.pth", "testfeat.pth", "testlabels.pth")
 
@@ -46,11 +39,11 @@ def get_args_parser() -> ArgumentParser:
     parser = ArgumentParser(description="k-NN classification of images by frozen features")
     add_image_options(parser, "compare with")
     protocol = parser.add_argument_group("protocol")
-    protocol.add_argument("--feature", choices=KINDS,
-                          help="cls: class token; head: SelfPatch's class token; mean: mean of the patches; default: "
-                               "the first of these that the checkpoint offers")
-    protocol.add_argument("--nb_knn", type=int, nargs="+", default=list(KS), help="numbers of neighbours; 20 is usual")
-    protocol.add_argument("--temperature", type=float, default=TEMPERATURE, help="a neighbour votes exp(cosine / this)")
+    add_image_feature(protocol)
+    protocol.add_argument("--nb_knn", type=positive_int, nargs="+", default=list(KS),
+                          help="numbers of neighbours; 20 is usual")
+    protocol.add_argument("--temperature", type=positive_float, default=TEMPERATURE,
+                          help="a neighbour votes exp(cosine / this)")
     protocol.add_argument("--dump_features", type=user_path,
                           help=f"folder for the features and classes, a tensor each: {' '.join(DUMPED)}, below a "
                                "folder for each network where there are several")
@@ -59,10 +52,10 @@ def get_args_parser() -> ArgumentParser:
 
 
 def dump_folders(args: argparse.Namespace, candidates: list[Candidate]) -> dict[str, Path]:
-    """Where each network's features go, by its name; the folders are made.
+    """Create the folders for features; each by its network's name.
 
     Raises:
-        ConfigError: a file is there and may not be replaced, or a folder cannot be made or written to.
+        ConfigError: a file exists and may not be replaced, or a folder cannot be created or written to.
     """
     if not args.dump_features:
         return {}
@@ -98,18 +91,6 @@ def dump(result: KnnResult, folder: Path) -> None:
     on_main_process(write)
 
 
-def evaluate(feature: ImageFeature, train: LabelledImages, val: LabelledImages, args: argparse.Namespace,
-             machine: Machine) -> KnnResult:
-    """Classify the test images; what cannot be read is listed on stderr."""
-    loaders = [share_loader(images, args.batch_size_per_gpu, args.num_workers, machine.device.type == "cuda")
-               for images in (train, val)]
-    result = knn_classification(feature, *loaders, args.nb_knn, args.temperature, machine.device,
-                                progress=machine.rank == 0)
-    for line in result.train.unreadable + result.val.unreadable:
-        print(f"left out: {line}", file=sys.stderr)
-    return result
-
-
 def report(rows: list[tuple[Candidate, str, dict[int, Accuracy]]], train: LabelledImages, val: LabelledImages,
            args: argparse.Namespace) -> None:
     """Print the table and write the JSON file."""
@@ -128,27 +109,32 @@ def report(rows: list[tuple[Candidate, str, dict[int, Accuracy]]], train: Labell
 
 def main(args: argparse.Namespace) -> None:
     """Raises ConfigError for options, data or checkpoints that cannot be used."""
-    check_options(args, positive=["temperature"], nb_knn=1, image_size=16)
-    machine = start(args)
+    check_output(args.output, args.overwrite)
+    device, dtype = start(args.device, args.precision, args.dist_timeout)
     train, val = together(lambda: open_pair(args.data_path, args.train_path, args.val_path, args.val_share,
                                             transform=eval_transform(args.image_size)))
-    candidates = together(lambda: load_candidates(args, quiet=machine.rank > 0, with_heads=args.feature != "mean"))
+    candidates = load_candidates(args.pretrained_weights, args.arch, args.checkpoint_key, args.patch_size, args.layer,
+                                 args.seed if args.random_weights else None, with_heads=args.feature != "mean")
     check_image_size(args.image_size, candidates)
-    features = {one.name: image_feature(one, args, machine.dtype) for one in candidates}
-    folders = on_main_process(lambda: dump_folders(args, candidates))
-    if machine.rank == 0 and max(args.nb_knn) > len(train):
+    features = {one.name: one.image_feature(args.feature, args.layer, dtype) for one in candidates}
+    folders, first = on_main_process(lambda: dump_folders(args, candidates)), is_main_process()
+    if first and max(args.nb_knn) > len(train):
         print(f"--nb_knn {max(args.nb_knn)}: there are {len(train)} training images, so k is at most that")
 
-    def evaluate_one(candidate: Candidate) -> dict[int, Accuracy]:
+    def classify_images(candidate: Candidate) -> dict[int, Accuracy]:
         feature = features[candidate.name]
-        if machine.rank == 0:
+        if first:
             print(f"{candidate.name}: feature {feature.kind}, layer {args.layer}")
-        result = evaluate(feature, train, val, args, machine)
+        loaders = [share_loader(images, args.batch_size_per_gpu, args.num_workers, device.type == "cuda")
+                   for images in (train, val)]
+        result = knn_classification(feature, *loaders, args.nb_knn, args.temperature, device, progress=first)
+        for line in result.train.unreadable + result.val.unreadable:
+            print(f"left out: {line}", file=sys.stderr)
         if folders:
             dump(result, folders[candidate.name])
         return result.accuracies
 
-    table = evaluate_each(candidates, evaluate_one, machine.device)
+    table = evaluate_each(candidates, classify_images, device)
     if leave():
         report([(one, features[one.name].kind, table[one.name]) for one in candidates], train, val, args)
 

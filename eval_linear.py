@@ -12,31 +12,34 @@ import argparse
 import sys
 from typing import NamedTuple
 
-from selfpatch.distributed.processes import together
+import torch
+
+from selfpatch.distributed.processes import is_main_process, together
 from selfpatch.errors import ArgumentParser, run_main
 from selfpatch.evaluation.common import (
-    Machine,
     add_evaluation_options,
+    add_image_feature,
     add_image_options,
-    check_options,
     evaluate_each,
-    image_feature,
     leave,
+    positive_float,
+    positive_int,
     start,
 )
-from selfpatch.evaluation.image_features import KINDS, LabelledImages, eval_transform, open_pair, share_loader
+from selfpatch.evaluation.image_features import LabelledImages, eval_transform, open_pair, share_loader
 from selfpatch.evaluation.linear_probe import (
     LEARNING_RATES,
     CropBatches,
     Inputs,
     TokenFeature,
     build_heads,
-    test_heads,
+    input_grid,
+    score_heads,
     train_heads,
     train_transform,
 )
 from selfpatch.evaluation.model_options import Candidate, check_image_size, load_candidates
-from selfpatch.evaluation.tables import format_table, write_json
+from selfpatch.evaluation.tables import check_output, format_table, write_json
 
 
 class Score(NamedTuple):
@@ -56,13 +59,12 @@ def get_args_parser() -> ArgumentParser:
     parser = ArgumentParser(description="linear classification of images on frozen features")
     add_image_options(parser, "train on")
     protocol = parser.add_argument_group("protocol")
-    protocol.add_argument("--feature", choices=KINDS,
-                          help="cls: class tokens; head: SelfPatch's class token; mean: means of the patches; default: "
-                               "the first of these that the checkpoint offers")
-    protocol.add_argument("--n_last_blocks", type=int, nargs="+", default=[1, 4],
+    add_image_feature(protocol)
+    protocol.add_argument("--n_last_blocks", type=positive_int, nargs="+", default=[1, 4],
                           help="numbers of last blocks whose features the heads see, side by side")
-    protocol.add_argument("--epochs", type=int, default=10, help="of training; DINO's published figures took 100")
-    protocol.add_argument("--lr", type=float, nargs="+", default=list(LEARNING_RATES),
+    protocol.add_argument("--epochs", type=positive_int, default=10,
+                          help="of training; DINO's published figures took 100")
+    protocol.add_argument("--lr", type=positive_float, nargs="+", default=list(LEARNING_RATES),
                           help="learning rates to try, for 256 images in a step; scaled to those of all processes")
     protocol.add_argument("--cache_features", action="store_true",
                           help="keep the features of one crop an image in memory, so that the backbone runs for one "
@@ -71,22 +73,21 @@ def get_args_parser() -> ArgumentParser:
     return parser
 
 
-def evaluate(feature: TokenFeature, train: LabelledImages, val: LabelledImages, args: argparse.Namespace,
-             machine: Machine) -> list[Score]:
-    """Train and test the grid of heads; the scores of all, the best first. What cannot be read is listed on stderr."""
-    device, first = machine.device, machine.rank == 0
-    on_gpu = device.type == "cuda"
+def train_and_score(feature: TokenFeature, train: LabelledImages, val: LabelledImages, args: argparse.Namespace,
+                    device: torch.device) -> list[Score]:
+    """Train the grid of heads; the scores of all heads, best first. Unreadable files are listed on stderr."""
+    first, on_gpu = is_main_process(), device.type == "cuda"
     batches = CropBatches(train, args.batch_size_per_gpu, args.num_workers, args.seed, on_gpu)
-    heads = build_heads(feature.feature.kind, feature.dim, len(train.classes), args.n_last_blocks, batches.step_size,
-                        args.lr, args.seed, device)
+    heads = build_heads(input_grid(feature.feature.kind, args.n_last_blocks), feature.dim, len(train.classes),
+                        batches.step_size, args.lr, args.seed, device)
     unreadable = train_heads(heads, batches, feature, args.epochs, device, args.cache_features, first)
-    accuracies, not_tested = test_heads(heads, share_loader(val, args.batch_size_per_gpu, args.num_workers, on_gpu),
+    accuracies, not_tested = score_heads(heads, share_loader(val, args.batch_size_per_gpu, args.num_workers, on_gpu),
                                         feature, device, first)
     for line in sorted(unreadable) + not_tested:
         print(f"left out: {line}", file=sys.stderr)
     scores = [Score(lr, one.inputs, *row) for one, rows in zip(heads, accuracies, strict=True)
               for lr, row in zip(args.lr, rows.tolist(), strict=True)]
-    return sorted(scores, key=lambda score: -score.top1)  # of equal ones, the first in the grid
+    return sorted(scores, key=lambda score: -score.top1)  # stable: of equal scores, the grid's first
 
 
 def report(rows: list[tuple[Candidate, str, list[Score]]], train: LabelledImages, val: LabelledImages,
@@ -109,22 +110,23 @@ def report(rows: list[tuple[Candidate, str, list[Score]]], train: LabelledImages
 
 def main(args: argparse.Namespace) -> None:
     """Raises ConfigError for options, data or checkpoints that cannot be used."""
-    check_options(args, positive=["lr"], n_last_blocks=1, epochs=1, image_size=16)
-    machine = start(args)
+    check_output(args.output, args.overwrite)
+    device, dtype = start(args.device, args.precision, args.dist_timeout)
     train, val = together(lambda: open_pair(args.data_path, args.train_path, args.val_path, args.val_share,
                                             train_transform(args.image_size), eval_transform(args.image_size)))
-    candidates = together(lambda: load_candidates(args, quiet=machine.rank > 0, with_heads=args.feature != "mean"))
+    candidates = load_candidates(args.pretrained_weights, args.arch, args.checkpoint_key, args.patch_size, args.layer,
+                                 args.seed if args.random_weights else None, with_heads=args.feature != "mean")
     check_image_size(args.image_size, candidates)
-    features = {one.name: TokenFeature(image_feature(one, args, machine.dtype), max(args.n_last_blocks))
+    features = {one.name: TokenFeature(one.image_feature(args.feature, args.layer, dtype), max(args.n_last_blocks))
                 for one in candidates}
 
-    def evaluate_one(candidate: Candidate) -> list[Score]:
+    def train_heads_on(candidate: Candidate) -> list[Score]:
         feature = features[candidate.name]
-        if machine.rank == 0:
+        if is_main_process():
             print(f"{candidate.name}: feature {feature.feature.kind}, layer {args.layer}")
-        return evaluate(feature, train, val, args, machine)
+        return train_and_score(feature, train, val, args, device)
 
-    table = evaluate_each(candidates, evaluate_one, machine.device)
+    table = evaluate_each(candidates, train_heads_on, device)
     if leave():
         report([(one, features[one.name].feature.kind, table[one.name]) for one in candidates], train, val, args)
 

@@ -7,7 +7,6 @@ Training: images scaled so that the short side is 512 · (0.5 … 2), crops of 5
 short side 512, windows of 512 at a stride of 341, their logits averaged, scores at the image's own size.
 """
 import argparse
-import math
 
 import numpy as np
 import torch
@@ -16,40 +15,41 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional as tf
 from tqdm import tqdm
 
-from selfpatch.checkpoints.backbones import Backbone, image_statistics, normalise
+from selfpatch.checkpoints.backbones import image_statistics
+from selfpatch.data.normalisation import normalise
 from selfpatch.distributed.collectives import sum_over_processes
-from selfpatch.distributed.processes import together
-from selfpatch.errors import ArgumentParser, ConfigError, TrainingError, run_main
+from selfpatch.distributed.processes import get_rank, get_world_size, is_main_process, together
+from selfpatch.errors import ArgumentParser, ConfigError, TrainingError, number, run_main
 from selfpatch.evaluation.common import (
     Column,
-    Machine,
     add_evaluation_options,
     add_patch_feature,
-    check_options,
+    add_segmentation_data,
     evaluate_each,
     finish,
-    patch_features,
-    patch_width,
+    positive_float,
+    positive_int,
     start,
 )
-from selfpatch.evaluation.image_features import check_finite
+from selfpatch.evaluation.image_features import PatchFeature, check_finite
 from selfpatch.evaluation.linear_segmentation import (
     LinearHead,
-    build_head,
+    build_linear_head,
     full_size_prediction,
     kept_channels,
     segmentation_loss,
     sliding_logits,
 )
-from selfpatch.evaluation.model_options import load_candidates
+from selfpatch.evaluation.model_options import Candidate, load_candidates
 from selfpatch.evaluation.segmentation import (
-    HELP,
     IGNORE,
     SegmentationData,
     confusion_matrix,
     find_segmentation_data,
     mean_iou,
+    pixel_accuracy,
 )
+from selfpatch.evaluation.tables import check_output
 from selfpatch.method.schedules import cosine_schedule
 
 SIDE, STRIDE = 512, 341  # of windows, in pixels; the side is rounded down to whole patches
@@ -63,7 +63,7 @@ def random_crop(image: Image.Image, ids: np.ndarray, size: int,
                 rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
     """A scaled, cropped and perhaps flipped image, uint8 [3, size, size], and its ids [size, size].
 
-    What lies outside the image, where it is scaled to less than the crop, is grey and not scored.
+    An image smaller than the crop is padded with grey pixels that are not scored.
     """
     scale = SIDE * rng.uniform(*SCALES) / min(image.size)
     width, height = (max(1, round(side * scale)) for side in image.size)
@@ -83,13 +83,13 @@ def random_crop(image: Image.Image, ids: np.ndarray, size: int,
 class TrainingCrops(Dataset):
     """This process's crops of all steps, in order: (uint8 [3, S, S], ids [S, S]).
 
-    The crop of a place in a step depends on seed, step and place alone, so that processes share the same steps.
+    Seed, step and place in the step determine a crop, so that any number of processes takes the same steps.
     """
 
-    def __init__(self, data: SegmentationData, size: int, batch: int, steps: int, seed: int, machine: Machine):
+    def __init__(self, data: SegmentationData, size: int, batch: int, steps: int, seed: int):
         self.data, self.size, self.batch, self.seed = data, size, batch, seed
-        self.own = batch // machine.world_size  # images of a step
-        self.first, self.length = self.own * machine.rank, steps * self.own
+        self.own = batch // get_world_size()  # images of a step
+        self.first, self.length = self.own * get_rank(), steps * self.own
 
     def __len__(self) -> int:
         return self.length
@@ -106,8 +106,8 @@ class TrainingCrops(Dataset):
 class TestImages(Dataset):
     """This process's test images, the short side scaled to SIDE: (uint8 [3, h, w], ids of the original [H, W])."""
 
-    def __init__(self, data: SegmentationData, machine: Machine):
-        self.data, self.pairs = data, data.val[machine.rank::machine.world_size]
+    def __init__(self, data: SegmentationData):
+        self.data, self.pairs = data, data.val[get_rank()::get_world_size()]
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -121,27 +121,27 @@ class TestImages(Dataset):
 
 # ---------------------------------------------------------------- training and test
 
-def train(model: Backbone, data: SegmentationData, args: argparse.Namespace, machine: Machine) -> LinearHead:
+def train(feature: PatchFeature, data: SegmentationData, args: argparse.Namespace, device: torch.device) -> LinearHead:
     """A head trained on the frozen backbone, in eval mode, the same in every process.
 
     Raises:
         ConfigError: an image or mask cannot be read.
         TrainingError: the loss is not finite.
     """
+    model, first = feature.model, is_main_process()
     size = SIDE // model.patch_size * model.patch_size
-    head = build_head(patch_width(model, args, machine), data.num_classes, machine.device, args.seed)
+    head = build_linear_head(feature.dim, data.num_classes, device, args.seed)
     optimizer = torch.optim.AdamW(head.parameters(), weight_decay=args.weight_decay)
     warmup = round(args.iterations * PUBLISHED_WARMUP / PUBLISHED_STEPS) if args.warmup is None else args.warmup
     schedule = cosine_schedule(args.lr, 0.0, args.iterations, warmup, WARMUP_START)
-    crops = TrainingCrops(data, size, args.batch_size, args.iterations, args.seed, machine)
-    loader = DataLoader(crops, crops.own, num_workers=args.num_workers, pin_memory=machine.device.type == "cuda")
-    with tqdm(loader, "training", unit="step", disable=machine.rank > 0) as progress:
+    crops = TrainingCrops(data, size, args.batch_size, args.iterations, args.seed)
+    loader = DataLoader(crops, crops.own, num_workers=args.num_workers, pin_memory=device.type == "cuda")
+    with tqdm(loader, "training", unit="step", disable=not first) as progress:
         for step, (pixels, ids) in enumerate(progress):
-            pixels, ids = (part.to(machine.device, non_blocking=True) for part in (pixels, ids))
+            pixels, ids = (part.to(device, non_blocking=True) for part in (pixels, ids))
             images = normalise(pixels, image_statistics(model))
-            features = patch_features(model, images, args, machine)
             kept = kept_channels(head, len(images), int(np.random.SeedSequence([args.seed, step]).generate_state(1)[0]))
-            loss = segmentation_loss(head(features, kept), ids, model.grid_size(images))
+            loss = segmentation_loss(head(feature(images), kept), ids, model.grid_size(images))
             optimizer.zero_grad()
             loss.backward()
             for parameter in head.parameters():
@@ -158,53 +158,57 @@ def train(model: Backbone, data: SegmentationData, args: argparse.Namespace, mac
 
 
 @torch.no_grad()
-def test(model: Backbone, head: LinearHead, data: SegmentationData, args: argparse.Namespace,
-         machine: Machine) -> np.ndarray:
+def score(feature: PatchFeature, head: LinearHead, data: SegmentationData, num_workers: int,
+          device: torch.device) -> np.ndarray:
     """The confusion matrix over all test images at full size, int64 [C, C], the same in every process.
 
     Raises:
         ConfigError: an image or mask cannot be read, or a feature is not finite; all processes raise it.
     """
+    model = feature.model
     window = SIDE // model.patch_size * model.patch_size
 
     def logits_of(images: torch.Tensor) -> torch.Tensor:
-        features = patch_features(model, images, args, machine)
+        features = feature(images)
         check_finite(features)
         return head(features).transpose(1, 2).unflatten(2, model.grid_size(images))
 
     def share() -> torch.Tensor:
-        confusion = torch.zeros(data.num_classes, data.num_classes, dtype=torch.long, device=machine.device)
-        loader = DataLoader(TestImages(data, machine), None, num_workers=args.num_workers)
-        for pixels, ids in tqdm(loader, "test", unit="image", disable=machine.rank > 0):
-            image = normalise(pixels.to(machine.device), image_statistics(model))
+        confusion = torch.zeros(data.num_classes, data.num_classes, dtype=torch.long, device=device)
+        loader = DataLoader(TestImages(data), None, num_workers=num_workers)
+        for pixels, ids in tqdm(loader, "test", unit="image", disable=not is_main_process()):
+            image = normalise(pixels.to(device), image_statistics(model))
             prediction = full_size_prediction(
                 sliding_logits(image, logits_of, data.num_classes, window, STRIDE), ids.shape)
-            confusion += confusion_matrix(ids.to(machine.device), prediction, data.num_classes)
+            confusion += confusion_matrix(ids.to(device), prediction, data.num_classes)
         return confusion
 
     return sum_over_processes(together(share)).cpu().numpy()
 
 
-def evaluate(model: Backbone, data: SegmentationData, args: argparse.Namespace, machine: Machine) -> Column:
-    """Train a head and test it: the rows of the table, shares from 0 to 1."""
-    confusion = test(model, train(model, data, args, machine), data, args, machine)
+def train_and_score(feature: PatchFeature, data: SegmentationData, args: argparse.Namespace,
+                    device: torch.device) -> Column:
+    """Train a head and score it: the rows of the table, shares from 0 to 1."""
+    confusion = score(feature, train(feature, data, args, device), data, args.num_workers, device)
     return {"mean IoU, true classes": mean_iou(confusion, present_only=True),
             "mean IoU, all classes": mean_iou(confusion),
-            "pixels": float(np.trace(confusion) / max(confusion.sum(), 1))}
+            "pixels": pixel_accuracy(confusion)}
 
 
 # ---------------------------------------------------------------- the job
 
 def get_args_parser() -> ArgumentParser:
     parser = ArgumentParser(description="Linear segmentation on frozen features: mean IoU")
-    parser.add_argument("--data", required=True, help=HELP)
-    parser.add_argument("--num_classes", type=int, help="of --data folders: ids below it count")
+    add_segmentation_data(parser)
     training = parser.add_argument_group("training")
-    training.add_argument("--iterations", type=int, default=PUBLISHED_STEPS, help="steps")
-    training.add_argument("--batch_size", type=int, default=16, help="images of a step, over all processes")
-    training.add_argument("--lr", type=float, default=1e-3, help="of AdamW, after the warm-up; a cosine leads to 0")
-    training.add_argument("--weight_decay", type=float, default=1e-3)
-    training.add_argument("--warmup", type=int, help="steps of the warm-up; default: 1500 of 40000, in proportion")
+    training.add_argument("--iterations", type=positive_int, default=PUBLISHED_STEPS, help="steps")
+    training.add_argument("--batch_size", type=number(int, least=2), default=16,
+                          help="images of a step, over all processes")
+    training.add_argument("--lr", type=positive_float, default=1e-3,
+                          help="of AdamW, after the warm-up; a cosine leads to 0")
+    training.add_argument("--weight_decay", type=number(float, least=0), default=1e-3)
+    training.add_argument("--warmup", type=number(int, least=0),
+                          help="steps of the warm-up; default: 1500 of 40000, in proportion")
     add_patch_feature(parser, "patches")
     add_evaluation_options(parser)
     return parser
@@ -212,21 +216,23 @@ def get_args_parser() -> ArgumentParser:
 
 def main(args: argparse.Namespace) -> None:
     """Raises ConfigError for options, data or checkpoints that cannot be used."""
-    check_options(args, iterations=1, batch_size=2)
-    if not (0 < args.lr < math.inf and 0 <= args.weight_decay < math.inf and (args.warmup or 0) >= 0):
-        raise ConfigError(f"--lr {args.lr:g} --weight_decay {args.weight_decay:g} --warmup {args.warmup}: give a "
-                          "learning rate above 0, and nothing negative or infinite")
+    check_output(args.output, args.overwrite)
     if (args.warmup or 0) > args.iterations:
         raise ConfigError(f"--warmup {args.warmup} is more than --iterations {args.iterations}: give at most that")
-    machine = start(args)
+    device, dtype = start(args.device, args.precision, args.dist_timeout)
     data = together(lambda: find_segmentation_data(args.data, args.num_classes))
-    if args.batch_size % machine.world_size:
-        raise ConfigError(f"--batch_size {args.batch_size} cannot be shared by {machine.world_size} processes: give a "
+    if args.batch_size % get_world_size():
+        raise ConfigError(f"--batch_size {args.batch_size} cannot be shared by {get_world_size()} processes: give a "
                           "multiple")
-    candidates = together(lambda: load_candidates(args, quiet=machine.rank > 0))
-    table = evaluate_each(candidates, lambda candidate: evaluate(candidate.model, data, args, machine), machine.device)
-    finish(args, f"linear segmentation, {data.name}", candidates, table, train_images=len(data.train),
-           test_images=len(data.val))
+    candidates = load_candidates(args.pretrained_weights, args.arch, args.checkpoint_key, args.patch_size, args.layer,
+                                 args.seed if args.random_weights else None)
+
+    def segment(candidate: Candidate) -> Column:
+        return train_and_score(PatchFeature(candidate.model, args.feature, args.layer, dtype), data, args, device)
+
+    table = evaluate_each(candidates, segment, device)
+    finish(f"linear segmentation, {data.name}", candidates, table, args.output, vars(args),
+           train_images=len(data.train), test_images=len(data.val))
 
 
 if __name__ == "__main__":

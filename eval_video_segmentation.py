@@ -21,8 +21,10 @@ import torch.distributed as dist
 from PIL import Image
 from tqdm import tqdm
 
-from selfpatch.checkpoints.backbones import check_layer, load_any_backbone, normalise
+from selfpatch.checkpoints.backbones import check_layer
+from selfpatch.checkpoints.loading import load_backbone
 from selfpatch.data.files import is_hidden
+from selfpatch.data.normalisation import normalise
 from selfpatch.distributed.precision import choose_dtype
 from selfpatch.distributed.processes import Launch, join, keep_freed_memory, pick_device, read_launcher
 from selfpatch.errors import ArgumentParser, ConfigError, run_main, user_path
@@ -30,7 +32,13 @@ from selfpatch.evaluation.model_options import add_model_options, add_precision_
 from selfpatch.video import davis as davis_data
 from selfpatch.video.davis import SCALE_SIZE, VOID, DataError, Sequence, imwrite_indexed, load_frame, resized_shape
 from selfpatch.video.frame_features import MEAN, STD, PatchFeatures, frame_features
-from selfpatch.video.label_propagation import label_propagation, norm_mask, restrict_neighborhood, to_mask, to_one_hot  # noqa: F401
+from selfpatch.video.label_propagation import (  # noqa: F401 (some are here under DINO's names for other projects)
+    label_propagation,
+    norm_mask,
+    restrict_neighborhood,
+    to_mask,
+    to_one_hot,
+)
 from selfpatch.video.propagation_bounds import propagate
 from selfpatch.video.scores import absence_note, find_absent, format_scores, num_objects, score_sequence
 from selfpatch.video.unfinished import Unfinished
@@ -39,19 +47,19 @@ from selfpatch.whole_files import whole_folder
 # ---------------------------------------------------------------- frames and annotations
 
 def read_frame(path: str | Path, scale_size: int = SCALE_SIZE) -> tuple[torch.Tensor, int, int]:
-    """A frame resized and normalised, [3, H, W], and its original height and width."""
+    """Read a frame: resized and normalised, [3, H, W], and its original height and width."""
     image, height, width, _ = load_frame(path, scale_size)
     return normalise(torch.from_numpy(image).permute(2, 0, 1), (MEAN, STD)), height, width
 
 
 def read_seg(path: str | Path, patch_size: int, scale_size: int = SCALE_SIZE) -> tuple[torch.Tensor, np.ndarray]:
-    """One-hot labels of patches [1, C, h, w], void as background, and the annotation as stored, uint8 [H, W]."""
+    """Read an annotation: one-hot labels of patches [1, C, h, w], and ids as stored, uint8 [H, W]."""
     annotation = davis_data.read_mask(path).ids
     return to_labels(annotation, patch_size, scale_size), annotation
 
 
 def to_labels(annotation: np.ndarray, patch_size: int, scale_size: int = SCALE_SIZE) -> torch.Tensor:
-    """Ids, uint8 [H, W] -> one-hot labels of patches [1, C, h, w], void as background."""
+    """Reduce ids, uint8 [H, W], to one-hot labels of patches [1, C, h, w]; void becomes background."""
     height, width = resized_shape(*annotation.shape, scale_size)
     labels = Image.fromarray(np.where(annotation == VOID, 0, annotation).astype(np.uint8))
     labels = labels.resize((width // patch_size, height // patch_size), Image.Resampling.NEAREST)
@@ -59,7 +67,7 @@ def to_labels(annotation: np.ndarray, patch_size: int, scale_size: int = SCALE_S
 
 
 def annotation_notes(sequence: Sequence, labels: torch.Tensor) -> Iterator[str]:
-    """Warnings about a first annotation and the labels [1, C, h, w] that it is reduced to."""
+    """Notes for the user on a first annotation and its labels of patches [1, C, h, w]."""
     annotation = sequence.mask.ids
     yield from filter(None, (davis_data.orientation_note(sequence.annotation, sequence.mask.orientation),
                              davis_data.binary_note(sequence.annotation, sequence.mask)))
@@ -77,21 +85,22 @@ def annotation_notes(sequence: Sequence, labels: torch.Tensor) -> Iterator[str]:
 
 @torch.inference_mode()
 def segment(sequence: Sequence, extract: PatchFeatures, output_dir: str | Path, executor: Executor | None = None,
-            n_last_frames: int = 7, size_mask_neighborhood: int = 12, topk: int = 5,
-            progress: tqdm | None = None) -> np.ndarray:
-    """Masks of a video, uint8 [T, H, W]; written to <output_dir>/<sequence> once all of them are there.
+            progress: tqdm | None = None, **protocol: int) -> np.ndarray:
+    """Segment a video, and write all of its masks or none to <output_dir>/<sequence>.
 
     Args:
-        executor: threads that read frames and write masks; four of its own if None.
-        n_last_frames, size_mask_neighborhood, topk: see propagation_bounds.propagate.
+        executor: threads that read frames and write masks; default: four.
+        protocol: n_last_frames, size_mask_neighborhood and topk (see video.propagation_bounds.propagate).
+
+    Returns:
+        Masks, uint8 [T, H, W].
 
     Raises:
         ConfigError: a frame cannot be read, the annotation has no object, or memory runs out.
     """
     if executor is None:
         with ThreadPoolExecutor(4) as executor:
-            return segment(sequence, extract, output_dir, executor, n_last_frames, size_mask_neighborhood, topk,
-                           progress)
+            return segment(sequence, extract, output_dir, executor, progress, **protocol)
     patch_size, annotation = extract.model.patch_size, sequence.mask.ids
     labels = to_labels(annotation, patch_size)
     if not num_objects(annotation):
@@ -99,7 +108,7 @@ def segment(sequence: Sequence, extract: PatchFeatures, output_dir: str | Path, 
     for note in annotation_notes(sequence, labels):
         tqdm.write(note, file=sys.stderr)
     features = frame_features(sequence, extract, annotation.shape, executor)
-    soft_labels = propagate(features, labels[0].to(extract.device), n_last_frames, size_mask_neighborhood, topk)
+    soft_labels = propagate(features, labels[0].to(extract.device), **protocol)
     masks, writes = [annotation], []
     with whole_folder(Path(output_dir) / sequence.name) as folder:
         for path in sequence.frames:
@@ -115,14 +124,14 @@ def segment(sequence: Sequence, extract: PatchFeatures, output_dir: str | Path, 
 
 
 def score(sequence: Sequence, masks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """J and F [objects, T - 2] of a video's masks, uint8 [T, H, W], all of whose frames have an annotation.
+    """J and F [objects, T - 2] of masks, uint8 [T, H, W], of a video whose frames all have an annotation.
 
     Raises:
         DataError: an annotation cannot be read or has another size, or there are fewer than 3 frames.
     """
     try:
         annotations = davis_data.read_masks(sequence.annotations(), sequence.mask)
-        if sequence.lacks_end():  # then the last frame there is counts, as in davis_metrics.py: repeat it as the end
+        if sequence.lacks_end():  # repeat the last frame, so that it is scored, as davis_metrics.py does
             annotations, masks = (np.concatenate([one, one[-1:]]) for one in (annotations, masks))
         return score_sequence(annotations, masks)
     except ConfigError as error:
@@ -132,14 +141,14 @@ def score(sequence: Sequence, masks: np.ndarray) -> tuple[np.ndarray, np.ndarray
 def evaluate(sequences: list[Sequence], extract: PatchFeatures, output_dir: str | Path, with_scores: bool = True,
              quiet: bool = False, unfinished: Unfinished | None = None,
              **protocol: int) -> tuple[dict, dict[str, str], dict[str, str]]:
-    """Segment videos and score them.
+    """Segment and score videos.
 
     Args:
-        unfinished: knows the videos that need not be segmented again.
+        unfinished: an interrupted run, whose finished videos are kept.
         protocol: n_last_frames, size_mask_neighborhood and topk of segment.
 
     Returns:
-        J and F, why some videos have no scores, and why some failed, each by name.
+        By name: J and F; why a video has no scores; why a video failed.
     """
     scoring, scores, unscored, failed = {}, {}, {}, {}
     frames = sum(len(sequence.frames) for sequence in sequences)
@@ -149,7 +158,7 @@ def evaluate(sequences: list[Sequence], extract: PatchFeatures, output_dir: str 
             try:
                 masks = unfinished.masks(sequence) if unfinished else None
                 if masks is None:
-                    masks = segment(sequence, extract, output_dir, executor, **protocol, progress=progress)
+                    masks = segment(sequence, extract, output_dir, executor, progress, **protocol)
                 else:
                     tqdm.write(f"{sequence.name}: kept from the call before, which was interrupted", file=sys.stderr)
                     progress.update(len(masks))
@@ -209,7 +218,7 @@ def check_options(args: argparse.Namespace) -> None:
 
 def find_sequences(data_path: str | Path, output_dir: str | Path,
                    allow_gaps: bool = False) -> tuple[list[Sequence], dict[str, str]]:
-    """The videos of val.txt that can be segmented, and why the others cannot, by name."""
+    """Find the videos of val.txt that can be segmented, and say why the others cannot, by name."""
     sequences, failed = [], {}
     for name in davis_data.read_set(data_path):
         folder = Path(output_dir) / name
@@ -225,7 +234,7 @@ def find_sequences(data_path: str | Path, output_dir: str | Path,
 
 
 def share(sequences: list[Sequence], rank: int, world_size: int) -> list[Sequence]:
-    """The sequences of one process: longest first, each goes to the process with the fewest frames so far."""
+    """Share of one process: longest first, each sequence goes to the process with the fewest frames so far."""
     shares = [[] for _ in range(world_size)]
     for sequence in sorted(sequences, key=lambda s: -len(s.frames)):
         min(shares, key=lambda one: sum(len(s.frames) for s in one)).append(sequence)
@@ -234,7 +243,7 @@ def share(sequences: list[Sequence], rank: int, world_size: int) -> list[Sequenc
 
 def report_scores(sequences: list[Sequence], names: list[str], scores: dict, unscored: dict[str, str],
                   failed: dict[str, str], present_objects: bool) -> int:
-    """Print the results in the order of val.txt, and return the exit status."""
+    """Print the scores in the order of val.txt, then what is not scored or failed; return the exit status."""
     if scores:
         scores = {name: scores[name] for name in names if name in scores}
         absent = find_absent({s.name: s.mask.ids for s in sequences if s.name in scores})
@@ -250,7 +259,7 @@ def report_scores(sequences: list[Sequence], names: list[str], scores: dict, uns
 
 
 def announce(sequences: list[Sequence], failed: dict[str, str], output_dir: str) -> None:
-    """Say which videos cannot be segmented, and which results will be replaced."""
+    """Print which videos cannot be segmented, and which masks will be replaced."""
     for name, error in failed.items():
         print(f"{name}: {error}", file=sys.stderr)
     replaced = [s.name for s in sequences if (Path(output_dir) / s.name).exists()]
@@ -259,7 +268,7 @@ def announce(sequences: list[Sequence], failed: dict[str, str], output_dir: str)
 
 
 def settings(args: argparse.Namespace) -> dict:
-    """What decides the masks: the options, and which weights the file holds."""
+    """Everything that determines the masks: the options, and the size and time of the checkpoint."""
     irrelevant = ("no_score", "present_objects", "output_dir", "bs")
     weights = Path(args.pretrained_weights)
     file = [weights.stat().st_size, weights.stat().st_mtime_ns] if args.pretrained_weights and weights.exists() else []
@@ -267,22 +276,25 @@ def settings(args: argparse.Namespace) -> dict:
 
 
 def make_extractor(args: argparse.Namespace, launch: Launch) -> PatchFeatures:
-    """The backbone of the options on this process's device; rank 0 prints what was loaded."""
-    # an Apple GPU only if asked for, as it is untested; more processes than GPUs share them
+    """Load the backbone to this process's device; rank 0 prints what was loaded."""
+    # auto never selects an Apple GPU, which is untested; processes share GPUs if there are more of them
     name = "cpu" if args.device == "auto" and not torch.cuda.is_available() else args.device
     device = pick_device(name, launch.local_rank % max(torch.cuda.device_count(), 1))
     if device.type == "cpu":
         keep_freed_memory()
     torch.manual_seed(args.seed)
     with contextlib.redirect_stdout(sys.stdout if launch.rank == 0 else None):
-        model = load_any_backbone(args.arch, args.pretrained_weights, args.checkpoint_key, args.patch_size,
-                                  args.random_weights).to(device)
+        model = load_backbone(args.pretrained_weights, args.checkpoint_key, args.arch, args.patch_size,
+                              args.random_weights).to(device)
     check_layer(model, args.layer)
     return PatchFeatures(model, device, choose_dtype(args.precision, device), args.bs, args.layer)
 
 
 def main(args: argparse.Namespace) -> int:
-    """Exit status: 0, or 1 if a sequence failed. Without one that can be segmented, no backbone is loaded.
+    """Segment and score the videos. If none can be segmented, no backbone is loaded.
+
+    Returns:
+        The exit status: 0, or 1 if a video failed.
 
     Raises:
         ConfigError: an option, the list of sequences or the checkpoint cannot be used.
@@ -292,7 +304,7 @@ def main(args: argparse.Namespace) -> int:
     check_options(args)
     names = davis_data.read_set(args.data_path)
     sequences, failed = find_sequences(args.data_path, args.output_dir, args.allow_gaps)
-    if not sequences:  # every process finds the same
+    if not sequences:  # the same in every process
         return report_scores([], names, {}, {}, failed, args.present_objects) if rank == 0 else 0
     extract = make_extractor(args, launch)
     try:
@@ -303,7 +315,7 @@ def main(args: argparse.Namespace) -> int:
     if rank == 0:
         announce([] if unfinished.continues() else sequences, failed, args.output_dir)
         unfinished.begin()
-    # the processes exchange their scores alone, once, at the end
+    # the processes communicate once, at the end, to gather the scores
     join(launch, "gloo", timeout=timedelta(days=1), option="")
     outcome = evaluate(share(sequences, rank, world_size), extract, args.output_dir, not args.no_score,
                        quiet=rank > 0, unfinished=unfinished, n_last_frames=args.n_last_frames,

@@ -21,7 +21,7 @@ from selfpatch.data.dataset import build_dataset
 from selfpatch.data.files import UnreadableImage
 from selfpatch.data.loader import CropLoader
 from selfpatch.data.sources import prepare
-from selfpatch.distributed.batchnorm import sync_batchnorms
+from selfpatch.distributed.collectives import sync_batchnorms
 from selfpatch.distributed.processes import (
     Processes,
     allow_tf32,
@@ -33,6 +33,8 @@ from selfpatch.distributed.processes import (
     on_main_process,
     together,
 )
+from selfpatch.distributed.rank_watch import RankWatch
+from selfpatch.distributed.stopping import Interruption
 from selfpatch.errors import ArgumentParser, ConfigError, TrainingError, run_main
 from selfpatch.method.fused_loss import FusedDINOLoss
 from selfpatch.method.losses import DINOLoss
@@ -48,19 +50,15 @@ from selfpatch.pretraining.auto_options import (
     compile_mode,
     uses_cuda_graphs,
 )
-from selfpatch.pretraining.engine import (
-    NotFiniteError,
-    train_one_epoch,  # noqa: F401 (likewise)
-)
+from selfpatch.pretraining.engine import NotFiniteError, train_one_epoch  # noqa: F401 (DINO's name)
 from selfpatch.pretraining.flops import flops_per_image, peak_tflops
 from selfpatch.pretraining.initial_weights import read_initial_weights, set_initial_weights
 from selfpatch.pretraining.knn_probe import KnnProbe
 from selfpatch.pretraining.logs import RunLog
-from selfpatch.pretraining.loop import train
-from selfpatch.pretraining.options import check_args, get_args_parser
+from selfpatch.pretraining.loop import TrainingLoop, rare_collection
+from selfpatch.pretraining.options import check_args, get_args_parser, small_grid_warning
 from selfpatch.pretraining.resuming import compare_ranks, fix_random_seeds, plain_args, resume
-from selfpatch.pretraining.run_folder import RunFolder, numbered
-from selfpatch.pretraining.step_log import StepLog
+from selfpatch.pretraining.run_folder import RunFolder
 from selfpatch.pretraining.trackers import Trackers, chosen_trackers
 
 
@@ -87,7 +85,7 @@ def build_probe(args: argparse.Namespace, processes: Processes) -> KnnProbe | No
     if not args.knn_data:
         return None
     return KnnProbe(args.knn_data, args.global_crops_size, args.batch_size_per_gpu, args.num_workers, processes.device,
-                    choose_precision(args.precision, args.use_fp16, processes.device))
+                    choose_precision(args.precision, args.use_fp16, processes.device), args.knn_every)
 
 
 def share_gradients(student: nn.Module, device: torch.device, reduce_dtype: str = "fp32") -> DistributedDataParallel:
@@ -103,10 +101,10 @@ def build_run(args: argparse.Namespace, processes: Processes, steps_per_epoch: i
               loss_class: type[DINOLoss] = FusedDINOLoss) -> TrainingRun:
     """Networks, loss, optimiser and schedules of the options, at step 0, on the device."""
     device, distributed = processes.device, processes.world_size > 1
-    networks = build_networks(args.arch, args.patch_size, args.out_dim, args.out_dim_selfpatch, args.k_num,
-                              args.norm_last_layer, args.use_bn_in_head, args.drop_path_rate,
-                              use_patches=args.patch_loss_weight > 0, head_hidden_dim=args.head_hidden_dim,
-                              pack_crops=choose_packing(args.pack_crops, device))
+    networks = build_networks(args.arch, args.patch_size, args.out_dim, args.out_dim_selfpatch, args.drop_path_rate,
+                              args.norm_last_layer, k_num=args.k_num, use_patches=args.patch_loss_weight > 0,
+                              pack_crops=choose_packing(args.pack_crops, device), use_bn=args.use_bn_in_head,
+                              hidden_dim=args.head_hidden_dim)
     if distributed and args.use_bn_in_head:
         networks = [sync_batchnorms(network, device) for network in networks]
     student, teacher = (network.to(device) for network in networks)
@@ -126,7 +124,7 @@ def build_run(args: argparse.Namespace, processes: Processes, steps_per_epoch: i
         student = share_gradients(student, device, args.reduce_dtype)
     schedules = build_schedules(args.epochs, steps_per_epoch,
                                 args.lr * images_per_step(args, processes.world_size) / 256, args.min_lr,
-                                args.warmup_epochs, args.weight_decay, args.weight_decay_end, args.momentum_teacher)
+                                args.warmup_epochs, (args.weight_decay, args.weight_decay_end), args.momentum_teacher)
     return TrainingRun(student, teacher, dino_loss, optimizer, schedules,
                        choose_precision(args.precision, args.use_fp16, device), args.clip_grad,
                        args.freeze_last_layer, args.accum_steps, args.freeze_backbone_epochs,
@@ -136,12 +134,11 @@ def build_run(args: argparse.Namespace, processes: Processes, steps_per_epoch: i
 def pretrain(args: argparse.Namespace, loss_class: type[DINOLoss] | None = None) -> None:
     """Set up, resume, train, save."""
     check_args(args)
-    loss_class = choose_loss(args.fused_loss, loss_class)
-    processes = init_distributed_mode(args.device, args.local_rank, args.port, args.dist_url,
-                                      timedelta(minutes=args.dist_timeout))
+    loss_class, timeout = choose_loss(args.fused_loss, loss_class), timedelta(minutes=args.dist_timeout)
+    processes = init_distributed_mode(args.device, args.local_rank, args.port, args.dist_url, timeout)
     compiled = choose_compile(args.compile, processes.device)
     allow_tf32(args.precision == "tf32")
-    folder = RunFolder(args.output_dir)
+    folder = RunFolder(args.output_dir, args.saveckp_freq)
     continues = on_main_process(folder.has_run)
     # before the images are listed, which can take minutes
     weights = together(lambda: read_initial_weights(args.init_weights, args.arch, args.patch_size)
@@ -149,7 +146,7 @@ def pretrain(args: argparse.Namespace, loss_class: type[DINOLoss] | None = None)
     on_main_process(lambda: prepare(args.data_path))
     loader = together(lambda: build_loader(args, processes, compiled))
     probe = together(lambda: build_probe(args, processes))
-    saved_args = plain_args(args, processes.world_size, loader.dataset)
+    saved_args = plain_args(vars(args), processes.world_size, loader.dataset)
     together(lambda: compare_ranks(saved_args))
     fix_random_seeds(args.seed)
     torch.backends.cudnn.benchmark = True
@@ -157,55 +154,54 @@ def pretrain(args: argparse.Namespace, loss_class: type[DINOLoss] | None = None)
         keep_freed_memory()
     run = build_run(args, processes, len(loader) // args.accum_steps, compiled, loss_class)
     on_main_process(folder.lock)
-    steps = None
+    log = None
     try:
-        saved_log, within = begin(run, loader, folder, weights, args, processes)
-        weights = None  # which the optimiser's state needs the memory of
+        older_log, within = begin(run, folder, weights, saved_args)
+        weights = None  # free memory for the optimiser's state
         if is_main_process():
             print(start_line(args, processes, loader, run, compiled), flush=True)
-        log = together(lambda: RunLog(folder.path, **saved_log) if is_main_process() else None)
-        steps = together(lambda: open_step_log(run, loader, log, saved_args, args, processes) if log else None)
-        train(run, loader, folder, log, steps, saved_args, args, processes, within, probe)
+        log = together(lambda: open_log(args, folder, run, loader, saved_args, older_log) if is_main_process()
+                       else None)
+        with rare_collection(), Interruption(args.save_every_minutes, timeout) as interruption, \
+                RankWatch(processes.rank, processes.world_size, timeout, args.dist_url):
+            loop = TrainingLoop(run, loader, folder, log, saved_args, interruption, args.save_every_steps)
+            loop.train(within, args.seed, processes, args.log_every, probe)
     except NotFiniteError as error:
-        raise TrainingError(f"{error}{folder.keep_for_a_look(run.state_dict())}") from None
+        raise TrainingError(f"{error}{folder.keep_for_inspection(run.state_dict())}") from None
     finally:
-        if steps:
-            steps.trackers.close()
+        if log:
+            log.trackers.close()
         loader.close()
         folder.unlock()
 
 
-def begin(run: TrainingRun, loader: CropLoader, folder: RunFolder, weights: tuple | None, args: argparse.Namespace,
-          processes: Processes) -> tuple[dict, dict]:
-    """Continue from the folder's checkpoint, or begin with the weights of --init_weights; what resume returns."""
+def begin(run: TrainingRun, folder: RunFolder, weights: tuple | None,
+          saved_args: dict) -> tuple[list[int] | None, dict]:
+    """Continue from the folder's checkpoint, or begin with the weights of --init_weights; returns what resume does."""
     path = on_main_process(folder.find)
-    saved_log, within = together(lambda: resume(run, loader, folder, path, args, processes))
+    older_log, within = together(lambda: resume(run, folder, path, saved_args))
     if weights and path is None:
         line = together(lambda: set_initial_weights(run.student_module, run.teacher, *weights))
         if is_main_process():
             print(line)
-    copy = numbered(run.epoch - 1, args.saveckp_freq)
-    if path == folder.last and copy is not None and not within:
-        on_main_process(lambda: folder.copy_if_missing(copy))  # killed before it was written
-    return saved_log, within
+    if path == folder.last and not within:
+        on_main_process(lambda: folder.copy_if_missing(run.epoch - 1))
+    return older_log, within
 
 
-def open_step_log(run: TrainingRun, loader: CropLoader, log: RunLog, saved_args: dict, args: argparse.Namespace,
-                  processes: Processes) -> StepLog:
-    """steps.jsonl beside log.txt, and the trackers of --log_with."""
-    output = log.path.parent
-    flops = flops_per_image(run.student_module.backbone, args.local_crops_number, args.global_crops_size,
-                            args.local_crops_size, args.out_dim, args.out_dim_selfpatch, args.patch_loss_weight > 0,
-                            args.head_hidden_dim)
-    half = run.dtype != torch.float32
-    peak = (args.peak_tflops or half * peak_tflops(processes.device)) * 1e12 * processes.world_size
-    return StepLog(output, run, loader, images_per_step(args, processes.world_size),
-                   Trackers(chosen_trackers(args), output, saved_args, run.epoch, run.step),
-                   mfu_per_rate=flops / peak if peak else None, keep_older=bool(log.older))
+def open_log(args: argparse.Namespace, folder: RunFolder, run: TrainingRun, loader: CropLoader, saved_args: dict,
+             older_log: list[int] | None) -> RunLog:
+    """log.txt, steps.jsonl and the trackers of --log_with."""
+    sizes = [args.global_crops_size] * 2 + [args.local_crops_size] * args.local_crops_number
+    half, world_size = run.dtype != torch.float32, saved_args["world_size"]
+    peak = (args.peak_tflops or half * peak_tflops(run.device)) * 1e12 * world_size
+    trackers = Trackers(chosen_trackers(args.log_with, args.tensorboard), folder.path, saved_args, run.epoch, run.step)
+    return RunLog(folder.path, run, loader, images_per_step(args, world_size), older_log, trackers,
+                  flops_per_image(run.student_module, sizes) / peak if peak else None)
 
 
 def is_out_of_shared_memory(error: RuntimeError | OSError) -> bool:
-    """Whether the data workers found no room in /dev/shm, where their batches and semaphores lie."""
+    """Whether the data workers found no room in /dev/shm, which holds their batches and semaphores."""
     if isinstance(error, OSError):
         return error.errno == errno.ENOSPC and error.filename is None
     return any(words in str(error) for words in (
@@ -213,15 +209,15 @@ def is_out_of_shared_memory(error: RuntimeError | OSError) -> bool:
 
 
 def train_dino(args: argparse.Namespace, loss_class: type[DINOLoss] | None = None) -> None:
-    """The whole job.
+    """Run the whole job.
 
     Args:
-        args: what get_args_parser gives.
-        loss_class: a subclass of DINOLoss to train with, in place of --fused_loss.
+        args: from get_args_parser; a Namespace made by hand is checked, too.
+        loss_class: a subclass of DINOLoss to train with, instead of --fused_loss.
 
     Raises:
         ConfigError: options, data or machine do not fit together.
-        TrainingError: an image cannot be read, a loss was not finite, disk or shared memory is full, or another
+        TrainingError: an image cannot be read, a loss is not finite, the disk or shared memory is full, or another
             process is gone.
         RunStopped: a signal asked the run to end, and it has saved.
     """
@@ -258,11 +254,17 @@ def start_line(args: argparse.Namespace, processes: Processes, loader: CropLoade
                if run.step % run.steps_per_epoch else
                f"resuming after epoch {run.epoch - 1}" if run.epoch else
                f"starting from {args.init_weights or 'scratch'}")
-            + (f"\n{images.unread_summary()}" if images.unread_summary() else ""))
+            + "".join(f"\n{note}" for note in (images.unread_summary(), grid_note(args)) if note))
+
+
+def grid_note(args: argparse.Namespace) -> str:
+    sizes = {"global_crops_size": args.global_crops_size} | (
+        {"local_crops_size": args.local_crops_size} if args.local_crops_number else {})
+    return small_grid_warning(sizes, args.patch_size) if args.patch_loss_weight else ""
 
 
 def main(loss_class: type[DINOLoss] | None = None) -> None:
-    """The command line, for a script with a loss of its own too: run_main(main, MyLoss)."""
+    """The command line; for a script with its own loss, too: run_main(main, MyLoss)."""
     parser = ArgumentParser(description=__doc__.split("\n\n")[0], parents=[get_args_parser()],
                             formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     train_dino(parser.parse_args(), loss_class)

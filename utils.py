@@ -1,4 +1,4 @@
-"""Helpers under DINO's names; most are defined in modules by subject."""
+"""Helpers under DINO's names, for code outside this project: nothing in it imports them from here."""
 from pathlib import Path
 
 from selfpatch.checkpoints.files import CheckpointError, read_checkpoint, write_checkpoint
@@ -18,7 +18,7 @@ def save_on_master(state: dict, path: str | Path) -> None:
 
 
 def restart_from_checkpoint(path: str | Path, run) -> bool:
-    """Load the checkpoint at path into run, an object with load_state_dict; False where there is no such file.
+    """Load the checkpoint at path into run, an object with load_state_dict; False if there is no such file.
 
     Raises:
         ConfigError: the file is damaged or does not fit; the message names it.

@@ -1,4 +1,4 @@
-"""The names that users of DINO and SelfPatch import from here, for pickles too; the code is in selfpatch/method/."""
+"""The names that users of DINO and SelfPatch import from here, also in pickles; the code is in selfpatch/method/."""
 from selfpatch.method.vision_transformer import (  # noqa: F401
     ARCHS,
     DINOHead,

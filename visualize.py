@@ -28,18 +28,11 @@ from PIL import Image
 from torchvision.transforms.v2.functional import pil_to_tensor
 from tqdm import tqdm
 
-from selfpatch.checkpoints.backbones import (
-    Backbone,
-    TimmBackbone,
-    check_layer,
-    image_statistics,
-    load_any_with_info,
-    normalise,
-)
+from selfpatch.checkpoints.backbones import Backbone, TimmBackbone, check_layer, image_statistics
 from selfpatch.checkpoints.files import CheckpointError
-from selfpatch.checkpoints.loading import CheckpointInfo, build_head
-from selfpatch.data.augmentations import IMAGENET_MEAN, IMAGENET_STD
+from selfpatch.checkpoints.loading import CheckpointInfo, build_head, load_with_info
 from selfpatch.data.files import load_rgb, open_image, orientation
+from selfpatch.data.normalisation import IMAGENET_MEAN, IMAGENET_STD, normalise
 from selfpatch.errors import ArgumentParser, ConfigError, run_main
 from selfpatch.evaluation.model_options import add_model_options
 from selfpatch.evaluation.tables import check_output, check_png, tell_apart
@@ -120,8 +113,7 @@ def to_tensor(image: Image.Image, statistics: tuple = (IMAGENET_MEAN, IMAGENET_S
 
 def load(args: argparse.Namespace) -> tuple[Backbone, CheckpointInfo | None]:
     torch.manual_seed(0)  # the same random network every time
-    return load_any_with_info(args.arch, args.pretrained_weights, args.checkpoint_key, args.patch_size,
-                              args.random_weights)
+    return load_with_info(args.pretrained_weights, args.checkpoint_key, args.arch, args.patch_size, args.random_weights)
 
 
 def load_with_images(args: argparse.Namespace, paths: list[str]) -> tuple[Backbone, CheckpointInfo | None,

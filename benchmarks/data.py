@@ -33,8 +33,7 @@ from pictures import make_images
 from selfpatch.data.augmentations import DataAugmentationDINO
 from selfpatch.data.dataset import build_dataset
 from selfpatch.data.device_augmentations import DeviceAugmentation, RandomCrops
-from selfpatch.data.files import is_image_name, load_rgb, load_uint8, read_bytes, walk
-from selfpatch.data.jpeg_decoders import installed_decoders
+from selfpatch.data.files import installed_decoders, is_image_name, load_rgb, load_uint8, read_bytes, walk
 from selfpatch.data.loader import CropLoader
 from selfpatch.distributed.processes import pick_device
 from selfpatch.errors import ConfigError, run_main

@@ -1,14 +1,14 @@
-"""Seconds per frame of DAVIS evaluation, stage by stage, beside the plain way of doing the same.
+"""Seconds per frame of DAVIS evaluation, by stage, beside a plain implementation.
 
     python benchmarks/davis.py                                         # ViT-S/16, 50 frames of 854×480
     python benchmarks/davis.py --device cuda --precision bf16 --patch_size 8 --no_plain
     python benchmarks/davis.py --data_path /path/to/DAVIS --sequence blackswan --pretrained_weights checkpoint.pth
 
-The plain way takes one frame at a time, forms each block's attention weights whole as the published backbone does,
-fills the window mask in loops, holds the affinity of all patches with all context patches and sets what is not among
-the topk to zero there, and scores with whole-frame formulas. Without --data_path the clip is made here: textured
-objects on a moving texture. Propagation is the one stage whose time the features matter for: the fewer directions they
-lie in, the fewer patches are compared.
+The plain implementation takes one frame at a time, computes each block's attention matrix explicitly as the published
+backbone does, fills the window mask in loops, computes the affinity of all patches with all context patches before it
+zeroes all but the topk, and scores with whole-frame formulas. Without --data_path a clip is drawn: textured objects on
+a moving texture. Only the time of propagation depends on the features: the fewer directions they span, the fewer
+patches are compared.
 """
 import argparse
 import copy
@@ -46,7 +46,7 @@ OBJECTS = ((200, 150, 6, 2, 90), (620, 300, -5, -1, 110), (420, 380, 2, -3, 40))
 # ---------------------------------------------------------------- a clip
 
 def make_clip(folder: Path, frames: int) -> davis_data.Sequence:
-    """A DAVIS folder with one sequence: three textured ellipses drifting over a panning texture."""
+    """Write a DAVIS folder with one sequence: three textured ellipses drifting over a panning texture."""
     rng = np.random.RandomState(0)
     textures = [cv2.resize(rng.randint(0, 256, (40, 60, 3), np.uint8), (2 * WIDTH, 2 * HEIGHT),
                            interpolation=cv2.INTER_CUBIC) for _ in range(4)]
@@ -74,7 +74,7 @@ def find_clip(args: argparse.Namespace) -> davis_data.Sequence:
     return replace(sequence, frames=sequence.frames[:args.frames])
 
 
-# ---------------------------------------------------------------- the plain way
+# ---------------------------------------------------------------- plain implementation
 
 def plain_window(height: int, width: int, radius: int) -> torch.Tensor:
     window = torch.zeros(height, width, height, width)
@@ -87,7 +87,7 @@ def plain_window(height: int, width: int, radius: int) -> torch.Tensor:
 
 
 def plain_propagation(features: torch.Tensor, labels: torch.Tensor, n_last: int, radius: int, topk: int) -> list:
-    """Raw features [T, h, w, D], first labels [C, h, w] -> soft labels [C, h, w] of the later frames."""
+    """Raw features [T, h, w, D], first labels [C, h, w] -> soft labels [C, h, w] of each later frame."""
     height, width = features.shape[1:3]
     window = plain_window(height, width, radius).to(features.device)
     features, done = features.flatten(1, 2).transpose(1, 2).contiguous(), [labels.flatten(1)]  # [T, D, N]
@@ -147,7 +147,7 @@ def plain_scores(annotations: np.ndarray, results: np.ndarray) -> tuple[np.ndarr
 # ---------------------------------------------------------------- timing
 
 class Clock:
-    """Seconds by stage; the device's queue is emptied before each reading."""
+    """Measures seconds by stage, waiting for the device before each reading."""
 
     def __init__(self, device: torch.device):
         self.device, self.seconds = device, {}
@@ -198,7 +198,7 @@ def time_plain(sequence, extract, args, folder: Path) -> tuple[dict, np.ndarray]
                  args.size_mask_neighborhood, args.topk)
     masks = clock("masks", lambda: [plain_mask(s, model.patch_size) for s in soft])
     clock("writing", lambda: [davis_data.imwrite_indexed(folder / f"{i}.png", m) for i, m in enumerate(masks)])
-    clock.seconds["end to end"] = sum(clock.seconds.values())  # one thing after another
+    clock.seconds["end to end"] = sum(clock.seconds.values())  # the stages run in sequence
     masks, annotations = np.stack([annotation, *masks]), davis_data.read_masks(sequence.annotations())
     clock("scoring", plain_scores, annotations, masks)
     return clock.seconds, masks
@@ -208,7 +208,7 @@ def main(args: argparse.Namespace) -> None:
     device = pick_device(args.device)
     dtype = choose_dtype(args.precision, device)
     if device.type == "cpu":
-        keep_freed_memory()  # as the job does; it holds for both ways
+        keep_freed_memory()  # as the job does; both implementations benefit
     torch.manual_seed(0)
     model = load_backbone(args.pretrained_weights, arch=args.arch, patch_size=args.patch_size,
                           random_weights=not args.pretrained_weights).to(device)

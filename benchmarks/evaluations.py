@@ -24,10 +24,10 @@ from torch.utils.data import DataLoader, Dataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from selfpatch.checkpoints.backbones import normalise
+from selfpatch.data.normalisation import normalise
 from selfpatch.distributed.processes import keep_freed_memory, pick_device
 from selfpatch.errors import ArgumentParser, ConfigError, run_main, user_path
-from selfpatch.evaluation.image_features import ImageFeature, extract, open_images, share_loader
+from selfpatch.evaluation.image_features import ImageFeature, extract, open_labelled, share_loader
 from selfpatch.evaluation.knn import bank_dtype, neighbours
 from selfpatch.evaluation.tables import check_output, format_table, write_json
 from selfpatch.method.vision_transformer import ARCHS
@@ -103,7 +103,7 @@ def measure_extraction(args: argparse.Namespace, device: torch.device) -> dict[s
     rates = {f"{name}_images_per_second": args.images / seconds for name, seconds in times.items()}
     rates["share"] = times["backbone"] / times["ours"]
     if args.data_path:
-        images = open_images(args.data_path, "--data_path")
+        images = open_labelled(args.data_path, "--data_path")
         images = images.subset(list(range(min(args.images, len(images)))))
         jpegs = share_loader(images, args.batch_size, args.workers, device.type == "cuda")
         seconds = seconds_of(lambda: extract(feature, jpegs, feature.dim, device), device)

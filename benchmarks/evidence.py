@@ -43,7 +43,7 @@ def write_untrained(words: list[str], output: Path) -> None:
     fix_random_seeds(options.seed)
     run = build_run(options, Processes(), steps_per_epoch=1)
     output.mkdir(parents=True, exist_ok=True)
-    write_checkpoint({"teacher": run.teacher.state_dict(), "epoch": 0, "args": plain_args(options, 1)},
+    write_checkpoint({"teacher": run.teacher.state_dict(), "epoch": 0, "args": plain_args(vars(options), 1)},
                      output / "checkpoint.pth")
 
 

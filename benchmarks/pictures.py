@@ -1,4 +1,4 @@
-"""JPEGs for timing where no data set is at hand."""
+"""JPEGs for timing without a dataset."""
 from pathlib import Path
 
 import numpy as np
@@ -6,7 +6,7 @@ from PIL import Image
 
 
 def make_images(folder: Path, count: int = 64, size: tuple[int, int] = (500, 375)) -> None:
-    """JPEGs with what photographs have: large slopes of brightness, texture of every scale, hard edges."""
+    """Write JPEGs that resemble photographs: gradients, texture of every scale, hard edges."""
     rng, (width, height) = np.random.default_rng(0), size
     (folder / "made").mkdir()
     for i in range(count):

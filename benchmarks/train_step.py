@@ -28,6 +28,7 @@ from selfpatch.distributed.processes import init_distributed_mode, keep_freed_me
 from selfpatch.errors import TrainingError, run_main
 from selfpatch.method.fused_loss import FusedDINOLoss
 from selfpatch.method.optim import get_params_groups
+from selfpatch.method.training_run import build_networks
 from selfpatch.method.vision_transformer import ARCHS, RECOMPUTED
 from selfpatch.pretraining import engine
 from selfpatch.pretraining.auto_options import COMPILE_WAYS
@@ -208,8 +209,9 @@ def measure(args: argparse.Namespace) -> dict[str, dict]:
         for name, ask in ways.items():
             time.sleep(0.3)  # the other way's threads spin for a while after their work
             seconds[name].append(ask("step"))
-    backbone = ARCHS[args.arch](args.patch_size)
-    flops = flops_per_image(backbone, args.local_crops_number, GLOBAL, LOCAL)
+    with torch.device("meta"):
+        network, _ = build_networks(args.arch, args.patch_size)
+    flops = flops_per_image(network, [GLOBAL] * 2 + [LOCAL] * args.local_crops_number)
     for name, ask in ways.items():
         memory, median = ask("peak_memory"), statistics.median(seconds[name])
         rate = ask("matrix_rate")

@@ -17,6 +17,8 @@ from selfpatch.errors import ConfigError
 from selfpatch.method.vision_transformer import VisionTransformer
 from selfpatch.openmmlab.jobs import load_pretrained
 
+KEEP_GRID = True  # of the position embedding, which forward interpolates for every image
+
 
 def upsample(dim: int) -> nn.ConvTranspose2d:
     """Transposed convolution from [B, dim, H, W] to [B, dim, 2H, 2W]."""
@@ -25,19 +27,19 @@ def upsample(dim: int) -> nn.ConvTranspose2d:
 
 @MODELS.register_module()
 class ViTPyramid(VisionTransformer):
-    """Vision Transformer whose intermediate features are resampled by fpn1 to fpn4, as input of mmdet's FPN.
+    """Vision Transformer for mmdet's FPN: fpn1 to fpn4 resample the features of four blocks to four strides.
 
     Args:
-        img_size: side in pixels of the images that the position embedding is made for; it is interpolated for every
-            input as in pretraining, by a scale factor with 0.1 added.
+        img_size: side in pixels of the images of the position embedding. For each input it is interpolated as in
+            pretraining, by a scale factor with 0.1 added.
         patch_size: 16 or 8.
-        out_indices: blocks (from 0) whose outputs become the maps at strides 4, 8, 16 and 32.
-        norm_cfg: the norm layer in fpn1, between its two convolutions.
+        out_indices: blocks (from 0) that give the maps at strides 4, 8, 16 and 32.
+        norm_cfg: norm layer between the two convolutions of fpn1; default: SyncBN.
         init_cfg: dict(type='Pretrained', checkpoint=…), which --pretrained sets.
         kwargs: further arguments of VisionTransformer: embed_dim, num_heads, drop_path_rate, class_token (for DINO).
 
     Raises:
-        ConfigError: another patch size.
+        ConfigError: the patch size is neither 16 nor 8.
     """
 
     def __init__(self, img_size: int = 224, patch_size: int = 16, out_indices: Sequence[int] = (3, 5, 7, 11),
@@ -79,9 +81,14 @@ def check_channels(cfg: Config) -> None:
             f"--cfg-options 'model.neck.in_channels={str([dim] * 4).replace(' ', '')}'")
 
 
+def show_predictions(cfg: Config, folder: str) -> None:
+    """Have every test image drawn into a folder, annotations on the left, predictions on the right."""
+    cfg.default_hooks.visualization.update(draw=True, test_out_dir=folder)
+
+
 @HOOKS.register_module()
 class CategoriesHook(Hook):
-    """Raise ConfigError if a COCO file does not list all classes, since mmdet would silently shift the labels."""
+    """Raise ConfigError unless a COCO file lists all classes; mmdet would silently shift the labels."""
 
     def _check(self, dataset: Dataset) -> None:
         while hasattr(dataset, "dataset"):  # unwrap RepeatDataset and similar
@@ -93,7 +100,7 @@ class CategoriesHook(Hook):
 
     def before_train(self, runner: Runner) -> None:
         self._check(runner.train_dataloader.dataset)
-        if runner.val_loop is not None:  # report it now rather than after an epoch
+        if runner.val_loop is not None:  # now rather than after an epoch
             self._check(runner.val_dataloader.dataset)
 
     def before_val(self, runner: Runner) -> None:

@@ -10,17 +10,8 @@ from selfpatch.errors import run_main
 
 
 def main() -> None:
-    # imported here so that missing packages are reported in one line
-    from selfpatch.openmmlab import jobs as openmmlab
-    # isort: split
-    from detection.backbone import check_channels
-    from selfpatch.openmmlab.config import config_from_args, get_train_parser
-
-    args = get_train_parser(__doc__.split("\n\n")[0]).parse_args()
-    cfg = config_from_args(args)
-    check_channels(cfg)
-    openmmlab.train(cfg, args.pretrained, args.checkpoint_key, args.random_weights, args.resume, args.amp,
-                    keep_grid=True)
+    from selfpatch.openmmlab.jobs import run_job  # here, so that missing packages are reported in one line
+    run_job("train", "detection.backbone", __doc__.split("\n\n")[0])
 
 
 if __name__ == "__main__":

@@ -17,14 +17,13 @@ from selfpatch.method.vision_transformer import VisionTransformer
 from selfpatch.openmmlab.jobs import load_pretrained
 
 ADE20K_CLASSES = 150
+KEEP_GRID = False  # of the position embedding, which is resized once to the training crops
 
 
 def resize_pos_embed(pos_embed: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """Interpolate a position embedding to another grid of patches.
+    """Interpolate a position embedding [1, N·N, D] to another grid of (rows, columns): [1, rows·columns, D].
 
-    Args:
-        pos_embed: [1, N·N, D], or [1, 1 + N·N, D] with a class token, whose embedding is kept.
-        grid: rows and columns of the result.
+    With a class token, both have one more row in front, which stays as it is.
     """
     side = int(pos_embed.shape[1] ** 0.5)
     cls, pos = pos_embed[:, :pos_embed.shape[1] - side * side], pos_embed[:, -side * side:]
@@ -35,13 +34,14 @@ def resize_pos_embed(pos_embed: torch.Tensor, grid: tuple[int, int]) -> torch.Te
 
 @MODELS.register_module()
 class SelfPatchViT(VisionTransformer):
-    """Vision Transformer that returns the feature maps of several blocks, for mmseg.
+    """Vision Transformer for mmseg, returning the feature maps of several blocks.
 
-    It loads state dicts with this project's names or those of mmseg's VisionTransformer, as in released segmenters.
+    Loads state dicts under this project's names, and under those of mmseg's VisionTransformer, as released segmenters
+    have them.
 
     Args:
-        img_size: side in pixels of the training crops, which the position embedding is made for.
-        out_indices: blocks (from 0) whose outputs are returned.
+        img_size: side in pixels of the training crops, the size of the position embedding.
+        out_indices: blocks (from 0) to return the outputs of.
         init_cfg: dict(type='Pretrained', checkpoint=…), which --pretrained sets.
         kwargs: further arguments of VisionTransformer: patch_size, embed_dim, num_heads, drop_path_rate, class_token
             (for DINO).
@@ -55,7 +55,7 @@ class SelfPatchViT(VisionTransformer):
         self.register_load_state_dict_pre_hook(convert_mmseg_names)
 
     def init_weights(self) -> None:
-        """Load the checkpoint of init_cfg, if any, and resize its position embedding once; called by mmengine."""
+        """Load the checkpoint of init_cfg, if any, with its position embedding resized; called by mmengine."""
         if self.init_cfg is not None:
             load_pretrained(self, self.init_cfg, self._resize_pos_embed)
 
@@ -63,7 +63,7 @@ class SelfPatchViT(VisionTransformer):
         return state | {"pos_embed": resize_pos_embed(state["pos_embed"], self.grid)}
 
     def interpolate_pos_encoding(self, grid: tuple[int, int]) -> torch.Tensor:
-        """As in pretraining, but interpolated to a size, as in mmseg, rather than by a scale factor with 0.1 added."""
+        """Interpolate to a size, as mmseg does; pretraining interpolates by a scale factor with 0.1 added."""
         pos = self.pos_embed if grid == self.grid else resize_pos_embed(self.pos_embed, grid)
         return pos[:, -grid[0] * grid[1]:]
 
@@ -76,7 +76,7 @@ class SelfPatchViT(VisionTransformer):
 
 
 def convert_mmseg_names(module: torch.nn.Module, state_dict: dict, prefix: str, *_) -> None:
-    """load_state_dict pre-hook that renames mmseg's keys under prefix to this project's, in place."""
+    """Rename mmseg's keys under prefix to this project's, in place: a pre-hook of load_state_dict."""
     backbone = {name: tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
     if any(name.startswith(f"{prefix}layers.") for name in backbone):
         for name in backbone:
@@ -98,10 +98,16 @@ def check_channels(cfg: Config) -> None:
                               "--cfg-options")
 
 
-class AnnotationError(ConfigError):
-    """An annotation that cannot be used for training; the message is one line for the user.
+def show_predictions(cfg: Config, folder: str) -> None:
+    """Have every test image drawn into a folder (mmseg's default: each 50th), annotation left, prediction right."""
+    cfg.default_hooks.visualization.update(draw=True, interval=1)
+    cfg.visualizer.vis_backends = [{"type": "LocalVisBackend", "img_save_dir": folder}]
 
-    A DataLoader re-raises the error of a worker with the worker's traceback as its message; only the line is kept.
+
+class AnnotationError(ConfigError):
+    """An annotation that training cannot use; the message is one line for the user.
+
+    A DataLoader re-raises a worker's error with the worker's traceback as its message, of which the last line is kept.
     """
 
     def __init__(self, message: str):
@@ -110,11 +116,11 @@ class AnnotationError(ConfigError):
 
 @TRANSFORMS.register_module()
 class LoadADEAnnotations(LoadAnnotations):
-    """mmseg's LoadAnnotations, with checks for files that would give wrong labels or make the loss fail.
+    """mmseg's LoadAnnotations, refusing files that would give wrong labels or make the loss fail.
 
     Raises:
-        AnnotationError: not an 8-bit image of the photograph's size, a lossy one, or one with ids above 150 (255, like
-            0, is ignored).
+        AnnotationError: the file cannot be read, is lossy, is not an 8-bit image of the photograph's size, or has ids
+            above 150 other than 255 (which is ignored, as 0 is).
     """
 
     def _load_seg_map(self, results: dict) -> None:

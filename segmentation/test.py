@@ -2,7 +2,6 @@
 
     python segmentation/test.py segmentation/configs/semantic-fpn_vit-small-16_40k_ade20k.py model.pth --show-dir drawn
 """
-import os
 import sys
 from pathlib import Path
 
@@ -11,19 +10,8 @@ from selfpatch.errors import run_main
 
 
 def main() -> None:
-    # imported here so that missing packages are reported in one line
-    from selfpatch.openmmlab import jobs as openmmlab
-    # isort: split
-    from segmentation.backbone import check_channels
-    from selfpatch.openmmlab.config import config_from_args, get_test_parser
-
-    args = get_test_parser(__doc__.split("\n\n")[0]).parse_args()
-    cfg = config_from_args(args)
-    check_channels(cfg)
-    if args.show_dir:  # every image (by default mmseg draws each 50th), annotation on the left, prediction on the right
-        cfg.default_hooks.visualization.update(draw=True, interval=1)
-        cfg.visualizer.vis_backends = [{"type": "LocalVisBackend", "img_save_dir": os.path.abspath(args.show_dir)}]
-    openmmlab.evaluate(cfg, args.checkpoint)
+    from selfpatch.openmmlab.jobs import run_job  # here, so that missing packages are reported in one line
+    run_job("test", "segmentation.backbone", __doc__.split("\n\n")[0])
 
 
 if __name__ == "__main__":

@@ -1,12 +1,10 @@
-"""Small data sets of images with masks or boxes, made here, and the jobs on them."""
+"""Small data sets of images with masks or boxes, made here."""
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from selfpatch.errors import ConfigError, report
-
-COLOURS = ((40, 60, 200), (220, 60, 40), (60, 200, 60))  # of the classes 0, 1, 2
+CLASS_COLOURS = ((40, 60, 200), (220, 60, 40), (60, 200, 60))  # of the classes 0, 1, 2
 UNTRAINED = ("--random_weights", "--arch", "vit_tiny", "--num_workers", 0, "--device", "cpu")
 
 
@@ -16,7 +14,7 @@ def picture(number: int, width: int = 96, height: int = 64) -> tuple[Image.Image
     ids = np.zeros((height, width), np.uint8)
     ids[8:40, 8 + number:40 + number] = 1
     ids[32:56, 56:88] = 2
-    pixels = np.asarray(COLOURS)[ids] + rng.integers(-30, 31, (height, width, 3))
+    pixels = np.asarray(CLASS_COLOURS)[ids] + rng.integers(-30, 31, (height, width, 3))
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8)), ids
 
 
@@ -60,11 +58,3 @@ def make_ade20k(root: Path, count: int = 3) -> Path:
         for i in range(count):
             write_pair(root / "images" / split / f"{i}.jpg", root / "annotations" / split / f"{i}.png", i)
     return root
-
-
-def run_job(job, *options) -> int | None:
-    """Exit status of a job, None for success."""
-    try:
-        return job.main(job.get_args_parser().parse_args([*map(str, options)]))
-    except ConfigError as error:
-        return report(error)

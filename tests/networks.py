@@ -10,9 +10,9 @@ from selfpatch.method.training_run import Schedules, TrainingRun
 from selfpatch.method.vision_transformer import ARCHS, DINOHead, VisionTransformer
 
 
-def small_wrapper(patch_size=8, use_bn=False, drop_path_rate=0.0, use_patches=True):
-    """A MultiCropWrapper 24 wide, 2 deep, of 12 image and 10 patch prototypes, for crops of 32 pixels."""
-    backbone = VisionTransformer(32, patch_size, embed_dim=24, depth=2, num_heads=3, drop_path_rate=drop_path_rate)
+def small_wrapper(patch_size=8, use_bn=False, drop_path_rate=0.0, use_patches=True, depth=2):
+    """A MultiCropWrapper 24 wide, of 12 image and 10 patch prototypes, for crops of 32 pixels."""
+    backbone = VisionTransformer(32, patch_size, embed_dim=24, depth=depth, num_heads=3, drop_path_rate=drop_path_rate)
     heads = (DINOHead(24, out_dim, use_bn, hidden_dim=16, bottleneck_dim=8) for out_dim in (12, 10))
     return MultiCropWrapper(backbone, SelfPatchHead(24, 3), *heads, use_patches)
 

@@ -1,8 +1,7 @@
-"""Shared by the tests of detection/ and segmentation/: the check for packages, tiny datasets, and running scripts."""
+"""Helpers of the tests of detection/ and segmentation/: check for packages, tiny datasets, running scripts."""
 import json
 import os
 import runpy
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -68,7 +67,7 @@ def check_stored_pixels(load: Callable[[dict], dict], folder: Path, tag: int) ->
 
 
 def script_error(capsys: pytest.CaptureFixture, script: str, *options) -> str:
-    """Run a script in this process with options that it must reject; return its only line on stderr.
+    """Run a script in this process with options that it must refuse; return its only line on stderr.
 
     Args:
         script: path relative to the repository's root.
@@ -92,9 +91,3 @@ def start(*words, **environment) -> str:
         env=inherited | {"CUDA_VISIBLE_DEVICES": ""} | {k: str(v) for k, v in environment.items()})
     assert result.returncode == 0, result.stderr + result.stdout
     return result.stdout + result.stderr
-
-
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]

@@ -8,6 +8,7 @@ import davis_metrics
 import eval_video_segmentation
 import main_selfpatch
 import visualize
+from selfpatch.errors import ArgumentParser, number
 
 HOME = os.path.expanduser("~")
 
@@ -25,3 +26,17 @@ def test_tilde_is_the_home_folder(parser, words, options):
     args = parser.get_args_parser().parse_args(words)
     for name in options:
         assert str(getattr(args, name)).startswith(f"{HOME}/"), name
+
+
+@pytest.mark.parametrize("limits, text, says", [
+    ({"kind": int, "least": 1}, "0", "0: give 1 or more"), ({"kind": int}, "1.5", "invalid int value: '1.5'"),
+    ({"kind": float, "above": 0}, "nan", "nan: give more than 0"),
+    ({"kind": float, "above": 0}, "inf", "inf: give more than 0, and finite"),
+    ({"kind": float, "above": -1, "below": 1}, "1", "1: give more than -1 and less than 1")])
+def test_numbers_out_of_range(limits, text, says, capsys):
+    parser = ArgumentParser()
+    parser.add_argument("--x", type=number(**limits))
+    with pytest.raises(SystemExit) as end:
+        parser.parse_args(["--x", text])
+    assert end.value.code == 2 and f"argument --x: {says} (--help" in capsys.readouterr().err
+    assert parser.parse_args(["--x", "0.5" if limits["kind"] is float else "2"]).x in (0.5, 2)

@@ -22,3 +22,8 @@ def test_imports_between_folders_have_no_cycle():
 def test_the_package_imports_nothing_of_the_root():
     roots = {path.stem for path in ROOT.glob("*.py")} | {"detection", "segmentation", "benchmarks", "tests"}
     assert not [(path, name) for path, name in IMPORTS if name.split(".")[0] in roots - {"selfpatch"}]
+
+
+def test_a_folder_has_at_most_a_dozen_modules():
+    folders = [path.parent for path in (ROOT / "selfpatch").rglob("__init__.py")]
+    assert not {folder.name: count for folder in folders if (count := len(list(folder.glob("[!_]*.py")))) > 12}

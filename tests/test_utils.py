@@ -1,5 +1,6 @@
 """Schedules and LARS against the published figures; clipping, freezing, logging, safe files, errors."""
 import os
+import pickle
 import subprocess
 import sys
 
@@ -9,12 +10,39 @@ import torch
 from golden_rules import load, rand
 from torch import nn
 
+import selfpatch_head
 import utils
+import vision_transformer
 from selfpatch.checkpoints.files import CheckpointError
 from selfpatch.errors import ConfigError
 from selfpatch.method.losses import DINOLoss
 from selfpatch.method.optim import update_teacher
 from selfpatch.method.schedules import cosine_schedule
+
+
+def test_names_that_users_of_dino_import():
+    for name in ("cosine_scheduler get_params_groups clip_gradients cancel_gradients_last_layer LARS MetricLogger "
+                 "SmoothedValue bool_flag fix_random_seeds init_distributed_mode get_rank get_world_size "
+                 "is_main_process save_on_master restart_from_checkpoint").split():
+        assert callable(getattr(utils, name))
+    assert vision_transformer.__dict__["vit_small"]().embed_dim == 384
+
+
+@pytest.mark.parametrize("module, build", [
+    (vision_transformer, lambda: vision_transformer.vit_pico()),
+    (vision_transformer, lambda: vision_transformer.DINOHead(8, 4, hidden_dim=8, bottleneck_dim=4)),
+    (selfpatch_head, lambda: selfpatch_head.SelfPatchHead(6, 3))])
+def test_networks_pickled_under_the_names_of_the_root_load(monkeypatch, module, build):
+    """As in a file of torch.save(model), where the pickle names vision_transformer.VisionTransformer."""
+    network = build()
+    with monkeypatch.context() as patch:
+        patch.setattr(type(network), "__module__", module.__name__)
+        data = pickle.dumps(network)
+    assert f"{module.__name__}".encode() in data
+    loaded = pickle.loads(data)
+    assert type(loaded) is type(network)
+    for ours, theirs in zip(loaded.parameters(), network.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_golden_schedules():

@@ -1,17 +1,12 @@
-"""One door to any backbone: this project's, or any plain Vision Transformer that timm builds.
+"""timm's plain Vision Transformers with the interface of this project's backbone, and what jobs ask of either.
 
-    model = load_any_backbone(None, "checkpoint.pth")                               # whatever loading.py reads
-    model = load_any_backbone("timm:vit_small_patch14_dinov2.lvd142m", "dinov2.safetensors")
+    model = build_timm("vit_small_patch14_dinov2.lvd142m")      # untrained; loading.load_backbone adds a file's weights
     class_token, patches, keys = model.features(images, layer=-1, keys=True)
-
-Weights come from local files alone; nothing is downloaded.
 """
 import contextlib
 import difflib
 import io
-import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import timm
 import torch
@@ -20,26 +15,21 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer as TimmViT
 from torch import nn
 
-from selfpatch.checkpoints import layouts
-from selfpatch.checkpoints.files import CheckpointError, read_checkpoint
-from selfpatch.checkpoints.loading import CheckpointInfo, check_state_dict, load_with_info, resolve_path
-from selfpatch.checkpoints.networks import choose_network, collect_tensors, list_networks
-from selfpatch.data.augmentations import IMAGENET_MEAN, IMAGENET_STD
+from selfpatch.data.normalisation import IMAGENET_MEAN, IMAGENET_STD
 from selfpatch.errors import ConfigError
 from selfpatch.method.vision_transformer import Features, VisionTransformer
 
 PREFIX = "timm:"
-UNUSED = ("head.", "fc_norm.", "attn_pool.")  # what timm applies after pooling: no part of the features
 
 
 def project_queries_keys(attn: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Queries and keys [B, heads, N, d] of a timm attention for its input x [B, N, D].
+    """Project the input x [B, N, D] of a timm attention to queries and keys [B, heads, N, d].
 
-    They are after the norms of q and k, where it has these, and before a rotary position embedding.
+    Norms of q and k are applied, if any; a rotary position embedding is not.
     """
     if getattr(attn, "qkv", None) is not None:
         bias = attn.qkv.bias
-        if getattr(attn, "q_bias", None) is not None:  # EVA: none is learnt for k
+        if getattr(attn, "q_bias", None) is not None:  # EVA learns none for k
             bias = torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
         qkv = nn.functional.linear(x, attn.qkv.weight, bias).unflatten(-1, (3, attn.num_heads, -1))
         q, k = qkv.permute(2, 0, 3, 1, 4)[:2]
@@ -52,7 +42,7 @@ def project_queries_keys(attn: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor
 
 
 def rotate(tokens: torch.Tensor, rope: torch.Tensor | None, attn: nn.Module) -> torch.Tensor:
-    """Queries or keys [B, heads, N, d] after the rotary position embedding, which prefix tokens do not get."""
+    """Apply a rotary position embedding to queries or keys [B, heads, N, d], except to prefix tokens."""
     if rope is None:
         return tokens
     half = {"half": True} if getattr(attn, "rotate_half", False) else {}  # older timm knows one layout only
@@ -63,11 +53,11 @@ def rotate(tokens: torch.Tensor, rope: torch.Tensor | None, attn: nn.Module) -> 
 class TimmBackbone(nn.Module):
     """A timm Vision Transformer with the interface of vision_transformer.VisionTransformer.
 
-    Images may have any size: what is left over at the right and bottom of whole patches is not looked at, and positions
-    are timm's own, interpolated or rotary. Class token and registers are not among the patches.
+    Images may have any size: pixels beyond whole patches, at the right and bottom, are ignored, and positions are
+    timm's own, interpolated or rotary. Patch features exclude class token and registers.
 
     Args:
-        network: timm's VisionTransformer or Eva, made with dynamic_img_size.
+        network: timm's VisionTransformer or Eva, built with dynamic_img_size.
     """
 
     def __init__(self, network: nn.Module):
@@ -89,24 +79,21 @@ class TimmBackbone(nn.Module):
         return x.shape[-2] // self.patch_size, x.shape[-1] // self.patch_size
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Images [B, 3, H, W] -> patch features [B, N, D], row by row, as timm's forward_features has them."""
+        """Images [B, 3, H, W] -> patch features [B, N, D] of timm's forward_features, row by row."""
         return self.features(x).patches
 
     def get_intermediate_layers(self, x: torch.Tensor, n: int | Sequence[int] = 1) -> list[torch.Tensor]:
-        """Patch features [B, N, D] of the last n blocks, or of the blocks of the given indices; no final norm."""
+        """Patch features [B, N, D] of the last n blocks or of given block indices, without final norm."""
         depth = len(self.blocks)
         layers = range(max(depth - n, 0), depth) if isinstance(n, int) else n
         return [tokens[:, self.num_prefix_tokens:] for tokens in self._run(x, layers, norm=False)]
 
     def features(self, x: torch.Tensor, layer: int = -1, keys: bool = False) -> Features:
-        """Class token, patches and, on demand, keys of one block; see VisionTransformer.features."""
+        """Class token, patches and optionally keys of one block; see VisionTransformer.features."""
         return self.intermediate_features(x, [layer], keys)[0]
 
     def intermediate_features(self, x: torch.Tensor, layers: Sequence[int], keys: bool = False) -> list[Features]:
-        """features() of several blocks, from one pass.
-
-        Keys are after the norm of k, if there is one, and before a rotary position embedding.
-        """
+        """features() of several blocks in one pass; keys as in project_queries_keys."""
         wanted = [range(len(self.blocks))[layer] for layer in layers]
         found, start = {}, self.num_prefix_tokens
 
@@ -122,10 +109,7 @@ class TimmBackbone(nn.Module):
                 for i, tokens in zip(wanted, outputs, strict=True)]
 
     def queries_and_keys(self, x: torch.Tensor, layer: int = -1) -> tuple[torch.Tensor, torch.Tensor]:
-        """What a block's attention compares, of all tokens, prefix first: [B, heads, N, d] each.
-
-        After a rotary position embedding, where there is one.
-        """
+        """Queries and keys [B, heads, N, d] of all tokens, prefix first, after a rotary position embedding if any."""
         found = []
 
         def keep(attn: nn.Module, inputs: tuple, kwargs: dict) -> None:
@@ -138,7 +122,7 @@ class TimmBackbone(nn.Module):
 
     @contextlib.contextmanager
     def _watch(self, hooks: dict[int, Callable]):
-        """Call hooks[i] with the inputs of block i's attention: timm offers no other way to a rotary embedding."""
+        """Call hooks[i] with the inputs of block i's attention; only they contain the rotary embedding."""
         handles = [self.blocks[i].attn.register_forward_pre_hook(hook, with_kwargs=True) for i, hook in hooks.items()]
         try:
             yield
@@ -147,7 +131,7 @@ class TimmBackbone(nn.Module):
                 handle.remove()
 
     def _run(self, x: torch.Tensor, layers: Sequence[int], norm: bool) -> list[torch.Tensor]:
-        """All tokens [B, prefix + N, D] after the blocks of these numbers, and after the final norm if asked for."""
+        """All tokens [B, prefix + N, D] after the given blocks, with the final norm on request."""
         rows, columns = self.grid_size(x)
         x = x[..., :rows * self.patch_size, :columns * self.patch_size]
         numbers = [range(len(self.blocks))[layer] for layer in layers]
@@ -163,16 +147,14 @@ class TimmBackbone(nn.Module):
 Backbone = VisionTransformer | TimmBackbone
 
 
-# ---------------------------------------------------------------- loading
-
 def build_timm(name: str, **kwargs) -> TimmBackbone:
-    """A timm Vision Transformer by its name (without "timm:"), untrained, in eval mode.
+    """Build an untrained Vision Transformer of timm by its name (without "timm:"), in eval mode.
 
     Args:
         kwargs: further arguments of timm's network, such as depth.
 
     Raises:
-        ConfigError: timm does not know the name, or the network is no plain Vision Transformer.
+        ConfigError: timm does not know the name, or the network is not a plain Vision Transformer.
     """
     base = name.split(".")[0]
     if not timm.is_model(base):
@@ -195,100 +177,8 @@ def build_timm(name: str, **kwargs) -> TimmBackbone:
     return TimmBackbone(network).eval()
 
 
-def read_timm_weights(path: str | Path, key: str, network: nn.Module) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """The tensors of a file for a timm network, and which modules of the file are left out.
-
-    timm's own conversion is applied: DINOv2's, DINOv3's and EVA's original names, and positions on another grid.
-
-    Raises:
-        CheckpointError: no checkpoint, none or several networks for the key, or another patch size.
-    """
-    content = read_checkpoint(path)
-    try:
-        found = list_networks(content)
-        chosen = choose_network(found, key)
-        if chosen is None:
-            there = [one.name or "one without a name" for one in found] or list(collect_tensors(content, nested=True))
-            raise CheckpointError(f"{path} has no Vision Transformer under {key!r}: it has "
-                                  + (", ".join(there[:6]) or "no tensors"))
-    except layouts.LayoutError as error:
-        raise CheckpointError(f"{path} does not fit: {error}") from None
-    state = {name.removeprefix(chosen.prefix): tensor.float() if tensor.is_floating_point() else tensor
-             for name, tensor in chosen.tensors.items() if name.startswith(chosen.prefix)}
-    ours, theirs = network.patch_embed.proj.weight, state.get("patch_embed.proj.weight")
-    if theirs is not None and theirs.shape[-2:] != ours.shape[-2:] and theirs.dim() == 4:
-        raise CheckpointError(f"{path} has patches of {theirs.shape[-2]}×{theirs.shape[-1]}, the network of --arch of "
-                              f"{ours.shape[-2]}×{ours.shape[-1]}: choose the --arch that the file is for")
-    convert = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
-    if convert is not None:
-        try:
-            with contextlib.redirect_stdout(io.StringIO()):
-                state = convert(state, network)
-        except Exception as error:  # it meets shapes that it does not expect
-            raise CheckpointError(f"{path} does not fit --arch: timm cannot convert it ({error})") from None
-    expected = network.state_dict()
-    ignored = UNUSED + tuple(start for starts, _ in layouts.IGNORED for start in starts)
-    left_out = [name for name in state if name not in expected and name.startswith(ignored)]
-    return ({name: tensor for name, tensor in state.items() if name not in left_out},
-            sorted({name.split(".")[0] for name in left_out}))
-
-
-def load_timm(name: str, weights: str | Path = "", key: str = "teacher", **kwargs) -> TimmBackbone:
-    """A timm network with the weights of a local file, .pth or .safetensors, or untrained where weights is empty.
-
-    Raises:
-        ConfigError: see build_timm and read_timm_weights, or the tensors do not fit.
-    """
-    model = build_timm(name, **kwargs)
-    prefix = model.num_prefix_tokens
-    words = f"{PREFIX}{name}, patch size {model.patch_size}, {len(model.blocks)} blocks, " + (
-        f"{prefix} prefix token{'s' * (prefix != 1)}")
-    if not weights:
-        print(f"random weights: {words}, untrained")
-        return model
-    path = resolve_path(weights)
-    state, left_out = read_timm_weights(path, key, model.network)
-    check_state_dict(state, model.network.state_dict(), f"{path} does not fit {PREFIX}{name}")
-    model.network.load_state_dict(state)
-    print(f"loaded {path}: {words}, {len(state)} tensors" + (f", ignored {' '.join(left_out)}" if left_out else ""))
-    return model
-
-
-def load_any_with_info(arch: str | None, weights: str | Path, key: str = "teacher", patch_size: int | None = None,
-                       random_weights: bool = False, **kwargs) -> tuple[Backbone, CheckpointInfo | None]:
-    """A backbone in eval mode and, for this project's, the metadata of its file; prints one line about it.
-
-    Args:
-        arch: timm:NAME, one of ours, or None for what the file holds.
-        weights: checkpoint file or run's folder; empty only together with random_weights.
-        key: network of a training run, see checkpoints.read_backbone.
-        patch_size: of ours; what the user asked for, or None.
-        kwargs: further arguments of the network.
-
-    Raises:
-        ConfigError: see load_timm and checkpoints.load_with_info.
-    """
-    if arch is None or not arch.startswith(PREFIX):
-        return load_with_info(weights, key, arch, patch_size, random_weights, **kwargs)
-    if bool(weights) == random_weights:
-        raise ConfigError(f"--arch {arch}: give either --pretrained_weights, a local file, or --random_weights")
-    model = load_timm(arch.removeprefix(PREFIX), weights, key, **kwargs)
-    if patch_size not in (None, model.patch_size):
-        raise ConfigError(f"--patch_size {patch_size} contradicts --arch {arch}, whose patch size is "
-                          f"{model.patch_size}: omit --patch_size")
-    return model, None
-
-
-def load_any_backbone(arch: str | None, weights: str | Path, key: str = "teacher", patch_size: int | None = None,
-                      random_weights: bool = False, **kwargs) -> Backbone:
-    """The network of load_any_with_info, without the metadata."""
-    return load_any_with_info(arch, weights, key, patch_size, random_weights, **kwargs)[0]
-
-
-# ---------------------------------------------------------------- what jobs ask
-
 def check_layer(model: Backbone, layer: int) -> None:
-    """Raise ConfigError if the network has no block of that number, 0 being the first and -1 the last."""
+    """Raise ConfigError if the network has no block of this index (0 is the first, -1 the last)."""
     depth = len(model.blocks)
     if not -depth <= layer < depth:
         raise ConfigError(f"--layer {layer}: the network has {depth} blocks, so give {-depth} to {depth - 1}; -1 is "
@@ -296,12 +186,6 @@ def check_layer(model: Backbone, layer: int) -> None:
 
 
 def image_statistics(model: Backbone) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of RGB in 0 … 1 that the network's images are normalised with."""
+    """Return the RGB mean and standard deviation, in 0 … 1, that normalise the network's images."""
     config = getattr(model.network, "pretrained_cfg", None) or {} if isinstance(model, TimmBackbone) else {}
     return tuple(config.get("mean", IMAGENET_MEAN)), tuple(config.get("std", IMAGENET_STD))
-
-
-def normalise(pixels: torch.Tensor, statistics: tuple = (IMAGENET_MEAN, IMAGENET_STD)) -> torch.Tensor:
-    """RGB, uint8 [..., 3, H, W] -> float32, normalised by a mean and a standard deviation of each channel in 0 … 1."""
-    mean, std = (torch.tensor(values, device=pixels.device)[:, None, None] for values in statistics)
-    return (pixels / 255 - mean) / std

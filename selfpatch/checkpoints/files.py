@@ -1,9 +1,7 @@
 """Checkpoint files: written atomically, and read without executing code from the file."""
-import contextlib
 import os
 import pickle
 import re
-import shutil
 import stat
 import warnings
 import zipfile
@@ -15,109 +13,51 @@ import torch
 from selfpatch.checkpoints.foreign_files import what_instead
 from selfpatch.checkpoints.pickled_classes import StandIn, allowed_classes, is_refused, name_of, stand_ins
 from selfpatch.errors import ConfigError, printable
+from selfpatch.whole_files import whole_file
 
-LEGACY_TORCH_MAGIC = bytes.fromhex("6cfc9c46f9206aa85019")  # first number that torch.save wrote before torch 1.6
+LEGACY_TORCH_MAGIC = bytes.fromhex("6cfc9c46f9206aa85019")  # first number in a file of torch before 1.6
 FILE_TYPES = ((stat.S_ISFIFO, "a FIFO (named pipe)"), (stat.S_ISSOCK, "a socket"), (stat.S_ISCHR, "a device"),
               (stat.S_ISBLK, "a device"))
 
 
 class CheckpointError(ConfigError):
-    """A checkpoint that cannot be used; the message is one line for the user, without control characters."""
+    """A checkpoint cannot be used; the message is one line for the user, without control characters."""
 
     def __init__(self, message: str, every_rank: bool = False):
         super().__init__(printable(message), every_rank)
 
 
-class WriteError(CheckpointError):
-    """A checkpoint that could not be written; errno says why."""
-
-    def __init__(self, path: str | Path, error: OSError):
-        kept = "; the file that was there before is kept" if os.path.isfile(path) else ""
-        super().__init__(f"{path} cannot be written: {error.strerror or error}{kept}")
-        self.errno, self.parts = error.errno, (path, error)
-
-    def __reduce__(self) -> tuple:
-        return type(self), self.parts  # other ranks get it by pickle
-
-
 def write_checkpoint(state: dict, path: str | Path, previous: Path | None = None,
                      metadata: dict[str, str] | None = None) -> None:
-    """Save state atomically: after a crash at any moment, path is either the old file or the complete new one.
+    """Save state as a whole file, see whole_files.whole_file.
 
     Args:
         state: anything that torch.save takes; a flat dictionary of tensors if path ends in .safetensors.
-        path: file to write or replace; of a link, the file that it leads to.
-        previous: where the file that was there before is kept.
-        metadata: for .safetensors, texts that go into its header.
+        path: file to write or replace; a link is followed.
+        previous: keep under this name the file that is replaced.
+        metadata: texts for the header of a .safetensors file.
 
     Raises:
         WriteError: the disk is full or cannot be written; the old file is kept.
     """
-    path = Path(os.path.realpath(path))
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # two processes never write to one file
-    try:
-        with open(temporary, "wb") as file:
-            if path.suffix == ".safetensors":
-                # safetensors refuses tensors that share memory
-                state = {name: tensor.clone().contiguous() for name, tensor in state.items()}
-                file.write(safetensors.torch.save(state, {"format": "pt"} | (metadata or {})))
-            else:
-                torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        if previous is not None and path.is_file():
-            keep_as(path, previous)
-        os.replace(temporary, path)
-        sync_folder(path.parent)
-    except (OSError, RuntimeError) as error:
-        if (cause := _os_error(error)) is None:
-            raise
-        raise WriteError(path, cause) from None
-    finally:
-        with contextlib.suppress(OSError):  # a disk that became read-only
-            temporary.unlink(missing_ok=True)
-
-
-def keep_as(path: Path, name: Path) -> None:
-    """Give a file a second name, in place of what has that name; where there are no hard links, rename it."""
-    temporary = name.with_name(f".{name.name}.{os.getpid()}.tmp")
-    try:
-        temporary.unlink(missing_ok=True)
-        os.link(path, temporary)
-    except OSError:
-        shutil.move(path, name)  # which copies, should the two be on different disks
-    else:
-        os.replace(temporary, name)
-        temporary.unlink(missing_ok=True)  # replace does nothing if both are one file already
-
-
-def sync_folder(folder: Path) -> None:
-    """Write a folder's names to the disk, so that a new one outlives a power cut; not every file system can."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def _os_error(error: BaseException | None) -> OSError | None:
-    """The OSError behind an error: torch's zip writer raises a RuntimeError on top of it."""
-    while error is not None and not isinstance(error, OSError):
-        error = error.__cause__ or error.__context__
-    return error
+    with whole_file(path, previous) as temporary, open(temporary, "wb") as file:
+        if Path(path).suffix == ".safetensors":
+            # safetensors refuses tensors that share memory
+            state = {name: tensor.clone().contiguous() for name, tensor in state.items()}
+            file.write(safetensors.torch.save(state, {"format": "pt"} | (metadata or {})))
+        else:
+            torch.save(state, file)
 
 
 def read_checkpoint(path: str | Path) -> dict:
-    """Load a file that torch.save or safetensors wrote, onto the CPU.
+    """Load a file of torch.save or safetensors onto the CPU, without executing anything from it.
 
-    Besides tensors, plain containers and numbers there may be argparse's Namespace, dates, NumPy's arrays and scalars,
-    paths, which become strings, and objects of any other class, which become pickled_classes.StandIn.
+    Besides tensors, plain containers and numbers it may contain argparse's Namespace, dates, NumPy arrays and scalars,
+    paths (returned as strings) and objects of any other class (returned as pickled_classes.StandIn).
 
     Raises:
-        CheckpointError: the file is missing, empty, truncated, a FIFO or a device, not a checkpoint, larger than the
-            memory, or names functions that could run code, or its bytes do not have the checksums that torch.save
-            wrote beside them.
+        CheckpointError: the file is missing, empty, truncated, a FIFO or a device, not a checkpoint, larger than
+            memory, names functions that could run code, or does not match its checksums.
     """
     is_safetensors = _is_safetensors(path)
     try:
@@ -138,7 +78,7 @@ def read_checkpoint(path: str | Path) -> dict:
 
 
 def _unpickle(path: str | Path) -> object:
-    """torch.load, which calls only the classes in allowed_classes(); what other classes are named is made inert."""
+    """torch.load with allowed_classes() alone; StandIns replace all other classes that the file names."""
     def load(classes: list) -> object:
         with torch.serialization.safe_globals(classes), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # errors are reported in one line
@@ -155,7 +95,7 @@ def _unpickle(path: str | Path) -> object:
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
-    """The texts in the header of a .safetensors file that read_checkpoint can read; empty for other files."""
+    """Read the header texts of a .safetensors file; empty for other files."""
     if not _is_safetensors(path):
         return {}
     with safetensors.safe_open(path, "pt") as file:
@@ -163,9 +103,9 @@ def read_metadata(path: str | Path) -> dict[str, str]:
 
 
 def check_sums(path: str | Path) -> None:
-    """Compare the records of a torch.save file with their CRC-32, which torch.load does not look at.
+    """Compare the records of a torch.save file with their CRC-32, which torch.load ignores.
 
-    Files in other formats have no checksums, nor do those written under set_crc32_options(False): they pass.
+    Files without checksums pass: those of other formats, and those written under set_crc32_options(False).
 
     Raises:
         zipfile.BadZipFile: a record has changed since it was written.
@@ -191,7 +131,7 @@ def _explain(path: str | Path, error: Exception) -> CheckpointError:
     """Turn an error of torch's or safetensors' reader into one line."""
     text = str(error)
     match = re.search(r"GLOBAL (\S+)", text)
-    if match and "." in match[1] and not is_refused(match[1]):  # its end is missing, or it would have a stand-in
+    if match and "." in match[1] and not is_refused(match[1]):  # cut file: others have stand-ins
         return CheckpointError(f"{path} is truncated or damaged (at {match[1]}): download or copy it again")
     if match:
         return CheckpointError(f"{path} is refused: loading it would import {match[1]}, which could run code and which "
@@ -207,10 +147,10 @@ def _explain(path: str | Path, error: Exception) -> CheckpointError:
 
 
 def _is_safetensors(path: str | Path) -> bool:
-    """Whether the file is in safetensors' format rather than torch's, from its first 512 bytes.
+    """Tell safetensors' format from torch's by the first 512 bytes.
 
     Raises:
-        CheckpointError: those bytes show that it is in neither format, or there is no file to read.
+        CheckpointError: they belong to neither format, or there is no file to read.
     """
     try:
         mode = os.stat(path).st_mode  # before it is opened: opening a FIFO waits for a writer

@@ -1,30 +1,41 @@
-"""Load the backbone of any supported checkpoint, strictly.
+"""Load the backbone of any supported checkpoint, strictly: missing or unexpected tensors are errors.
 
     model = load_backbone("checkpoint.pth")             # prints one line about what was loaded
-    state, info = read_backbone("dino_vits16.pth")      # float32 tensors under this project's names, and metadata
+    model, info = load_with_info("checkpoint.pth")      # also the file's metadata
     head = build_head(info)                             # the SelfPatchHead of a training run
+    state, info = read_backbone("dino_vits16.pth")      # float32 tensors under this project's names, and metadata
+    model = build_backbone(state, info)                 # the network that holds them
+
+    model = load_backbone("dinov2.safetensors", arch="timm:vit_small_patch14_dinov2.lvd142m")   # any plain ViT of timm
 
 Supported are training runs of SelfPatch, DINO and other methods, bare backbones, VISSL checkpoints, wrappers, timm
-and Hugging Face files, and mmdet and mmseg models, as .pth or .safetensors; docs/CHECKPOINTS.md lists them.
+and Hugging Face files, and mmdet and mmseg models, as .pth or .safetensors; docs/CHECKPOINTS.md lists them. Weights
+come from local files alone; nothing is downloaded.
 """
+import contextlib
+import io
 import os
 import re
+import sys
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from selfpatch.checkpoints import layouts, networks
+from selfpatch.checkpoints.backbones import PREFIX, Backbone, TimmBackbone, build_timm
 from selfpatch.checkpoints.files import CheckpointError, read_checkpoint, read_metadata
 from selfpatch.checkpoints.info import OWN_WORDS, CheckpointInfo, describe, summarise
 from selfpatch.checkpoints.pickled_classes import StandIn
 from selfpatch.method.selfpatch_head import SelfPatchHead
 from selfpatch.method.vision_transformer import ARCHS, VisionTransformer
 
+AFTER_POOLING = ("head.", "fc_norm.", "attn_pool.")  # modules of timm that take no part in the features
 RESNET = re.compile(r"(^|\.)layer1\.\d+\.conv1\.weight$")
 
 
 def resolve_path(path: str | Path) -> Path:
-    """The checkpoint file for a path: checkpoint.pth inside a run's folder, or the path itself."""
+    """Return checkpoint.pth inside a run's folder, or the path itself."""
     if not str(path):
         raise CheckpointError("the path of the checkpoint is empty")
     path = Path(os.path.expanduser(path))
@@ -35,15 +46,16 @@ def read_backbone(path: str | Path, key: str = "teacher") -> tuple[dict[str, tor
     """Read the backbone of any supported checkpoint.
 
     Args:
-        path: checkpoint file, or the folder of a run with a checkpoint.pth in it.
-        key: network of a training run, teacher or student, or a word in its prefix; other files have a single network.
+        path: checkpoint file, or the folder of a run.
+        key: network of a training run: teacher, student, or a word of its path or prefix. Files with one network need
+            none.
 
     Returns:
         The backbone's state dict, in float32 under this project's names, and the checkpoint's metadata.
 
     Raises:
-        CheckpointError: not a checkpoint, no such key, not a ViT, a ViT that this project's backbone cannot hold, or
-            missing, unexpected or mis-shaped tensors.
+        CheckpointError: not a checkpoint, no such key, not a ViT, a ViT with parts that this project's backbone lacks,
+            or missing, unexpected or mis-shaped tensors.
     """
     path = resolve_path(path)
     content = read_checkpoint(path)
@@ -76,7 +88,7 @@ def read_backbone(path: str | Path, key: str = "teacher") -> tuple[dict[str, tor
 
 
 def _no_network(content: dict, names: list[str], key: str, path: Path) -> CheckpointError:
-    """Why no network in the file is the one for a key; names are those of the networks that it has."""
+    """Explain why the file has no network for a key; names are those of its networks."""
     if names:
         return CheckpointError(f"{path} has no network {key!r}: it has "
                                + ", ".join(name or "a single one without a name" for name in names))
@@ -100,7 +112,7 @@ def check_state_dict(state: dict[str, torch.Tensor], expected: dict[str, torch.T
     """Check keys, shapes, types and values of a state dict against the one that a model expects.
 
     Raises:
-        CheckpointError: message, then everything that is wrong.
+        CheckpointError: message, followed by everything that is wrong.
     """
     common = [name for name in expected if name in state]
     errors = {
@@ -120,20 +132,20 @@ def check_state_dict(state: dict[str, torch.Tensor], expected: dict[str, torch.T
 def _meta_backbone(info: CheckpointInfo, **kwargs) -> VisionTransformer:
     if info.num_heads:
         kwargs.setdefault("num_heads", info.num_heads)
-    with torch.device("meta"):  # no memory and no initialisation, since every tensor comes from the file
+    with torch.device("meta"):  # no initialisation: every tensor comes from the file
         return ARCHS[info.arch](info.patch_size, img_size=info.grid * info.patch_size, class_token=info.class_token,
                                 final_norm=info.final_norm, **kwargs)
 
 
 def build_backbone(state: dict[str, torch.Tensor], info: CheckpointInfo, arch: str | None = None,
                    patch_size: int | None = None, **kwargs) -> VisionTransformer:
-    """Build the network for the result of read_backbone, with its weights, in eval mode.
+    """Build the network of a checkpoint with its weights, in eval mode.
 
     Args:
-        state, info: as read_backbone returns them; the network shares the tensors of state.
+        state, info: result of read_backbone; the network shares the tensors of state.
         arch, patch_size: what the user asked for; None accepts the file's.
-        kwargs: further arguments of VisionTransformer: drop_path_rate; num_heads, which few files record (the
-            published detectors have 8 in vit_small).
+        kwargs: further arguments of VisionTransformer, such as drop_path_rate, or num_heads, which few files record
+            (the published detectors have 8 in vit_small).
 
     Raises:
         CheckpointError: arch or patch_size contradicts the file.
@@ -153,8 +165,8 @@ def build_head(info: CheckpointInfo, k_num: int | None = None) -> SelfPatchHead:
     """Build the SelfPatchHead of a training run, with its weights, in eval mode.
 
     Args:
-        info: as read_backbone returns it.
-        k_num: number of positive patches; None takes the run's own, 4 if unknown.
+        info: from read_backbone or load_with_info.
+        k_num: number of positive patches; default: the run's own, 4 if unknown.
 
     Raises:
         CheckpointError: the file has no such head, or its tensors do not fit.
@@ -178,25 +190,98 @@ def build_head(info: CheckpointInfo, k_num: int | None = None) -> SelfPatchHead:
 
 
 def print_line(model: VisionTransformer, info: CheckpointInfo) -> None:
-    """What was loaded, in one line, and a note where its number of attention heads is a guess."""
+    """Print one line about what was loaded, and a note if the number of attention heads is a guess."""
     print(f"loaded {info}")
     if info.kind.startswith("mmdet") and not info.num_heads:
         print(f"note: {model.num_heads} attention heads, as in pretraining; the file does not record the number, "
               "and the published detectors have 8: load_backbone(path, num_heads=8)")
 
 
-def load_with_info(path: str | Path, key: str = "teacher", arch: str | None = None, patch_size: int | None = None,
-                   random_weights: bool = False, **kwargs) -> tuple[VisionTransformer, CheckpointInfo | None]:
-    """Load a backbone for a job and print one line about it; see read_backbone and build_backbone.
+def _read_timm_weights(path: str | Path, key: str, network: nn.Module) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """Read the tensors of a file for a timm network; also return which modules of the file are left out.
 
-    Args:
-        path: empty only together with random_weights, which builds an untrained network and returns no metadata.
+    timm's own conversion handles the original names of DINOv2, DINOv3 and EVA, and positions on another grid.
 
     Raises:
-        CheckpointError: as read_backbone and build_backbone, or neither or both of path and random_weights are given.
+        CheckpointError: not a checkpoint, none or several networks for the key, or another patch size.
+    """
+    content = read_checkpoint(path)
+    try:
+        found = networks.list_networks(content)
+        chosen = networks.choose_network(found, key)
+        if chosen is None:
+            there = [one.name or "one without a name" for one in found] or list(
+                networks.collect_tensors(content, nested=True))
+            raise CheckpointError(f"{path} has no Vision Transformer under {key!r}: it has "
+                                  + (", ".join(there[:6]) or "no tensors"))
+    except layouts.LayoutError as error:
+        raise CheckpointError(f"{path} does not fit: {error}") from None
+    state = {name.removeprefix(chosen.prefix): tensor.float() if tensor.is_floating_point() else tensor
+             for name, tensor in chosen.tensors.items() if name.startswith(chosen.prefix)}
+    ours, theirs = network.patch_embed.proj.weight, state.get("patch_embed.proj.weight")
+    if theirs is not None and theirs.shape[-2:] != ours.shape[-2:] and theirs.dim() == 4:
+        raise CheckpointError(f"{path} has patches of {theirs.shape[-2]}×{theirs.shape[-1]}, the network of --arch of "
+                              f"{ours.shape[-2]}×{ours.shape[-1]}: choose the --arch that the file is for")
+    convert = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
+    if convert is not None:
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                state = convert(state, network)
+        except Exception as error:  # unexpected shapes can raise anything there
+            raise CheckpointError(f"{path} does not fit --arch: timm cannot convert it ({error})") from None
+    expected = network.state_dict()
+    ignored = AFTER_POOLING + tuple(start for starts, _ in layouts.IGNORED for start in starts)
+    left_out = [name for name in state if name not in expected and name.startswith(ignored)]
+    return ({name: tensor for name, tensor in state.items() if name not in left_out},
+            sorted({name.split(".")[0] for name in left_out}))
+
+
+def _load_timm(path: str | Path, key: str, arch: str, patch_size: int | None, **kwargs) -> TimmBackbone:
+    """load_with_info for timm:NAME."""
+    model = build_timm(arch.removeprefix(PREFIX), **kwargs)
+    if patch_size not in (None, model.patch_size):
+        raise CheckpointError(f"--patch_size {patch_size} contradicts --arch {arch}, whose patch size is "
+                              f"{model.patch_size}: omit --patch_size")
+    prefix = model.num_prefix_tokens
+    words = f"{arch}, patch size {model.patch_size}, {len(model.blocks)} blocks, {prefix} prefix token" + (
+        "s" * (prefix != 1))
+    if not path:
+        print(f"random weights: {words}, untrained")
+        return model
+    path = resolve_path(path)
+    state, left_out = _read_timm_weights(path, key, model.network)
+    check_state_dict(state, model.network.state_dict(), f"{path} does not fit {arch}")
+    model.network.load_state_dict(state)
+    print(f"loaded {path}: {words}, {len(state)} tensors" + (f", ignored {' '.join(left_out)}" if left_out else ""))
+    return model
+
+
+def load_with_info(path: str | Path, key: str = "teacher", arch: str | None = None, patch_size: int | None = None,
+                   random_weights: bool = False, **kwargs) -> tuple[Backbone, CheckpointInfo | None]:
+    """Load a backbone in eval mode with the metadata of its file, and print one line about it.
+
+    Args:
+        path: checkpoint file, or the folder of a run; empty only together with random_weights.
+        key: network of a training run, see read_backbone.
+        arch: what the user asked for; None accepts the file's. timm:NAME is a Vision Transformer of timm.
+        patch_size: likewise.
+        random_weights: build an untrained network.
+        kwargs: further arguments of the network, see build_backbone and build_timm.
+
+    Returns:
+        The network, and its metadata; None for an untrained network and for timm's.
+
+    Raises:
+        ConfigError: as read_backbone, build_backbone and build_timm, or neither or both of path and random_weights
+            are given.
     """
     if path and random_weights:
         raise CheckpointError(f"--random_weights contradicts --pretrained_weights {path}: give one of the two")
+    if not (path or random_weights):
+        raise CheckpointError("--pretrained_weights is empty, so the features would be those of a random network: "
+                              "give a checkpoint, or --random_weights to run without one")
+    if arch is not None and arch.startswith(PREFIX):
+        return _load_timm(path, key, arch, patch_size, **kwargs), None
     if path:
         state, info = read_backbone(path, key)
         if "num_heads" in kwargs:
@@ -204,9 +289,6 @@ def load_with_info(path: str | Path, key: str = "teacher", arch: str | None = No
         model = build_backbone(state, info, arch, patch_size, **kwargs)
         print_line(model, info)
         return model, info
-    if not random_weights:
-        raise CheckpointError("--pretrained_weights is empty, so the features would be those of a random network: "
-                              "give a checkpoint, or --random_weights to run without one")
     arch, patch_size = arch or "vit_small", 16 if patch_size is None else patch_size
     if not 1 <= patch_size <= 224:
         raise CheckpointError(f"patch size {patch_size} is not between 1 and 224")
@@ -215,6 +297,6 @@ def load_with_info(path: str | Path, key: str = "teacher", arch: str | None = No
 
 
 def load_backbone(path: str | Path, key: str = "teacher", arch: str | None = None, patch_size: int | None = None,
-                  random_weights: bool = False, **kwargs) -> VisionTransformer:
-    """The network of load_with_info, without the metadata."""
+                  random_weights: bool = False, **kwargs) -> Backbone:
+    """Load a backbone in eval mode: load_with_info without the metadata."""
     return load_with_info(path, key, arch, patch_size, random_weights, **kwargs)[0]

@@ -5,7 +5,6 @@ anew when the archive's size or time of change is another. Names in an archive a
 """
 import contextlib
 import os
-import socket
 import struct
 import tarfile
 import zipfile
@@ -22,6 +21,7 @@ import torch
 from selfpatch.data.files import OTHER_IMAGE_SUFFIXES, UnreadableImage, is_hidden, is_image_name, with_retries
 from selfpatch.data.names import NamedImages, Progress, common_top, in_order, number_classes
 from selfpatch.errors import ConfigError
+from selfpatch.whole_files import WriteError, whole_file
 
 INDEX_VERSION = 1
 ARCHIVE_SUFFIXES = (".zip", ".tar")
@@ -252,15 +252,9 @@ def read_kept_index(kept: str, stamp: list[int]) -> Index | None:
 
 def keep_index(kept: str, index: Index, stamp: list[int]) -> None:
     """Write an index whole or not at all; where the folder cannot be written to, go on without."""
-    temporary = f"{kept}.{socket.gethostname()}.{os.getpid()}.tmp"
     names = "".join(f"{name}\0" for name in index.names).encode(errors="surrogateescape")
     suffixes = sorted(index.unread)
-    try:
-        with open(temporary, "wb") as file:
-            np.savez(file, stamp=np.array(stamp), names=np.frombuffer(names, dtype=np.uint8), places=index.places,
-                     suffixes=np.array(suffixes, dtype=np.str_),
-                     counts=np.array([index.unread[suffix] for suffix in suffixes], dtype=np.int64))
-        os.replace(temporary, kept)
-    except OSError:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
+    with contextlib.suppress(WriteError), whole_file(kept) as temporary, open(temporary, "wb") as file:
+        np.savez(file, stamp=np.array(stamp), names=np.frombuffer(names, dtype=np.uint8), places=index.places,
+                 suffixes=np.array(suffixes, dtype=np.str_),
+                 counts=np.array([index.unread[suffix] for suffix in suffixes], dtype=np.int64))

@@ -8,7 +8,7 @@ from PIL import Image, ImageFilter
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+from selfpatch.data.normalisation import IMAGENET_MEAN, IMAGENET_STD
 
 
 @contextmanager

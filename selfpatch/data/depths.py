@@ -14,7 +14,7 @@ class UnknownRange(Exception):
 
 
 def to_8_bits(image: Image.Image, data: bytes, low_bytes: Callable[[], Image.Image]) -> Image.Image:
-    """An image as image_files.open_image has it, with 8 bits a sample; most have them already.
+    """An image as files.open_image has it, with 8 bits a sample; most have them already.
 
     Args:
         data: the file's bytes.

@@ -14,7 +14,7 @@ from torch import nn
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import resized_crop
 
-from selfpatch.data.augmentations import IMAGENET_MEAN, IMAGENET_STD
+from selfpatch.data.normalisation import IMAGENET_MEAN, IMAGENET_STD
 
 NUMBERS = 14  # uniform ones that draw takes for each crop
 

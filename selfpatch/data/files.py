@@ -2,14 +2,16 @@
 
 - Pixels are used as stored: an EXIF orientation tag is not applied, to training images, photographs to draw, DAVIS
   frames and masks alike.
-- JPEGs may go through a native decoder (jpeg_decoders.py); every other format goes through PIL, which raises where
-  torchvision's PNG decoder crashes on damaged data.
+- JPEGs may go through a native decoder, torchcodec's (from version 0.16) or torchvision's (which announces its end in
+  0.29); both give PIL's pixels. Every other format goes through PIL, which raises where torchvision's PNG decoder
+  crashes on damaged data.
 - Whatever is wrong with a file is an UnreadableImage that names it. Only regular files are opened: a FIFO would hang.
 - Hidden files and folders (._photo.jpg, .ipynb_checkpoints) are not part of a data set.
 """
 import errno
 import io
 import os
+import re
 import stat
 import sys
 import time
@@ -24,12 +26,10 @@ import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from selfpatch.data import depths as image_depths
-from selfpatch.data.jpeg_decoders import installed_decoders
+from selfpatch.data.depths import UnknownRange, to_8_bits
 from selfpatch.errors import ConfigError, printable
 
 T = TypeVar("T")
-decode_jpeg = next(iter(installed_decoders().values()), None)  # None: PIL decodes everything
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 OTHER_IMAGE_SUFFIXES = (".gif", ".heic", ".heif", ".avif", ".jp2", ".jxl", ".svg", ".psd", ".raw", ".cr2", ".nef",
@@ -43,6 +43,11 @@ MAX_PIXELS = 179_000_000  # PIL's own limit against decompression bombs, twice M
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 PIXELS_PER_BYTE = 256  # of a JPEG that is not progressive: a block of 8×8 takes two bits or more
 LOSSY_FORMATS = ("JPEG", "MPO", "JPEG2000", "WEBP", "AVIF")  # PIL's names: not for masks, whose ids they change
+
+# the start of a segment APP1 that holds EXIF; in pixel data a byte of 0xFF is never followed by 0xE1
+EXIF = re.compile(rb"\xff\xe1(..Exif\0\0)", re.DOTALL)
+# told to every process that decodes, each worker among them; the tests' filters are separate
+warnings.filterwarnings("ignore", "The image decoding and encoding capabilities of TorchVision", DeprecationWarning)
 
 UNDO_ORIENTATION = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
                     4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_90,
@@ -218,8 +223,8 @@ def load_rgb(path: str | Path, data: bytes | None = None) -> Image.Image:
     data = read_bytes(path) if data is None else data
     image = open_image(path, data)
     try:
-        image = image_depths.to_8_bits(image, data, lambda: open_image(path, data, low_bytes=True))
-    except image_depths.UnknownRange as error:
+        image = to_8_bits(image, data, lambda: open_image(path, data, low_bytes=True))
+    except UnknownRange as error:
         raise UnreadableImage(f"cannot read the image {path} ({error})") from None
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # keeps the palette's colours; PIL would warn of transparency in bytes
@@ -249,6 +254,45 @@ def load_ids(path: str | Path, data: bytes | None = None,
     ids = np.array(image.convert("L"))
     depth = data[24] if image.format == "PNG" else 8  # in the PNG header
     return (ids // (255 // (2**depth - 1)) if depth < 8 else ids), None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Native decoders of JPEGs
+
+
+def torchcodec_decoder() -> Callable[[bytes], torch.Tensor]:
+    """Raises ImportError, OSError or RuntimeError if torchcodec cannot be loaded, or is too old."""
+    from torchcodec.decoders import decode_jpeg
+
+    def decode(data: bytes) -> torch.Tensor:
+        # it turns images as their EXIF says, and has no option against it: call the segment APP15, which nobody reads
+        return decode_jpeg(EXIF.sub(b"\xff\xef\\1", data), mode="UNCHANGED")
+
+    return decode
+
+
+def torchvision_decoder() -> Callable[[bytes], torch.Tensor]:
+    """Raises ImportError if torchvision has no decoder any more."""
+    from torchvision.io import decode_jpeg
+
+    return lambda data: decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+
+
+def installed_decoders() -> dict[str, Callable[[bytes], torch.Tensor]]:
+    """The decoders that can be loaded here, the one to use first: bytes of a JPEG -> uint8 [C, H, W].
+
+    They raise RuntimeError about data that they cannot decode.
+    """
+    found = {}
+    for name, load in (("torchcodec", torchcodec_decoder), ("torchvision", torchvision_decoder)):
+        try:
+            found[name] = load()
+        except (ImportError, OSError, RuntimeError):  # not installed, or built for another torch
+            continue
+    return found
+
+
+decode_jpeg = next(iter(installed_decoders().values()), None)  # None: PIL decodes everything
 
 
 def jpeg_pixels(data: bytes) -> int:

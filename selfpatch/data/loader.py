@@ -3,6 +3,7 @@
 A worker that is killed is replaced, and the batches that it would have given come out the same; one that gives nothing
 for too long is an error that names the file it was reading.
 """
+import contextlib
 import gc
 import multiprocessing.connection
 import signal
@@ -20,11 +21,9 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, get_worker
 from selfpatch.data.augmentations import seeded
 from selfpatch.data.dataset import TrainingImages
 from selfpatch.data.device_augmentations import DeviceAugmentation, RandomCrops
-from selfpatch.data.time_limit import TimeLimit, time_limit
+from selfpatch.distributed.stopping import SIGNALS
 from selfpatch.errors import TrainingError
 
-# those that ask a run to end; SIGUSR1 and SIGUSR2 are what Slurm and submitit send before the time is up
-SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
 MAX_RESTARTS = 3  # of workers, in an epoch
 
 
@@ -61,7 +60,7 @@ def init_worker(_: int) -> None:
     """Prepare a worker process."""
     gc.enable()  # off in the process that trains, see pretraining/loop.py's rare_collection
     # Ctrl-C and Slurm signal every process of a job: the main one decides when the workers end
-    for number in (getattr(signal, name) for name in SIGNALS if hasattr(signal, name)):
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
@@ -145,6 +144,31 @@ class DataWait:
         share = self.seconds / max(time.perf_counter() - self.start, 1e-9)
         self.begin()
         return share
+
+
+class TimeLimit(BaseException):
+    """A call took too long. Not an Exception, or a reader of images could take it for an unreadable file."""
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raise TimeLimit if the body takes longer, e.g. a read from a stopped worker or an unreachable file server.
+
+    No limit with 0, or outside the main thread. Uses SIGALRM, which interrupts a blocking read from a socket.
+    """
+    def end(*_) -> None:
+        raise TimeLimit
+
+    if not seconds or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.signal(signal.SIGALRM, end)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
 
 
 class WorkerDied(Exception):

@@ -15,13 +15,15 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
-from selfpatch.data.loader import SIGNALS
 from selfpatch.distributed.processes import is_distributed, is_lost_contact, is_main_process
 from selfpatch.errors import TrainingError, program_name
 
 CONTINUE, SAVE, STOP = range(3)
 LAUNCHER = os.getppid()
-USER_SIGNALS = {getattr(signal, name) for name in ("SIGUSR1", "SIGUSR2") if hasattr(signal, name)}
+# those that this system has; Slurm and submitit send SIGUSR1 or SIGUSR2 before the time is up
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
+           if hasattr(signal, name)]
+USER_SIGNALS = [number for number in SIGNALS if number.name.startswith("SIGUSR")]
 
 
 class Interruption:
@@ -54,7 +56,7 @@ class Interruption:
                 raise TrainingError(f"the processes cannot reach each other by Gloo ({first}): set GLOO_SOCKET_IFNAME "
                                     "to the network interface that joins the machines") from None
         if threading.current_thread() is threading.main_thread():
-            for number in (getattr(signal, name) for name in SIGNALS if hasattr(signal, name)):
+            for number in SIGNALS:
                 if signal.getsignal(number) != signal.SIG_IGN:
                     self.handlers[number] = signal.signal(number, self.receive)
         return self

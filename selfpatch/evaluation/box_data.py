@@ -1,10 +1,10 @@
-"""Data sets of images with boxes around their objects, named in one option:
+"""Data sets of images with boxes around their objects, given by one option:
 
     voc:VOCdevkit/VOC2007             Pascal VOC 2007 or 2012: ImageSets/Main/trainval.txt, boxes of Annotations/*.xml
     coco:instances.json,IMAGES        COCO's annotations, without crowds, and the folder of their images
-    folders:IMAGES,MASKS              masks of object ids, of which each gets the box around its pixels; DAVIS is
+    folders:IMAGES,MASKS              masks of object ids, each with the box around its pixels; DAVIS is
                                       folders:JPEGImages/480p,Annotations/480p
-    images:FOLDER                     images alone: nothing is scored
+    images:FOLDER                     images alone, without scores
 
 Boxes are xmin, ymin, xmax, ymax in pixels from 0, the last two exclusive.
 """
@@ -27,7 +27,7 @@ HELP = "voc:FOLDER, coco:JSON,IMAGES, folders:IMAGES,MASKS (boxes around the mas
 
 
 class BoxImage(NamedTuple):
-    """An image, its name in results (see unique_names), and its boxes [B, 4] or the mask that they are read from."""
+    """An image, its name in results (see unique_names), and its boxes [B, 4] or the mask to read them from."""
     name: str
     path: Path
     boxes: np.ndarray | Path | None
@@ -47,11 +47,11 @@ def boxes_of_mask(mask: np.ndarray) -> np.ndarray:
 
 
 def find_box_data(text: str) -> list[BoxImage]:
-    """The images that an option --data names, see the top of this file.
+    """The images of an option --data, see the top of this file.
 
     Raises:
-        ConfigError: no such kind of data set, a folder of another kind, a missing file, or no boxes at all where the
-            kind has some.
+        ConfigError: unknown kind of data set, a folder of another kind, a missing file, or no box in a data set that
+            should have some.
     """
     kind, _, place = text.partition(":")
     finders: dict[str, Callable] = {"voc": _voc, "coco": _coco, "folders": _folders, "images": _images}
@@ -60,17 +60,17 @@ def find_box_data(text: str) -> list[BoxImage]:
     images = finders[kind](place)
     if missing := [image.path for image in images if not image.path.is_file()]:
         raise ConfigError(f"--data {text}: {len(missing)} of {len(images)} images are missing, such as {missing[0]}")
-    if kind != "images" and not any(len(image.read_boxes()) for image in images):  # one image is nearly always enough
+    if kind != "images" and not any(len(image.read_boxes()) for image in images):  # reading one image is usually enough
         masks = f"; {VOID} is no object, beside other ids" if kind == "folders" else ""
         raise ConfigError(f"--data {text}: has no boxes{masks}; images:FOLDER works without them")
     return images
 
 
 def unique_names(paths: Sequence[str | Path]) -> list[str]:
-    """A name for each image by its relative path: without the suffix, unless another image differs in that alone.
+    """A name for each image: its relative path without the suffix, or with it if another image differs only there.
 
-    Names that would still be the same are numbered (see results.tell_apart). No name leads out of a folder that
-    it is used in: leading / and .. are left out.
+    Names that are still equal get numbers (see tables.tell_apart). Leading / and .. are removed, so that no name
+    points outside its folder.
     """
     plain = [PurePosixPath(*(part for part in PurePosixPath(path).parts if part not in ("/", ".."))) for path in paths]
     names = [str(path.with_suffix("")) for path in plain]
@@ -89,7 +89,7 @@ def voc_boxes(path: Path) -> np.ndarray:
     """The boxes of VOC's annotation of an image, float64 [B, 4]; VOC counts pixels from 1, up to the last inside.
 
     Raises:
-        ConfigError: there is no such file, or it is none of VOC's.
+        ConfigError: the file is missing, or not VOC's.
     """
     try:
         boxes = [[float(found.findtext(side)) for side in ("xmin", "ymin", "xmax", "ymax")]

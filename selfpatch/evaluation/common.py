@@ -1,27 +1,29 @@
-"""What the evaluations of frozen features share: common options, this process's machine, one table."""
+"""What the evaluations of frozen features share: options, the start and end of a job, one table of all backbones."""
 import argparse
-import contextlib
-import math
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Callable, Mapping
 from datetime import timedelta
-from typing import NamedTuple, TypeVar
+from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
-from selfpatch.checkpoints.backbones import Backbone
-from selfpatch.distributed.precision import autocast, choose_dtype
+from selfpatch.distributed.precision import choose_dtype
 from selfpatch.distributed.processes import get_rank, init_distributed_mode, is_distributed, keep_freed_memory
-from selfpatch.errors import ConfigError, user_path
-from selfpatch.evaluation.image_features import ImageFeature
-from selfpatch.evaluation.model_options import (
-    Candidate,
-    add_model_options,
-    add_run_options,
-    check_run_options,
-)
-from selfpatch.evaluation.tables import check_output, format_table, write_json
+from selfpatch.errors import ConfigError, number, user_path
+from selfpatch.evaluation.image_features import IMAGE_FEATURES, PATCH_FEATURES
+from selfpatch.evaluation.model_options import Candidate, add_model_options, add_precision_option
+from selfpatch.evaluation.segmentation import HELP
+from selfpatch.evaluation.tables import format_table, write_json
 
+positive_int, positive_float = number(int, least=1), number(float, above=0)
+
+Column = dict[str, float | int]  # a backbone's figures by the names of the table's rows
+Result = TypeVar("Result")
+
+
+# ---------------------------------------------------------------- options
 
 def add_image_options(parser: argparse.ArgumentParser, use: str) -> None:
     """Add --data_path, --train_path, --val_path, --val_share (see image_features.open_pair) and --image_size.
@@ -35,118 +37,76 @@ def add_image_options(parser: argparse.ArgumentParser, use: str) -> None:
     data.add_argument("--val_path", type=user_path, help="class folders to test, instead of --data_path")
     data.add_argument("--val_share", type=float,
                       help="--data_path itself has class folders, and this share of each class is tested, such as 0.1")
-    data.add_argument("--image_size", type=int, default=224, help="side of the images; rounded to whole patches")
+    data.add_argument("--image_size", type=number(int, least=16), default=224,
+                      help="side of the images; rounded to whole patches")
+
+
+def add_image_feature(parser: argparse.ArgumentParser) -> None:
+    """Add --feature, the kind of ImageFeature."""
+    parser.add_argument("--feature", choices=IMAGE_FEATURES,
+                        help="cls: class token; head: SelfPatch's class token; mean: mean of the patches; default: the "
+                             "first of these that the checkpoint offers")
+
+
+def add_segmentation_data(parser: argparse.ArgumentParser) -> None:
+    """Add --data and --num_classes, see segmentation.find_segmentation_data."""
+    parser.add_argument("--data", required=True, help=HELP)
+    parser.add_argument("--num_classes", type=int, help="of --data folders: ids below it count")
+
+
+def add_patch_feature(parser: argparse.ArgumentParser, default: str) -> None:
+    """Add --feature, the kind of PatchFeature."""
+    parser.add_argument("--feature", choices=sorted(PATCH_FEATURES), default=default,
+                        help="of a patch: keys of the block's attention, or its output; default, as published: "
+                             f"{default}")
 
 
 def add_evaluation_options(parser: argparse.ArgumentParser, batch_size: int | None = None) -> None:
     """Add the options of backbones (several), of output and of running.
 
     Args:
-        batch_size: the default of --batch_size_per_gpu; None for a job that has no use for it.
+        batch_size: default of --batch_size_per_gpu; None leaves that option out.
     """
     add_model_options(parser.add_argument_group("backbones, compared in one table"), several=True)
     output = parser.add_argument_group("output")
     output.add_argument("--output", type=user_path, help="JSON file for the figures")
     output.add_argument("--overwrite", action="store_true", help="replace existing files")
-    add_run_options(parser.add_argument_group("running"), batch_size)
+    running = parser.add_argument_group("running")
+    if batch_size is not None:
+        running.add_argument("--batch_size_per_gpu", type=positive_int, default=batch_size,
+                             help="images in a forward pass of one process")
+    running.add_argument("--num_workers", type=number(int, least=0), default=min(10, os.cpu_count() or 1),
+                         help="processes that load images, for each GPU; 0 loads them in this one")
+    running.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps; auto is a GPU if there is one")
+    add_precision_option(running)
+    running.add_argument("--seed", type=number(int, least=0), default=0, help="of random weights, crops and heads")
+    running.add_argument("--dist_timeout", type=number(float, above=0, below=1e6), default=30,
+                         help="minutes to wait for other processes")
 
 
-def add_patch_feature(parser: argparse.ArgumentParser, default: str) -> None:
-    """Add --feature, which patch_features looks at."""
-    parser.add_argument("--feature", choices=["keys", "patches"], default=default,
-                        help="of a patch: keys of the block's attention, or its output; default, as published: "
-                             f"{default}")
+# ---------------------------------------------------------------- the job
 
-
-def check_options(args: argparse.Namespace, positive: Sequence[str] = (), **least: int) -> None:
-    """Raise ConfigError if a number is under its least value, or the output cannot be written.
+def start(device: str, precision: str, dist_timeout: float) -> tuple[torch.device, torch.dtype]:
+    """Join the other processes, if there are any; this process's device and the dtype that backbones compute in.
 
     Args:
-        positive: names of the job's own options that must be above 0, and finite.
-        least: least values of others, by name.
-    """
-    check_run_options(args)
-    for name, minimum in least.items():
-        if (value := min(as_list(getattr(args, name)))) < minimum:
-            raise ConfigError(f"--{name} {value}: give {minimum} or more")
-    for name in positive:
-        for value in as_list(getattr(args, name)):
-            if not 0 < value < math.inf:
-                raise ConfigError(f"--{name} {value:g}: give more than 0" + (", and finite" if value > 0 else ""))
-    check_output(args.output, args.overwrite)
-
-
-def as_list(value: int | float | list) -> list:
-    """An option's values: itself if it takes several."""
-    return value if isinstance(value, list) else [value]
-
-
-class Machine(NamedTuple):
-    """This process among all, its device, and the type that backbones compute in."""
-    rank: int
-    world_size: int
-    device: torch.device
-    dtype: torch.dtype
-
-    @contextlib.contextmanager
-    def frozen(self) -> Iterator[None]:
-        """No gradients, and half precision unless dtype is float32."""
-        with torch.no_grad(), autocast(self.device, self.dtype):
-            yield
-
-
-def start(args: argparse.Namespace) -> Machine:
-    """Join the other processes, if there are any; the device and precision of the options.
+        dist_timeout: minutes to wait for the other processes.
 
     Raises:
-        ConfigError: there is no such device, or the other processes do not join.
+        ConfigError: there is no such device, it lacks the precision, or the other processes do not join.
     """
-    processes = init_distributed_mode(args.device, timeout=timedelta(minutes=args.dist_timeout))
-    if processes.device.type == "cpu":
+    found = init_distributed_mode(device, timeout=timedelta(minutes=dist_timeout)).device
+    if found.type == "cpu":
         keep_freed_memory()
-    return Machine(processes.rank, processes.world_size, processes.device,
-                   choose_dtype(args.precision, processes.device))
+    return found, choose_dtype(precision, found)
 
 
-def patch_features(model: Backbone, images: torch.Tensor, args: argparse.Namespace, machine: Machine) -> torch.Tensor:
-    """Features [B, N, D] of the patches of normalised images [B, 3, H, W]: those of --feature and --layer."""
-    with machine.frozen():
-        found = model.features(images, args.layer, keys=args.feature == "keys")
-    return getattr(found, args.feature)
-
-
-def patch_width(model: Backbone, args: argparse.Namespace, machine: Machine) -> int:
-    """D of patch_features: keys of grouped-query attention are narrower than the network."""
-    if args.feature == "patches":
-        return model.embed_dim
-    image = torch.zeros(1, 3, 2 * model.patch_size, 2 * model.patch_size, device=machine.device)
-    return patch_features(model, image, args, machine).shape[2]
-
-
-def image_feature(candidate: Candidate, args: argparse.Namespace, dtype: torch.dtype) -> ImageFeature:
-    """The ImageFeature of --feature and --layer.
-
-    Raises:
-        ConfigError: the network does not offer it; the message names the network.
-    """
-    try:
-        return ImageFeature(candidate.model, args.feature, args.layer, candidate.head, dtype)
-    except ConfigError as error:
-        raise ConfigError(f"{candidate.name}: {error}") from None
-
-
-Column = dict[str, float | int]
-
-
-Result = TypeVar("Result")
-
-
-def evaluate_each(candidates: list[Candidate], evaluate: Callable[[Candidate], Result],
+def evaluate_each(candidates: list[Candidate], function: Callable[[Candidate], Result],
                   device: torch.device) -> dict[str, Result]:
-    """evaluate(candidate) of every candidate, by name; one network at a time, with its head, is on the device.
+    """function(candidate) of every candidate by name; one network at a time, with its head, is on the device.
 
     Raises:
-        ConfigError: evaluate raises it, or another process has ended, as it does after an error of its own.
+        ConfigError: function raises it, or another process has ended after an error of its own.
     """
     table = {}
     for candidate in candidates:
@@ -154,14 +114,22 @@ def evaluate_each(candidates: list[Candidate], evaluate: Callable[[Candidate], R
         for module in modules:
             module.to(device).requires_grad_(False)
         try:
-            table[candidate.name] = evaluate(candidate)
+            table[candidate.name] = function(candidate)
         except RuntimeError as error:
-            if not (is_distributed() and "gloo/transport" in str(error)):  # where gloo finds a connection closed
+            if not (is_distributed() and "gloo/transport" in str(error)):  # gloo found a connection closed
                 raise
             raise ConfigError("another process of this job has ended: its own message says why") from None
         for module in modules:
             module.to("cpu")
     return table
+
+
+def leave() -> bool:
+    """Leave the group of processes; whether this is the first of them, which reports."""
+    first = get_rank() == 0
+    if is_distributed():
+        dist.destroy_process_group()
+    return first
 
 
 def side_by_side(title: str, table: dict[str, Column]) -> str:
@@ -173,26 +141,20 @@ def side_by_side(title: str, table: dict[str, Column]) -> str:
     return format_table([title, *table], [[row, *(cell(column.get(row)) for column in table.values())] for row in rows])
 
 
-def leave() -> bool:
-    """End the exchange with other processes; whether this is the first of them, which reports."""
-    first = get_rank() == 0
-    if is_distributed():
-        dist.destroy_process_group()
-    return first
-
-
-def finish(args: argparse.Namespace, title: str, candidates: list[Candidate], table: dict[str, Column],
-           **more) -> None:
-    """End the processes' exchange; the first one prints the table and writes the JSON file.
+def finish(title: str, candidates: list[Candidate], table: dict[str, Column], output: Path | None,
+           options: Mapping[str, object], **more) -> None:
+    """Leave the group of processes; the first one prints the table and writes the JSON file.
 
     Args:
-        more: what else the JSON file gets.
+        output: the JSON file; None for none.
+        options: the job's, for the JSON file.
+        more: further entries of the JSON file.
     """
     if not leave():
         return
     print(side_by_side(title, table))
-    if args.output:
+    if output:
         options = {name: value if isinstance(value, int | float | str | list | None) else str(value)
-                   for name, value in vars(args).items()}
+                   for name, value in options.items()}
         networks = [candidate.summary() | {"figures": table[candidate.name]} for candidate in candidates]
-        write_json({"evaluation": title, "options": options, "networks": networks, **more}, args.output)
+        write_json({"evaluation": title, "options": options, "networks": networks, **more}, output)

@@ -1,4 +1,4 @@
-"""Dense retrieval: label the patches of an image by the most similar patches of other images.
+"""Dense retrieval: label an image's patches by the most similar patches of other images.
 
 "Towards In-context Scene Understanding" (Balažević et al. 2023, Sec. 3), with exact search. From a memory of patch
 features and their soft labels,
@@ -31,9 +31,9 @@ def patch_labels(masks: torch.Tensor, num_classes: int, patch_size: int) -> torc
 
 
 def patch_scores(labels: torch.Tensor) -> torch.Tensor:
-    """How common the classes of each patch of one image are, [N]: by it, patches of rare classes are preferred.
+    """How common the classes of each patch of one image are, [N]; sampling prefers low scores, i.e. rare classes.
 
-    The sum, over the classes in a patch, of how many of the image's patches contain that class.
+    The score sums, over the classes in a patch, how many of the image's patches contain the class.
 
     Args:
         labels: [N, C], from patch_labels.
@@ -43,10 +43,11 @@ def patch_scores(labels: torch.Tensor) -> torch.Tensor:
 
 
 def sample_patches(labels: torch.Tensor, count: int, generator: torch.Generator | None = None) -> torch.Tensor:
-    """Indices of count patches of one image for the memory: those of the least score times a random factor in 0 … 1.
+    """Indices of the count patches of one image with the lowest score times a random factor in 0 … 1.
 
     Args:
-        labels: [N, C] on any device, from patch_labels; all N are taken where count is larger.
+        labels: [N, C] on any device, from patch_labels.
+        count: all N patches if larger.
         generator: of the random factors, on the CPU.
     """
     factors = torch.rand(len(labels), generator=generator).to(labels.device)
@@ -60,14 +61,14 @@ def label_map(votes: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 
 
 class PatchMemory:
-    """Patch features with their soft labels, shared among the processes of a job: each holds the rows it has added.
+    """Patch features with soft labels, distributed over the processes of a job: each holds the rows it has added.
 
     A million rows 384 wide take 0.8 GB in half precision.
 
     Args:
-        rows: room for this process's rows.
+        rows: capacity for this process's rows.
         dim, num_classes: of a feature and of a label.
-        dtype: in which both are kept.
+        dtype: of both in memory.
 
     Raises:
         ConfigError: the device has too little memory.
@@ -85,17 +86,17 @@ class PatchMemory:
         self._rows = 0
 
     def __len__(self) -> int:
-        """Rows of this process."""
+        """Number of this process's rows."""
         return self._rows
 
     @property
     def features(self) -> torch.Tensor:
-        """Of the rows added so far, of unit length, [rows, D]."""
+        """Features of the rows added so far, of unit length, [rows, D]."""
         return self._features[:self._rows]
 
     @property
     def labels(self) -> torch.Tensor:
-        """Of the rows added so far, [rows, C]."""
+        """Labels of the rows added so far, [rows, C]."""
         return self._labels[:self._rows]
 
     def add(self, features: torch.Tensor, labels: torch.Tensor) -> None:
@@ -103,7 +104,7 @@ class PatchMemory:
 
         Raises:
             ConfigError: a feature is not finite.
-            ValueError: there is no room for them.
+            ValueError: the rows exceed the capacity.
         """
         check_finite(features)
         end = self._rows + len(features)
@@ -121,7 +122,7 @@ class PatchMemory:
 
         Args:
             queries: features of any length, [Q, D].
-            query_rows, memory_rows: rows of a chunk of the search, which change nothing but its speed and memory.
+            query_rows, memory_rows: rows of a chunk of the search; they affect only speed and memory.
 
         Returns:
             float32 [Q, C], rows sum to 1.
@@ -130,13 +131,13 @@ class PatchMemory:
             ConfigError: a feature is not finite; all processes raise it.
         """
         queries = gather(F.normalize(queries.float(), dim=-1)).flatten(0, 1)
-        check_finite(queries)  # of all processes, so that none is left waiting for one that has raised
+        check_finite(queries)  # those of all processes, so that all raise together
         votes = sum_over_processes(self._vote(queries, neighbours, temperature, query_rows, memory_rows))
         return votes.chunk(get_world_size())[get_rank()]
 
     def _vote(self, queries: torch.Tensor, neighbours: int, temperature: float, query_rows: int,
               memory_rows: int) -> torch.Tensor:
-        """What this process's rows add to the votes of queries [Q, D] from all processes."""
+        """The contribution of this process's rows to the votes of queries [Q, D] from all processes."""
         cosines, rows = nearest(queries, self.features, neighbours, query_rows, memory_rows)
         missing = neighbours - cosines.shape[1]
         candidates = gather(F.pad(cosines, (0, missing), value=-torch.inf))  # [processes, Q, neighbours]

@@ -1,6 +1,6 @@
-"""One feature for each image of a folder: the data, the choice of feature, and its extraction, shared among processes.
+"""Features of frozen backbones, one for each image or patch; labelled images, and extraction shared by processes.
 
-    images = open_images("/path/to/imagenet/val", "--data_path")
+    images = open_labelled("/path/to/imagenet/val", "--data_path")
     feature = ImageFeature(model)                                    # class token, head or mean of patches
     features, labels, unreadable = extract(feature, share_loader(images, batch_size=128))
 """
@@ -17,15 +17,17 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from selfpatch.checkpoints.backbones import Backbone, image_statistics, normalise
+from selfpatch.checkpoints.backbones import Backbone, image_statistics
 from selfpatch.data.files import IMAGE_SUFFIXES, UnreadableImage, load_rgb
 from selfpatch.data.names import NamedImages
+from selfpatch.data.normalisation import normalise
 from selfpatch.data.sources import open_class_folders
 from selfpatch.distributed.precision import autocast
 from selfpatch.distributed.processes import get_rank, get_world_size
 from selfpatch.errors import ConfigError
 
-KINDS = ("cls", "head", "mean")
+IMAGE_FEATURES = ("cls", "head", "mean")  # in the order of preference
+PATCH_FEATURES = ("patches", "keys")
 
 
 # ---------------------------------------------------------------- images
@@ -37,13 +39,13 @@ def eval_transform(size: int = 224) -> v2.Transform:
 
 
 class LabelledImages(Dataset):
-    """Images of class folders in order: (uint8 [3, H, W], class, what is wrong with the file or "").
+    """Images of class folders in order: (uint8 [3, H, W], class, error or "").
 
-    One that cannot be read is a black image of class -1.
+    An unreadable file is a black image of class -1.
 
     Args:
-        images: all of them.
-        indices: of those that belong to the data set; None for all.
+        images: of all class folders.
+        indices: the images of this data set; None for all.
     """
 
     def __init__(self, images: NamedImages, transform: Callable, indices: Sequence[int] | None = None):
@@ -75,13 +77,13 @@ class LabelledImages(Dataset):
         return self.transform(image), int(self.images.labels[number]), ""
 
     def subset(self, indices: list[int]) -> "LabelledImages":
-        """The same classes with these images alone."""
+        """These images alone; the classes stay."""
         part = copy.copy(self)
         part.indices = self.indices[torch.tensor(indices, dtype=torch.int64)]
         return part
 
 
-def open_images(folder: str | Path, option: str, transform: Callable | None = None) -> LabelledImages:
+def open_labelled(folder: str | Path, option: str, transform: Callable | None = None) -> LabelledImages:
     """The images of a folder of class folders; transform None is eval_transform().
 
     Raises:
@@ -100,7 +102,7 @@ def open_images(folder: str | Path, option: str, transform: Callable | None = No
 
 
 def hold_out(images: LabelledImages, share: float) -> tuple[LabelledImages, LabelledImages]:
-    """Divide the images of every class: those to compare with, and the share to test, evenly spaced in the order.
+    """Split every class into training images and a share of test images, evenly spaced in the order.
 
     Raises:
         ConfigError: the share is not between 0 and 1, or leaves no image on one side.
@@ -128,15 +130,15 @@ def open_pair(data_path: str | Path | None, train_path: str | Path | None, val_p
     if val_share is not None:
         if not data_path or train_path or val_path:
             raise ConfigError("--val_share divides one folder of class folders, --data_path: give that alone")
-        train, val = hold_out(open_images(data_path, "--data_path", transform), val_share)
+        train, val = hold_out(open_labelled(data_path, "--data_path", transform), val_share)
         train.transform = train_transform or train.transform
         return train, val
     if data_path and (train_path or val_path) or not data_path and not (train_path and val_path):
         raise ConfigError("give either --data_path, a folder with train/ and val/ in it, or both --train_path and "
                           "--val_path")
-    train = open_images(train_path or Path(data_path) / "train", "--train_path" if train_path else "--data_path",
-                        train_transform or transform)
-    val = open_images(val_path or Path(data_path) / "val", "--val_path" if val_path else "--data_path", transform)
+    train = open_labelled(train_path or Path(data_path) / "train", "--train_path" if train_path else "--data_path",
+                          train_transform or transform)
+    val = open_labelled(val_path or Path(data_path) / "val", "--val_path" if val_path else "--data_path", transform)
     if train.classes != val.classes:
         only = sorted(set(train.classes) ^ set(val.classes))
         raise ConfigError(f"{train.root} and {val.root} differ in class folders: {', '.join(only[:5])}"
@@ -145,7 +147,7 @@ def open_pair(data_path: str | Path | None, train_path: str | Path | None, val_p
 
 
 def share_loader(images: LabelledImages, batch_size: int, num_workers: int = 0, on_gpu: bool = False) -> DataLoader:
-    """Batches of this process's share: of several, process r takes images r, r + world size, …"""
+    """Batches of this process's share of the images: r, r + world size, …"""
     share = images.subset(list(range(get_rank(), len(images), get_world_size())))
     return DataLoader(share, batch_size, num_workers=num_workers, pin_memory=on_gpu)
 
@@ -155,25 +157,25 @@ def share_loader(images: LabelledImages, batch_size: int, num_workers: int = 0, 
 class ImageFeature:
     """uint8 images [B, 3, H, W] on the device -> one feature each, float32 [B, D].
 
-    cls is the class token of a block and mean the mean of its patches, both after the final norm where there is one;
-    head is the class token of the SelfPatch head over the patches.
+    cls is the class token of a block, mean the mean of its patches, both after the final norm, if any; head is the
+    class token of the SelfPatch head over the patches.
 
     Args:
         model, head: in eval mode; head is SelfPatch's, or None.
-        kind: cls, head or mean; None takes the first of these that there is.
+        kind: cls, head or mean; None takes the first that the network has.
         layer: block, 0 being the first and -1 the last.
         dtype: of autocast; float32 for none.
 
     Raises:
-        ConfigError: the network has no class token, or no head, though the kind asks for it.
+        ConfigError: the kind needs a class token or a head that the network lacks.
     """
 
     def __init__(self, model: Backbone, kind: str | None = None, layer: int = -1, head: nn.Module | None = None,
                  dtype: torch.dtype = torch.float32):
         there_is = {"cls": model.has_class_token, "head": head is not None, "mean": True}
-        self.kind = kind or next(kind for kind in KINDS if there_is[kind])
+        self.kind = kind or next(kind for kind in IMAGE_FEATURES if there_is[kind])
         if not there_is[self.kind]:
-            offered = ", ".join(kind for kind in KINDS if there_is[kind])
+            offered = ", ".join(kind for kind in IMAGE_FEATURES if there_is[kind])
             raise ConfigError(f"--feature {self.kind}: the network has none; it offers {offered}")
         self.model, self.head, self.layer, self.dtype = model, head, layer, dtype
         self.statistics = image_statistics(model)
@@ -192,8 +194,35 @@ class ImageFeature:
             return (patches.mean(1) if self.kind == "mean" else self.head.image_token(patches)[:, 0]).float()
 
 
+class PatchFeature:
+    """Normalised images [B, 3, H, W] on the device -> features of their patches [B, N, D], without gradients.
+
+    Args:
+        model: in eval mode.
+        kind: patches, the output of a block, or keys, those of its attention.
+        layer: block, 0 being the first and -1 the last.
+        dtype: of autocast; float32 for none.
+    """
+
+    def __init__(self, model: Backbone, kind: str = "patches", layer: int = -1, dtype: torch.dtype = torch.float32):
+        self.model, self.kind, self.layer, self.dtype = model, kind, layer, dtype
+
+    @property
+    def dim(self) -> int:
+        """D; keys of grouped-query attention are narrower than the network."""
+        if self.kind == "patches":
+            return self.model.embed_dim
+        side = 2 * self.model.patch_size
+        return self(torch.zeros(1, 3, side, side, device=next(self.model.parameters()).device)).shape[2]
+
+    @torch.no_grad()
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        with autocast(images.device, self.dtype):
+            return getattr(self.model.features(images, self.layer, keys=self.kind == "keys"), self.kind)
+
+
 class Extracted(NamedTuple):
-    """Features [n, D] of unit length, their classes [n], both on the device; what is wrong with the files left out."""
+    """Features [n, D] of unit length and classes [n], both on the device, and the errors of files left out."""
     features: torch.Tensor
     labels: torch.Tensor
     unreadable: list[str]
@@ -203,7 +232,7 @@ class Extracted(NamedTuple):
 def extract(feature: Callable[[torch.Tensor], torch.Tensor], loader: DataLoader, dim: int,
             device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32,
             progress: str | None = None) -> Extracted:
-    """The features of a loader's images, in its order; images that cannot be read are left out.
+    """Features of a loader's images, in its order, without unreadable images.
 
     Args:
         feature: uint8 images [B, 3, H, W] -> [B, dim].
@@ -216,7 +245,7 @@ def extract(feature: Callable[[torch.Tensor], torch.Tensor], loader: DataLoader,
     """
     device = torch.device(device)
     n = len(loader.dataset)
-    features = torch.empty(n, dim, dtype=dtype, device=device)  # whole from the start: growing would take it twice
+    features = torch.empty(n, dim, dtype=dtype, device=device)  # allocated whole: growing would take twice the memory
     labels, unreadable, start = torch.empty(n, dtype=torch.long, device=device), [], 0
     with tqdm(total=n, desc=progress, unit="image", disable=progress is None) as bar:
         for images, classes, errors in loader:
@@ -239,7 +268,7 @@ def check_finite(features: torch.Tensor, image: str = "") -> None:
     """Raise ConfigError if a feature is NaN or infinite: comparisons with NaN would count as hits.
 
     Args:
-        image: for the message: which image they are of, if it is known.
+        image: named in the message, if it is known.
     """
     if not features.isfinite().all():
         raise ConfigError((f"{image}: " if image else "") + "some features are NaN or infinite: use --precision fp32, "

@@ -3,8 +3,8 @@
     accuracies = knn_accuracy(ImageFeature(teacher), train_loader, val_loader)
     print(accuracies[20].top1)
 
-The bank of training features is shared out over the processes, which all see every query. One search for the largest k
-serves all smaller ones.
+Each process holds a share of the bank of training features and sees every query. One search for the largest k serves
+all smaller ones.
 """
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -21,38 +21,34 @@ from selfpatch.evaluation.nearest_neighbours import nearest, ordered_search
 
 KS = (10, 20, 100, 200)
 TEMPERATURE = 0.07
+BLOCK = 4096  # queries searched and voted on together
 FLOAT32_BYTES = 2**28  # a bank of up to 256 MiB is kept in float32, a larger one in half precision
 
 
 class Accuracy(NamedTuple):
-    """Shares of the queries, in per cent, whose class is the first, or among the first five, by votes."""
+    """Per cent of the queries whose class comes first, or among the first five, by votes."""
     top1: float
     top5: float
 
 
 def bank_dtype(rows: int, dim: int) -> torch.dtype:
-    """Type of a bank of so many rows over all processes."""
+    """dtype of a bank [rows, dim], counted over all processes."""
     return torch.float32 if 4 * rows * dim <= FLOAT32_BYTES else torch.float16
-
-
-def bank_bytes(rows: int, dim: int, world_size: int = 1) -> int:
-    """Memory of one process's share of a bank: features, and classes as 8-byte integers."""
-    return -(-rows // world_size) * (dim * bank_dtype(rows, dim).itemsize + 8)
 
 
 def neighbours(queries: torch.Tensor, bank: torch.Tensor, labels: torch.Tensor, k: int,
                **chunks: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosines and classes [Q, k] of each query's neighbours in the bank of all processes, nearest first.
 
-    Of equal cosines, the row of the lowest number comes first: row i of process r of R has the number i · R + r, as
-    the images that it is made from have, up to those that cannot be read.
+    Equal cosines are ordered by row number: row i of process r of R has the number i · R + r, that of its image unless
+    files could not be read.
 
     Args:
         queries: [Q, D], the same in every process.
         bank, labels: [M, D] and [M], this process's share; k is at most the sum of all M.
         chunks: query_rows and bank_rows of search.
     """
-    # cosines of different shares can only be compared where all are exact
+    # cosines from different shares are comparable only if exact
     find = ordered_search if get_world_size() == 1 else nearest
     cosines, rows = find(queries, bank, k, **chunks)
     if get_world_size() == 1:
@@ -68,17 +64,16 @@ def neighbours(queries: torch.Tensor, bank: torch.Tensor, labels: torch.Tensor, 
 
 def class_ranks(cosines: torch.Tensor, classes: torch.Tensor, truth: torch.Tensor, num_classes: int,
                 temperature: float = TEMPERATURE) -> torch.Tensor:
-    """Place of each query's true class by votes, 0 for the first, [Q].
+    """Rank of each query's true class by votes, [Q]; 0 is the first.
 
-    A neighbour votes for its class with exp(cosine / temperature). Of classes with equal votes, such as none, the one
-    of the lowest number comes first.
+    A neighbour votes for its class with exp(cosine / temperature). Equal votes, such as none, are ordered by class.
 
     Args:
         cosines, classes: [Q, k] of the neighbours.
         truth: [Q], the queries' classes.
     """
     votes = cosines.new_zeros(len(cosines), num_classes)
-    # relative to the largest, which changes no order: exp(1 / 0.01) would overflow
+    # relative to the largest cosine, without changing the order: exp(1 / 0.01) would overflow
     votes.scatter_add_(1, classes, ((cosines - cosines.amax(1, keepdim=True)) / temperature).exp())
     own = votes.gather(1, truth[:, None])
     before = torch.arange(num_classes, device=votes.device) < truth[:, None]
@@ -87,14 +82,12 @@ def class_ranks(cosines: torch.Tensor, classes: torch.Tensor, truth: torch.Tenso
 
 @torch.inference_mode()
 def classify(queries: torch.Tensor, truth: torch.Tensor, bank: torch.Tensor, labels: torch.Tensor, num_classes: int,
-             ks: Sequence[int] = KS, temperature: float = TEMPERATURE, block: int = 4096,
-             **chunks: int) -> dict[int, Accuracy]:
-    """Accuracy by k, from one search; a k above the size of the bank is replaced by that size.
+             ks: Sequence[int] = KS, temperature: float = TEMPERATURE, **chunks: int) -> dict[int, Accuracy]:
+    """Accuracy by k, from one search; a k above the size of the bank becomes that size.
 
     Args:
         queries, truth: features [Q, D] of unit length and classes [Q], the same in every process.
         bank, labels: this process's share of the training features [M, D], of unit length, and of their classes [M].
-        block: queries that are searched for and voted on together.
         chunks: query_rows and bank_rows of search.
     """
     total = int(sum_over_processes(torch.tensor(len(labels), device=labels.device)))
@@ -102,7 +95,7 @@ def classify(queries: torch.Tensor, truth: torch.Tensor, bank: torch.Tensor, lab
         raise ConfigError(f"none of the {'test' if total else 'training'} images can be read")
     ks = sorted({min(k, total) for k in ks})
     hits = {k: [0, 0] for k in ks}
-    for q, true in zip(queries.split(block), truth.split(block), strict=True):
+    for q, true in zip(queries.split(BLOCK), truth.split(BLOCK), strict=True):
         cosines, classes = neighbours(q.float(), bank, labels, ks[-1], **chunks)
         for k in ks:
             ranks = class_ranks(cosines[:, :k], classes[:, :k], true, num_classes, temperature)
@@ -112,7 +105,7 @@ def classify(queries: torch.Tensor, truth: torch.Tensor, bank: torch.Tensor, lab
 
 
 class KnnResult(NamedTuple):
-    """Accuracy by k, and this process's share of what it was computed from."""
+    """Accuracy by k, and this process's share of the features."""
     accuracies: dict[int, Accuracy]
     train: Extracted
     val: Extracted
@@ -137,13 +130,13 @@ def knn_classification(feature: ImageFeature, train: DataLoader, val: DataLoader
 
 def knn_accuracy(feature: ImageFeature, train: DataLoader, val: DataLoader, ks: Sequence[int] = KS,
                  temperature: float = TEMPERATURE, device: torch.device | str = "cpu") -> dict[int, Accuracy]:
-    """Accuracy by k of a network that may be in training: it is put into eval mode for the while.
+    """Accuracy by k of a network, which is in eval mode during the call and then in its former mode again.
 
-    Every process calls it, each with its share of the images, and gets the same figures.
+    Every process calls it with its share of the images and gets the same figures.
 
     Args:
-        feature: of the network, on the device.
-        train, val: image_features.share_loader of the images to compare with and to test.
+        feature: its network is on the device.
+        train, val: image_features.share_loader of the training and test images.
     """
     modules = [module for module in (feature.model, feature.head) if module is not None]
     modes = [module.training for module in modules]

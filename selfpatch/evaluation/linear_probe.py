@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from selfpatch.checkpoints.backbones import Backbone, image_statistics, normalise
+from selfpatch.checkpoints.backbones import Backbone, image_statistics
+from selfpatch.data.normalisation import normalise
 from selfpatch.distributed.collectives import sum_over_processes
 from selfpatch.distributed.precision import autocast
 from selfpatch.distributed.processes import get_rank, get_world_size, together
@@ -33,15 +34,15 @@ def train_transform(size: int = 224) -> v2.Transform:
 class TokenFeature:
     """uint8 images [B, 3, H, W] on the device -> tokens [B, n + 1, D], float32: what heads see of a frozen backbone.
 
-    Row i < n is the class token of the i-th of the last n blocks, or the mean of its patches where kind is mean; for
-    head n is 1, and the row is the SelfPatch head's class token. The last row is the mean of the last block's patches.
+    Row i < n is the class token of the i-th of the last n blocks, or for kind mean, the mean of its patches; for kind
+    head, n is 1 and the row is the SelfPatch head's class token. The last row is the mean of the last block's patches.
 
     Args:
-        feature: backbone, kind, layer (the last block), head and type for autocast.
+        feature: backbone, kind, last block, head and dtype.
         blocks: n.
 
     Raises:
-        ConfigError: there are fewer than n blocks up to the layer.
+        ConfigError: there are fewer than n blocks up to the feature's layer.
     """
 
     def __init__(self, feature: ImageFeature, blocks: int):
@@ -70,7 +71,7 @@ class TokenFeature:
 
 
 class Inputs(NamedTuple):
-    """Which tokens a head sees: those of the last blocks, and the mean of the last block's patches or not."""
+    """The tokens that a head sees: those of the last blocks, perhaps with the mean of the last block's patches."""
     blocks: int
     mean_patches: bool
 
@@ -85,7 +86,7 @@ class Inputs(NamedTuple):
 
 
 def input_grid(kind: str, blocks: Sequence[int]) -> list[Inputs]:
-    """The inputs to try for a kind of feature; where that is the mean itself, the mean is not added once more."""
+    """The inputs to try for a kind of feature; kind mean has the mean only once."""
     counts = (1,) if kind == "head" else sorted(set(blocks))
     return [Inputs(n, mean) for n in counts for mean in ((False,) if kind == "mean" else (False, True))]
 
@@ -95,14 +96,14 @@ def input_grid(kind: str, blocks: Sequence[int]) -> list[Inputs]:
 class Heads:
     """Linear classifiers on the same inputs, one for each learning rate, trained by SGD with momentum, without decay.
 
-    Weights [L, C, width] start as N(0, 0.01²), biases [L, C] as 0. Gradients are written out, not differentiated: for
-    softmax and cross-entropy they are two products, and all heads share them.
+    Weights [L, C, width] start as N(0, 0.01²), biases [L, C] as 0. Gradients are computed by hand rather than by
+    autograd: for cross-entropy they are two products, which all heads share.
 
     Args:
-        inputs: which tokens the heads see.
+        inputs: the tokens that the heads see.
         dim: width of a token.
         lrs: L learning rates, at the start of a cosine to 0.
-        generator: of the first weights; None takes torch's own.
+        generator: of the initial weights; None for torch's global one.
     """
 
     def __init__(self, inputs: Inputs, dim: int, num_classes: int, lrs: Sequence[float],
@@ -119,12 +120,12 @@ class Heads:
         return (x @ self.weight.flatten(0, 1).T).unflatten(1, self.bias.shape) + self.bias
 
     def step(self, tokens: torch.Tensor, labels: torch.Tensor, count: int, factor: float) -> torch.Tensor:
-        """One step of every head; the cross-entropy of each [L], summed over these images and divided by count.
+        """Take a step with every head; returns their cross-entropies [L], summed over the images and divided by count.
 
         Args:
             tokens, labels: of this process's images, [B, n + 1, D] and [B].
             count: images in the step over all processes.
-            factor: of the learning rates at this step.
+            factor: multiplies the learning rates.
         """
         log_probs = self.logits(tokens).log_softmax(-1)
         index = labels[:, None, None].expand(-1, len(self.lrs), 1)
@@ -137,27 +138,26 @@ class Heads:
         return loss
 
 
-def build_heads(kind: str, dim: int, num_classes: int, blocks: Sequence[int], batch_size: int,
+def build_heads(inputs: list[Inputs], dim: int, num_classes: int, batch_size: int,
                 lrs: Sequence[float] = LEARNING_RATES, seed: int = 0,
                 device: torch.device | str = "cpu") -> list[Heads]:
     """The grid of heads, the same in every process.
 
     Args:
-        kind: cls, head or mean.
-        blocks: numbers of last blocks to try.
+        inputs: from input_grid.
         batch_size: images in a step over all processes.
         lrs: learning rates to try, for 256 images in a step.
-        seed: of the first weights.
+        seed: of the initial weights.
     """
     generator = torch.Generator().manual_seed(seed)
     scaled = [lr * batch_size / 256 for lr in lrs]
-    return [Heads(inputs, dim, num_classes, scaled, generator, device) for inputs in input_grid(kind, blocks)]
+    return [Heads(one, dim, num_classes, scaled, generator, device) for one in inputs]
 
 
 # ---------------------------------------------------------------- training and testing
 
 class CropDataset(torch.utils.data.Dataset):
-    """(crop, class, error) of LabelledImages, the crop drawn from the seed, the epoch and the image alone."""
+    """(crop, class, error) of LabelledImages; seed, epoch and image determine the crop."""
 
     def __init__(self, images: LabelledImages, seed: int = 0):
         self.images, self.seed, self.epoch = images, seed, 0
@@ -167,7 +167,7 @@ class CropDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int, str]:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(hash((self.seed, self.epoch, index)))  # of numbers, the same in every process
+            torch.manual_seed(hash((self.seed, self.epoch, index)))  # hashes of integers are the same in every process
             return self.images[index]
 
 
@@ -177,13 +177,13 @@ def epoch_order(count: int, seed: int, epoch: int) -> torch.Tensor:
 
 
 class CropBatches:
-    """Batches of crops, in an order drawn anew each epoch; every process has its share of each step's images.
+    """Batches of crops in a new order each epoch; every process gets its share of each step's images.
 
-    An incomplete last step is left out. The images of a step do not depend on the number of processes.
+    An incomplete last step is dropped. The images of a step do not depend on the number of processes.
 
     Args:
-        batch_size: images of a process in a step; less where there are fewer images than a step takes.
-        seed: of the order and of the crops.
+        batch_size: images of a process in a step; fewer if a step would exceed all images.
+        seed: of the order and the crops.
         on_gpu: whether the batches go to a GPU.
 
     Raises:
@@ -219,7 +219,7 @@ def tokens_of(batches: Iterable, feature: TokenFeature, device: torch.device,
               unreadable: set[str]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Batches of images -> (tokens [B, n + 1, D], classes [B]) on the device.
 
-    Images that cannot be read are left out, and what is wrong with them is added to unreadable.
+    Unreadable images are left out, and their errors added to unreadable.
     """
     for images, labels, errors in batches:
         unreadable.update(filter(None, errors))
@@ -229,15 +229,15 @@ def tokens_of(batches: Iterable, feature: TokenFeature, device: torch.device,
             tokens = feature(images.to(device, non_blocking=True))
             check_finite(tokens)
             yield tokens, labels.to(device)
-        else:  # a step is taken by all processes together
+        else:  # every process must take every step
             yield torch.zeros(0, feature.blocks + 1, feature.dim, device=device), labels.to(device)
 
 
 class CachedTokens:
-    """Tokens of one crop an image, in half precision in memory, in the place of CropBatches and their features.
+    """Tokens of one crop per image, kept in memory in half precision, in place of CropBatches and their features.
 
-    Each process keeps those of its own share of the images, and has a part in every step with what it keeps of it:
-    gradients are summed over processes, so that the parts need not be of one size.
+    Each process keeps its own share of the images and contributes what it has of each step's: as gradients are summed
+    over processes, the contributions may differ in size.
     """
 
     def __init__(self, batches: CropBatches, feature: TokenFeature, device: torch.device, unreadable: set[str],
@@ -250,11 +250,11 @@ class CachedTokens:
                       tokens_of([batch], feature, device, unreadable)]
         self.tokens, self.labels = (torch.cat(part) for part in zip(*parts, strict=True))
         readable = torch.cat(images)
-        # row of each image of the share in tokens and labels; -1 where the file cannot be read
+        # each image's row in tokens and labels; -1 for an unreadable file
         self.rows = torch.where(readable, readable.cumsum(0) - 1, -1)
 
     def epoch(self, number: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """(tokens [B, n + 1, D], classes [B]) on the device, what this process has of each step's images."""
+        """(tokens [B, n + 1, D], classes [B]) on the device: this process's images of each step."""
         batches, rank, world_size = self.batches, get_rank(), get_world_size()
         order = epoch_order(len(batches.dataset), batches.seed, number)[:batches.steps * batches.step_size]
         for step in order.split(batches.step_size):
@@ -266,15 +266,15 @@ class CachedTokens:
 @torch.inference_mode()
 def train_heads(heads: list[Heads], batches: CropBatches, feature: TokenFeature, epochs: int, device: torch.device,
                 cache: bool = False, progress: bool = False) -> set[str]:
-    """Train every head for so many epochs, with the learning rates on a cosine to 0. Every process calls it.
+    """Train all heads, with learning rates on a cosine to 0. Every process calls it.
 
     Args:
         heads, feature: on the device; the same in every process.
-        progress: whether to show how far it is.
-        cache: one crop an image for all epochs, so that the backbone runs for one epoch only.
+        cache: take one crop per image for all epochs, so that the backbone runs for one epoch only.
+        progress: show a progress bar.
 
     Returns:
-        What is wrong with this process's files that were left out.
+        The errors of this process's unreadable files.
 
     Raises:
         ConfigError: none of the images can be read, or a feature is not finite.
@@ -299,14 +299,14 @@ def train_heads(heads: list[Heads], batches: CropBatches, feature: TokenFeature,
 
 
 @torch.inference_mode()
-def test_heads(heads: list[Heads], loader: DataLoader, feature: TokenFeature, device: torch.device,
+def score_heads(heads: list[Heads], loader: DataLoader, feature: TokenFeature, device: torch.device,
                progress: bool = False) -> tuple[list[torch.Tensor], list[str]]:
     """Top-1 and top-5 accuracy in per cent of each list of heads, [L, 2], over the images of all processes.
 
-    Every process calls it, each with its share of the images.
+    Every process calls it with its share of the images.
 
     Returns:
-        The accuracies, and what is wrong with this process's files that were left out.
+        The accuracies, and the errors of this process's unreadable files.
 
     Raises:
         ConfigError: none of the images can be read, or a feature is not finite.
@@ -319,12 +319,9 @@ def test_heads(heads: list[Heads], loader: DataLoader, feature: TokenFeature, de
         for i, one in enumerate(heads):
             logits = one.logits(tokens)
             own = logits.gather(2, labels[:, None, None].expand(-1, logits.shape[1], 1))
-            better = (~(logits <= own)).sum(2)  # classes before the true one; all of them for a head that is NaN
+            better = (~(logits <= own)).sum(2)  # classes before the true one; all for a head that is NaN
             hits[i] += torch.stack([(better < 1).sum(0), (better < 5).sum(0)], dim=1)
     if not sum_over_processes(count):
         raise ConfigError("none of the test images can be read")
     # divided on the CPU: MPS has no float64
     return list(100 * sum_over_processes(hits).cpu().double() / count.cpu()), sorted(unreadable)
-
-
-test_heads.__test__ = False  # not a test of pytest's

@@ -1,7 +1,7 @@
 """Linear segmentation: BatchNorm and one linear map from frozen patch features to classes.
 
 The design is DINOv2's (Oquab et al. 2023, Sec. 7.4) with mmsegmentation's test: windows over the image in its own
-aspect ratio, and scores at its full size. A probe without these scores far lower for the same features.
+aspect ratio, scored at full size. Without them, the same features score far lower.
 """
 from collections.abc import Callable
 
@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from selfpatch.distributed.batchnorm import sync_batchnorms
-from selfpatch.distributed.collectives import sum_over_processes
+from selfpatch.distributed.collectives import sum_over_processes, sync_batchnorms
 from selfpatch.distributed.processes import get_rank, get_world_size
 from selfpatch.evaluation.segmentation import IGNORE
 
@@ -19,7 +18,7 @@ class LinearHead(nn.Module):
     """Patch features [B, N, D] -> logits [B, N, C]: BatchNorm, dropout of whole channels, linear map N(0, 0.01²).
 
     Args:
-        dropout: share of an image's channels that is dropped while training.
+        dropout: share of an image's channels dropped in training.
     """
 
     def __init__(self, dim: int, num_classes: int, dropout: float = 0.1):
@@ -29,13 +28,14 @@ class LinearHead(nn.Module):
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, features: torch.Tensor, kept: torch.Tensor | None = None) -> torch.Tensor:
-        """Logits; kept [B, D] tells the channels of each image that dropout leaves, None for all."""
+        """Logits; kept, bool [B, D], are the channels of each image that dropout keeps, None for all."""
         x = self.norm(features.float().flatten(0, 1)).unflatten(0, features.shape[:2])
         return self.linear(x if kept is None else x * kept[:, None] / (1 - self.dropout))
 
 
-def build_head(dim: int, num_classes: int, device: torch.device, seed: int = 0, dropout: float = 0.1) -> LinearHead:
-    """A head on the device, the same in every process, whose BatchNorm normalises over all of them."""
+def build_linear_head(dim: int, num_classes: int, device: torch.device, seed: int = 0,
+                      dropout: float = 0.1) -> LinearHead:
+    """A head on the device, the same in every process, with BatchNorm over all processes."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         head = LinearHead(dim, num_classes, dropout)
@@ -43,7 +43,7 @@ def build_head(dim: int, num_classes: int, device: torch.device, seed: int = 0, 
 
 
 def kept_channels(head: LinearHead, images: int, seed: int) -> torch.Tensor:
-    """Dropout's choice for this process's images of a step, bool [images, D]: the same however many processes share it.
+    """Dropout's choice for this process's images of a step, bool [images, D]; any number of processes draws the same.
 
     Args:
         seed: of the step.
@@ -54,10 +54,10 @@ def kept_channels(head: LinearHead, images: int, seed: int) -> torch.Tensor:
 
 
 def segmentation_loss(logits: torch.Tensor, ids: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """Cross-entropy of pixels, after bilinear interpolation of logits [B, N, C], against ids [B, H, W].
+    """Cross-entropy of bilinearly interpolated logits [B, N, C] against ids [B, H, W].
 
-    It is the sum over this process's pixels, divided by the number of pixels of all processes that count: losses and
-    gradients of all processes are to be summed.
+    The sum over this process's pixels divided by the number of scored pixels of all processes: add up the losses and
+    gradients of all processes.
     """
     logits = logits.transpose(1, 2).unflatten(2, grid)
     logits = F.interpolate(logits, ids.shape[1:], mode="bilinear", align_corners=False)
@@ -66,7 +66,7 @@ def segmentation_loss(logits: torch.Tensor, ids: torch.Tensor, grid: tuple[int, 
 
 
 def window_starts(length: int, window: int, stride: int) -> list[int]:
-    """Where windows begin along a side of an image; the last one ends with the image."""
+    """Where windows start along a side of an image; the last one ends at its edge."""
     if length <= window:
         return [0]
     return [*range(0, length - window, stride), length - window]
@@ -74,10 +74,10 @@ def window_starts(length: int, window: int, stride: int) -> list[int]:
 
 def sliding_logits(image: torch.Tensor, logits_of: Callable[[torch.Tensor], torch.Tensor], num_classes: int,
                    window: int, stride: int) -> torch.Tensor:
-    """Logits of an image [3, H, W], the mean over all windows that a pixel lies in: [C, H, W].
+    """Logits [C, H, W] of an image [3, H, W]: the mean over all windows that contain a pixel.
 
     Args:
-        image: normalised; a side shorter than a window makes windows of that length.
+        image: normalised; a side shorter than the window shortens it.
         logits_of: windows [1, 3, window, window] -> logits of patches [1, C, h, w].
         window, stride: side of the square windows and the distance between them, in pixels.
     """

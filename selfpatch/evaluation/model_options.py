@@ -1,4 +1,4 @@
-"""The options that say which backbone a job evaluates, and the networks that they stand for."""
+"""The options that choose the backbones of a job, and the networks they stand for."""
 import argparse
 import contextlib
 import os
@@ -7,10 +7,12 @@ from typing import NamedTuple
 
 import torch
 
-from selfpatch.checkpoints.backbones import PREFIX, Backbone, check_layer, load_any_with_info
-from selfpatch.checkpoints.loading import CheckpointInfo, build_head
+from selfpatch.checkpoints.backbones import PREFIX, Backbone, check_layer
+from selfpatch.checkpoints.loading import CheckpointInfo, build_head, load_with_info
 from selfpatch.distributed.precision import DTYPES
+from selfpatch.distributed.processes import is_main_process, together
 from selfpatch.errors import ConfigError
+from selfpatch.evaluation.image_features import ImageFeature
 from selfpatch.evaluation.tables import tell_apart
 from selfpatch.method.selfpatch_head import SelfPatchHead
 from selfpatch.method.vision_transformer import ARCHS
@@ -55,85 +57,81 @@ def add_precision_option(parser: argparse.ArgumentParser, note: str = "") -> Non
                              "faster on GPUs of compute capability 8.0 or more, and changes figures a little" + note)
 
 
-def add_run_options(parser: argparse.ArgumentParser, batch_size: int | None) -> None:
-    """Add --batch_size_per_gpu, --num_workers, --device, --precision, --seed and --dist_timeout.
-
-    Args:
-        batch_size: the default of --batch_size_per_gpu; None leaves that out.
-    """
-    if batch_size is not None:
-        parser.add_argument("--batch_size_per_gpu", type=int, default=batch_size,
-                            help="images in a forward pass of one process")
-    parser.add_argument("--num_workers", type=int, default=min(10, os.cpu_count() or 1),
-                        help="processes that load images, for each GPU; 0 loads them in this one")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps; auto is a GPU if there is one")
-    add_precision_option(parser)
-    parser.add_argument("--seed", type=int, default=0, help="of random weights, crops and heads")
-    parser.add_argument("--dist_timeout", type=float, default=30, help="minutes to wait for other processes")
-
-
-def check_run_options(args: argparse.Namespace) -> None:
-    """Raise ConfigError for numbers that no run can have."""
-    for name, least in (("batch_size_per_gpu", 1), ("num_workers", 0), ("seed", 0)):
-        if getattr(args, name, least) < least:
-            raise ConfigError(f"--{name} {getattr(args, name)}: give {least} or more")
-    if not 0 < args.dist_timeout < 1e6:
-        raise ConfigError(f"--dist_timeout {args.dist_timeout:g}: give minutes, more than 0")
-
-
 class Candidate(NamedTuple):
-    """A network to evaluate: its name in the table, the network and its SelfPatch head, if any, in eval mode."""
+    """A network to evaluate, in eval mode, with its name in the table and its SelfPatch head, if any."""
     name: str
     model: Backbone
-    info: CheckpointInfo | None  # of its file; None for an untrained network and for timm's
+    info: CheckpointInfo | None  # of its file; None for untrained networks and timm's
     path: str = ""
     arch: str = ""
     head: SelfPatchHead | None = None
 
     def summary(self) -> dict:
-        """What a JSON file says about the network."""
+        """The network's entries in a JSON file."""
         return {"name": self.name, "path": self.path, "arch": self.arch, "patch_size": self.model.patch_size}
 
+    def image_feature(self, kind: str | None, layer: int, dtype: torch.dtype) -> ImageFeature:
+        """The network's ImageFeature.
 
-def load_candidates(args: argparse.Namespace, quiet: bool = False, with_heads: bool = False) -> list[Candidate]:
-    """The networks of the options (several=True) on the CPU, an untrained one last; prints a line about each.
+        Raises:
+            ConfigError: the network does not offer that kind; the message names the network.
+        """
+        try:
+            return ImageFeature(self.model, kind, layer, self.head, dtype)
+        except ConfigError as error:
+            raise ConfigError(f"{self.name}: {error}") from None
+
+
+def load_candidates(weights: list[str], archs: list[str] = (), key: str = "teacher", patch_size: int | None = None,
+                    layer: int = -1, seed: int | None = None, with_heads: bool = False) -> list[Candidate]:
+    """The networks of add_model_options(several=True) on the CPU, an untrained one last.
+
+    Every process calls it; the first one prints a line about each network.
 
     Args:
-        with_heads: load the SelfPatch heads of the files that have one, too.
+        weights: files of checkpoints.
+        archs: one for all files, one for each, or none: the files' own.
+        key: network of a training run: teacher or student.
+        patch_size: None for the files' own.
+        layer: block that the features will be taken from.
+        seed: of an untrained network's weights; None leaves that network out.
+        with_heads: also load the SelfPatch heads of the files that have one.
 
     Raises:
-        ConfigError: no network is asked for, one cannot be loaded, or one has no block --layer.
+        ConfigError: no network is asked for, one cannot be loaded, or one has no such layer; all processes raise it.
     """
-    weights, archs = args.pretrained_weights, args.arch
-    if not weights and not args.random_weights:
+    if not weights and seed is None:
         raise ConfigError("--pretrained_weights is empty, so the features would be those of a random network: give a "
                           "checkpoint, or --random_weights to run without one")
     if len(archs) not in (0, 1, len(weights)):
         raise ConfigError(f"--arch has {len(archs)} names for {len(weights)} files of --pretrained_weights: give one "
                           "for all, or one for each")
-    archs = archs if len(archs) == len(weights) and weights else (archs or [None]) * max(len(weights), 1)
-    found = []
-    with contextlib.redirect_stdout(None if quiet else sys.stdout):
+    archs = archs if len(archs) == len(weights) and weights else (list(archs) or [None]) * max(len(weights), 1)
+
+    def load() -> list[Candidate]:
+        found = []
         for path, arch, name in zip(weights, archs, row_names(weights), strict=False):
-            model, info = load_any_with_info(arch, path, args.checkpoint_key, args.patch_size)
+            model, info = load_with_info(path, key, arch, patch_size)
             head = build_head(info) if with_heads and info and info.has_selfpatch_head else None
             found.append(Candidate(name, model, info, path, info.arch if info else arch, head))
-        if args.random_weights:
-            found.append(build_untrained(found, archs[0], args.patch_size, getattr(args, "seed", 0)))
-    for candidate in found:
-        check_layer(candidate.model, args.layer)
-    return found
+        if seed is not None:
+            found.append(build_untrained(found, archs[0], patch_size, seed))
+        for candidate in found:
+            check_layer(candidate.model, layer)
+        return found
+
+    with contextlib.redirect_stdout(sys.stdout if is_main_process() else None):
+        return together(load)
 
 
 def build_untrained(found: list[Candidate], arch: str | None, patch_size: int | None, seed: int) -> Candidate:
-    """An untrained network as the baseline of others: built like the first of them that has a SelfPatch head.
+    """An untrained network as a baseline, built like the first of the found ones with a SelfPatch head.
 
-    It gets such a head as well, so that the same feature is compared. Where none has one, it is built like the first
-    of all.
+    It gets such a head too, so that the same feature is compared. If none has a head, it is built like the first.
 
     Args:
-        found: networks to compare it with, perhaps none.
-        arch, patch_size: of the options, for where there are none or the first one is timm's.
+        found: networks to compare it with; may be empty.
+        arch, patch_size: used if found is empty or its first network is timm's.
         seed: of its weights.
     """
     like, parts = next((one for one in found if one.head), found[0] if found else None), {}
@@ -142,13 +140,13 @@ def build_untrained(found: list[Candidate], arch: str | None, patch_size: int | 
         parts = {"class_token": info.class_token, "final_norm": info.final_norm, "img_size": info.grid * patch_size,
                  "num_heads": like.model.num_heads}
     torch.manual_seed(seed)
-    model, _ = load_any_with_info(arch, "", patch_size=patch_size, random_weights=True, **parts)
+    model, _ = load_with_info("", arch=arch, patch_size=patch_size, random_weights=True, **parts)
     head = like and like.head and SelfPatchHead(model.embed_dim, model.num_heads, like.head.k_num).eval()
     return Candidate("random", model, None, "", arch or "vit_small", head)
 
 
 def check_image_size(image_size: int, candidates: list[Candidate]) -> None:
-    """Raise ConfigError if the images are smaller than a patch of one of the networks, or of more than 8192 pixels."""
+    """Raise ConfigError for images smaller than a network's patch, or with a side of more than 8192 pixels."""
     if image_size > LARGEST_IMAGE:
         raise ConfigError(f"--image_size {image_size}: give {LARGEST_IMAGE} or less")
     for candidate in candidates:
@@ -158,7 +156,7 @@ def check_image_size(image_size: int, candidates: list[Candidate]) -> None:
 
 
 def row_names(paths: list[str]) -> list[str]:
-    """Short names that tell the files apart: the last parts of their paths, as many as it takes."""
+    """Short names that tell the files apart: as many of the last parts of their paths as that takes."""
     parts = [os.path.normpath(path).split(os.sep) for path in paths]
     for count in range(1, max(map(len, parts), default=0) + 1):
         names = [os.sep.join(part[-count:]) for part in parts]

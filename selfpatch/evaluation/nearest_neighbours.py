@@ -3,9 +3,9 @@ import torch
 import torch.nn.functional as F
 
 QUERY_ROWS, BANK_ROWS = 256, 131_072  # of one product: 128 MiB of float32 cosines
-SPARE = 8  # rows that nearest compares beyond those asked for
-ROUNDING = 2e-6  # twice what the order of sums changes in a product of two vectors of unit length
-REFINED_QUERIES = 8  # whose rows nearest gathers at a time on a CPU, so that they stay in its cache
+SPARE = 8  # further rows that nearest compares
+ROUNDING = 2e-6  # twice the effect of the order of sums on a product of two vectors of unit length
+REFINED_QUERIES = 8  # whose rows are gathered at a time on a CPU, to stay in its cache
 
 
 @torch.inference_mode()
@@ -13,12 +13,12 @@ def search(queries: torch.Tensor, bank: torch.Tensor, k: int, query_rows: int = 
            bank_rows: int = BANK_ROWS) -> tuple[torch.Tensor, torch.Tensor]:
     """The k rows of a bank with the largest products with each query, largest first.
 
-    Products are computed in float32, whatever the bank's type; chunks of the bank are converted once.
+    Products are in float32 for any bank; each chunk of the bank is converted once.
 
     Args:
         queries: [Q, D], float32.
         bank: [M, D], float32 or half precision.
-        k: at most M are returned.
+        k: at most M.
         query_rows, bank_rows: rows of a chunk; a product takes 4 · query_rows · bank_rows bytes.
 
     Returns:
@@ -27,7 +27,7 @@ def search(queries: torch.Tensor, bank: torch.Tensor, k: int, query_rows: int = 
     k = min(k, len(bank))
     best = queries.new_full((len(queries), k), -torch.inf)
     rows = torch.zeros(len(queries), k, dtype=torch.long, device=queries.device)
-    # one buffer for all products: returning such memory to the system and getting it again costs a sixth of the time
+    # one buffer for all products: freeing and allocating such memory anew costs a sixth of the time
     buffer = queries.new_empty(min(query_rows, len(queries)) * min(bank_rows, len(bank)))
     for start in range(0, len(bank), bank_rows):
         part = bank[start:start + bank_rows].float().T
@@ -47,12 +47,12 @@ def search(queries: torch.Tensor, bank: torch.Tensor, k: int, query_rows: int = 
 
 def nearest(queries: torch.Tensor, bank: torch.Tensor, k: int, query_rows: int = QUERY_ROWS,
             bank_rows: int = BANK_ROWS) -> tuple[torch.Tensor, torch.Tensor]:
-    """search(), with results that do not depend on the chunks; of equal products, the first row comes first.
+    """search() with results that do not depend on the chunks; equal products are ordered by row.
 
-    A product of matrices adds in an order that depends on their sizes. Here the rows that are found, and SPARE more,
-    are multiplied once more, one by one, and ordered by that. On a CPU products and rows are then the same to the bit
-    for any chunks, unless more than SPARE rows beyond the k-th are within rounding of it (1e-6 for vectors of unit
-    length), such as copies of one row: which of those are found is up to the chunks.
+    A matrix product sums in an order that depends on its sizes. Hence the rows found, and SPARE more, are multiplied
+    again one by one and ordered by the result. On a CPU, products and rows are then the same to the bit for any chunks,
+    unless more than SPARE rows beyond the k-th equal it up to rounding (1e-6 for vectors of unit length), such as
+    copies of one row: the chunks then decide which of these are found.
     """
     rows = search(queries, bank, k + SPARE, query_rows, bank_rows)[1].sort(dim=1).values
     step = REFINED_QUERIES if queries.device.type == "cpu" else query_rows
@@ -65,9 +65,9 @@ def nearest(queries: torch.Tensor, bank: torch.Tensor, k: int, query_rows: int =
 @torch.inference_mode()
 def ordered_search(queries: torch.Tensor, bank: torch.Tensor, k: int, query_rows: int = QUERY_ROWS,
                    bank_rows: int = BANK_ROWS) -> tuple[torch.Tensor, torch.Tensor]:
-    """search(), with rows that do not depend on the chunks, as nearest's; of vectors of unit length.
+    """search() for vectors of unit length, with rows that do not depend on the chunks, like those of nearest().
 
-    Products that no other comes close to are left as they are, so that it is nearly as fast as search.
+    Only products close to another are computed again, so that it is nearly as fast as search().
     """
     values, rows = search(queries, bank, k + SPARE, query_rows, bank_rows)
     close = values.diff(dim=1).abs() < ROUNDING

@@ -1,7 +1,7 @@
-"""Find an image's main object by the similarity of its patches: LOST and TokenCut, and CorLoc, which scores boxes.
+"""An image's main object by the similarity of its patches: LOST and TokenCut; CorLoc scores their boxes.
 
-Both take keys [N, D] of an attention layer, as they are, on a grid of h × w patches, row by row, and give a mask of
-patches that box_of turns into pixels.
+Both take an attention layer's keys [N, D], not normalised, of a grid of h × w patches, row by row, and return a mask
+of patches; box_of converts it to pixels.
 """
 import cv2
 import numpy as np
@@ -9,14 +9,14 @@ import torch
 import torch.nn.functional as F
 from scipy.sparse.linalg import LinearOperator, eigsh
 
-EXPANSION = 100  # patches of least degree that LOST compares with its seed
-TAU, EPSILON = 0.2, 1e-5  # TokenCut: the cosine above which two patches are connected, and the weight of other edges
+EXPANSION = 100  # LOST compares its seed with so many patches of least degree
+TAU, EPSILON = 0.2, 1e-5  # TokenCut connects patches whose cosine exceeds TAU; other edges have the weight EPSILON
 
 Grid = tuple[int, int]  # rows and columns of patches
 
 
 def lost_degrees(correlations: torch.Tensor) -> torch.Tensor:
-    """How many other patches each patch is positively correlated with, [N], from keys @ keys.T."""
+    """Number of other patches with a positive correlation to each patch, [N], from keys @ keys.T."""
     positive = correlations > 0
     return positive.sum(1) - positive.diagonal().long()
 
@@ -63,7 +63,6 @@ def second_eigenvector(matrix: torch.Tensor, first: torch.Tensor) -> torch.Tenso
 
     Args:
         first: the eigenvector of that eigenvalue, of unit length [N].
-
     """
     def multiply(vector: np.ndarray) -> np.ndarray:
         x = torch.from_numpy(vector.ravel()).to(matrix.device)
@@ -78,9 +77,9 @@ def second_eigenvector(matrix: torch.Tensor, first: torch.Tensor) -> torch.Tenso
 def tokencut(keys: torch.Tensor, grid: Grid, tau: float = TAU, epsilon: float = EPSILON) -> np.ndarray:
     """Normalised cut of an image's patches (Wang et al. 2022, Sec. 3.2); the object, bool [h, w].
 
-    The object is the connected part, on the side of the mean where |v| is largest, that has the patch of largest |v|.
-    Patches with the same edges have the same value, but for rounding: of several parts with the largest one, it is the
-    part with the most such patches.
+    The object is the connected part with the patch of largest |v|, on that patch's side of the mean. Patches with the
+    same edges have the same value up to rounding: of several parts with the largest |v|, the one with most such
+    patches counts.
     """
     vector = cut_vector(keys, tau, epsilon)
     largest = vector.abs() >= vector.abs().max() * (1 - 1e-7)
@@ -91,7 +90,7 @@ def tokencut(keys: torch.Tensor, grid: Grid, tau: float = TAU, epsilon: float = 
 
 
 def components(mask: np.ndarray) -> np.ndarray:
-    """The 4-connected components of a mask [h, w], numbered from 1; 0 where it is off."""
+    """The 4-connected components of a mask [h, w], numbered from 1; 0 outside the mask."""
     return cv2.connectedComponents(mask.astype(np.uint8), connectivity=4)[1]
 
 

@@ -34,7 +34,7 @@ class Pair(NamedTuple):
 
 
 class SegmentationData(NamedTuple):
-    """A data set: which pairs to learn from, which to score, and what their ids mean.
+    """A data set: pairs to learn from, pairs to score, and the meaning of ids.
 
     shift: ids count from 1, and 0 is not scored.
     """
@@ -67,12 +67,12 @@ class SegmentationData(NamedTuple):
 # ---------------------------------------------------------------- finding pairs
 
 def find_segmentation_data(text: str, num_classes: int | None = None) -> SegmentationData:
-    """The data set that an option --data names, see the top of this file.
+    """The data set of an option --data, see the top of this file.
 
-    Every pair's header is read, so that what does not fit ends a job before it begins.
+    All headers are read, so that pairs that do not fit end a job before its work begins.
 
     Args:
-        num_classes: of folders:, where it must be given, and of nothing else.
+        num_classes: of folders:, which needs it; None for the others.
 
     Raises:
         ConfigError: no such kind of data set, a folder of another kind, an image without mask, a mask of another size
@@ -170,7 +170,7 @@ def split_folders(images: Path, masks: Path, split: str) -> list[Path]:
 
 
 def find_pairs(images: Path, masks: Path) -> list[Pair]:
-    """Every image below a folder with the mask of the same relative name, whatever their suffixes.
+    """Every image below a folder with the mask of the same relative name, without regard to suffixes.
 
     Raises:
         ConfigError: there are no images, or one has no mask, or there are two masks of one name.
@@ -257,8 +257,13 @@ def mean_iou(confusion: np.ndarray, present_only: bool = False) -> float:
     return float(np.nanmean(iou) if present_only else np.nan_to_num(iou).mean())
 
 
+def pixel_accuracy(confusion: np.ndarray) -> float:
+    """Share of the scored pixels whose class is predicted, from 0 to 1."""
+    return float(np.trace(confusion) / max(confusion.sum(), 1))
+
+
 def match_predictions(confusion: np.ndarray) -> np.ndarray:
-    """The confusion matrix with predicted classes renamed, one to one, so that the sum of IoUs is largest."""
+    """The confusion matrix after renaming predicted classes, one to one, for the largest sum of IoUs."""
     hits = confusion.astype(np.float64)
     union = confusion.sum(1, keepdims=True) + confusion.sum(0, keepdims=True) - hits
     return confusion[:, linear_sum_assignment(-hits / np.maximum(union, 1))[1]]

@@ -1,16 +1,17 @@
-"""What an evaluation hands over: one printed table, and a JSON file, written whole, that replaces none silently."""
+"""Results of an evaluation: a printed table, and a JSON file that is written whole and replaces none unasked."""
 import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from selfpatch.errors import ConfigError
+from selfpatch.whole_files import whole_file
 
 
 def tell_apart(names: Sequence[str], taken: Iterable[str] = ()) -> list[str]:
-    """The names in their order, where one that an earlier name has, or that is taken, gets " (2)", " (3)", … after it.
+    """The names in their order, all different: a repeated or taken one gets " (2)", " (3)", … appended.
 
-    All results differ; a name that is given once and not taken stays as it is.
+    A name that is given once and not taken stays unchanged.
     """
     used, given, found = set(taken), set(names), []
     for name in names:
@@ -24,7 +25,7 @@ def tell_apart(names: Sequence[str], taken: Iterable[str] = ()) -> list[str]:
 
 
 def folder_names(names: Sequence[str]) -> list[str]:
-    """Names of folders for the rows of a table, all within one folder: without separators, and neither . nor .."""
+    """Names of folders for the rows of a table, side by side in one folder: no separators, and neither . nor .."""
     plain = [name.replace(os.sep, "_") for name in names]
     return tell_apart(["backbone" if name in ("", os.curdir, os.pardir) else name for name in plain])
 
@@ -38,7 +39,7 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def check_output(output: str | Path | None, overwrite: bool, option: str = "--output") -> None:
-    """Find out before long work whether a result can be written.
+    """Check before long work that a result can be written.
 
     Raises:
         ConfigError: the file exists and overwrite is False, or its folder does not exist or cannot be written to.
@@ -55,7 +56,7 @@ def check_output(output: str | Path | None, overwrite: bool, option: str = "--ou
 
 
 def check_png(output: str | Path, overwrite: bool) -> Path:
-    """check_output for a picture; its path.
+    """check_output for a picture; returns its path.
 
     Raises:
         ConfigError: the name does not end in .png as well.
@@ -67,18 +68,12 @@ def check_png(output: str | Path, overwrite: bool) -> Path:
 
 
 def write_json(content: object, output: str | Path) -> None:
-    """Write a JSON file whole or not at all, and print that it was.
+    """Write a JSON file whole or not at all, and print its name.
 
     Raises:
-        ConfigError: the disk is full or cannot be written.
+        WriteError: the disk is full or cannot be written.
     """
     path = Path(output)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with whole_file(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise ConfigError(f"--output {path} cannot be written ({error.strerror})") from None
-    finally:
-        temporary.unlink(missing_ok=True)
     print(f"wrote {path}")

@@ -1,19 +1,17 @@
 """DINOLoss without dense logits: the same losses, gradients, centres and entropies. Training uses this form.
 
-Why: a batch of 128 images has 1,280 × 65,536 image logits and 87,000 × 4,096 patch logits, of the student and of the
-teacher; the plain form writes and reads each of them some ten times, and keeps several for the backward pass.
+Why: a batch of 128 images has 1,280 × 65,536 image logits and 87,000 × 4,096 patch logits, for student and teacher
+each. The plain form reads and writes each of them about ten times, and keeps several for the backward pass. Here logits
+exist only for a chunk of samples at a time. On a CPU that saves 10 % of a step's peak memory; on a GPU it saves memory
+traffic, too.
 
-What it saves: logits exist only for a chunk of samples at a time. On a CPU that is 10 % of a step's peak memory; on a
-GPU it is memory traffic too.
-
-How the gradient comes about: the loss is a scalar, so its gradient is known, up to the factor that arrives in the
-backward pass, as soon as a chunk's logits are. With s the student's logits over their temperature, q = softmax(s), and
-targets p_1 … p_n of one student view,
+How: the loss is a scalar, so a chunk's logits determine its gradient up to the factor that arrives in the backward
+pass. With s the student's logits over their temperature, q = softmax(s), and targets p_1 … p_n of one student view,
 
     L = Σ_i H(p_i, q)        ∂L/∂s = n·q − Σ_i p_i
 
-and since s = z·Wᵀ/τ_s, the gradients of z and of the prototypes W are products with ∂L/∂s. They are taken at once in
-the forward pass, and the chunk's logits are dropped.
+and since s = z·Wᵀ/τ_s, the gradients of z and of the prototypes W are products with ∂L/∂s. The forward pass computes
+them at once, and drops the chunk's logits.
 """
 from collections.abc import Callable
 
@@ -23,25 +21,25 @@ import torch.nn.functional as F
 from selfpatch.method.losses import DINOLoss, entropy
 from selfpatch.method.vision_transformer import CropLogits, Logits
 
-# Logits of one chunk: 16 MiB in float32 on a CPU, near its caches; 128 MiB in half precision on a GPU, where
-# large matrix products are the efficient ones
+# Logits of one chunk: 16 MiB in float32 on a CPU, about its caches' size; 128 MiB in half precision on a GPU, which
+# is efficient with large matrix products
 MAX_CHUNK_LOGITS = {"cpu": 2**22, "cuda": 2**26}
 
 
 def chunk_loss(student: torch.Tensor, teacher: torch.Tensor,
                center: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Cross-entropy of a chunk of samples with its gradient, in float32 whatever the logits' dtype.
+    """Cross-entropy of a chunk of samples and its gradient, in float32 whatever the logits' dtype.
 
-    With one teacher view, every student view is compared with it. With two (DINO's global views), student views 0 and
-    1 are compared with the other one, and every later view with both.
+    One teacher view is compared with every student view. Of two (DINO's global views), student views 0 and 1 are
+    compared with the other one, and every later view with both.
 
     Args:
         student, teacher: logits divided by their temperatures, [V, m, K] and [1 or 2, m, K].
         center: divided by the teacher's temperature, [K].
 
     Returns:
-        the sum over views and samples; its gradient by student, in student's dtype; the sum of the teacher's
-        assignments, [K].
+        the sum over views and samples; its gradient with respect to student, in student's dtype; the sum of the
+        teacher's assignments, [K].
     """
     p = (teacher - center).softmax(-1)
     target = p
@@ -55,7 +53,7 @@ def chunk_loss(student: torch.Tensor, teacher: torch.Tensor,
 
 
 class FusedCrossEntropy(torch.autograd.Function):
-    """Mean over samples of chunk_loss, from factored logits, with its gradient by z and the prototypes."""
+    """Mean over samples of chunk_loss from factored logits, with gradients for z and the prototypes."""
 
     @staticmethod
     def forward(ctx, z: torch.Tensor, prototypes: torch.Tensor, teacher: Logits, center: torch.Tensor, temp: float,
@@ -65,11 +63,11 @@ class FusedCrossEntropy(torch.autograd.Function):
         dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else z.dtype
         with torch.autocast(device_type, enabled=False):
             w, teacher_w, center = prototypes.to(dtype), teacher.prototypes.to(dtype), center / temp
-            # divide the factors, not the logits: they are far fewer, and still in float32
+            # divide the factors instead of the logits: they are far fewer, and still float32
             x, y = ((t / tau).to(dtype) for t, tau in ((z, student_temp), (teacher.z, temp)))
             grad_z, grad_w = torch.empty_like(z), None
             loss, assignments = z.new_zeros(()), z.new_zeros(len(prototypes))
-            # chunks of equal size, so that compiled code sees at most two shapes in each of its calls
+            # equal chunks, so that compiled code sees at most two shapes per call
             max_logits = MAX_CHUNK_LOGITS.get(device_type, MAX_CHUNK_LOGITS["cuda"])
             num_chunks = -(-views * samples * len(prototypes) // max_logits)
             chunk_size = -(-samples // num_chunks)
@@ -89,15 +87,15 @@ class FusedCrossEntropy(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_loss: torch.Tensor, _):
-        # the factor comes last, in float32: 1 / 87,000 patches is below float16's smallest number
+        # apply the factor last, in float32: 1 / 87,000 patches is below float16's smallest number
         grad_z, grad_w = (grad * (grad_loss * ctx.factor) for grad in ctx.saved_tensors)
         return grad_z, grad_w, None, None, None, None, None
 
 
 class FusedDINOLoss(DINOLoss):
-    """DINOLoss by FusedCrossEntropy; arguments and state dict are the same.
+    """DINOLoss computed by FusedCrossEntropy; arguments and state dict are the same.
 
-    teacher_probs and student_log_probs are not used here: to override them, subclass the plain DINOLoss.
+    It does not call teacher_probs and student_log_probs: to override them, subclass the plain DINOLoss.
     """
 
     def __init_subclass__(cls, **kwargs):
@@ -110,7 +108,7 @@ class FusedDINOLoss(DINOLoss):
         self.chunk_loss = chunk_loss
 
     def compile(self, **kwargs) -> None:
-        """Fuse the elementwise passes over a chunk's logits; the products and the loop stay as they are."""
+        """Compile the elementwise passes over a chunk's logits; matrix products and the loop stay as they are."""
         self.chunk_loss = torch.compile(chunk_loss, **kwargs)
 
     def image_loss(self, student: Logits, teacher: Logits, temp: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -133,7 +131,7 @@ class FusedDINOLoss(DINOLoss):
 
     @torch.no_grad()
     def batch_means(self, teacher: CropLogits) -> list[torch.Tensor]:
-        """The mean is taken before the product, which is linear: no logits of local views are formed for it."""
+        """Means as in DINOLoss, taken before the product, which is linear: the local views need no logits."""
         image, patches = teacher
         means = [F.linear(image.z.mean(0), image.prototypes)[None, None]]
         if self.patch_loss_weight:

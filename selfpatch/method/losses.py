@@ -1,6 +1,6 @@
-"""The paper's two losses in plain form, to be read and changed. fused_loss.py has the same numbers in less memory.
+"""The paper's two losses in plain form, to read and to change. fused_loss.py computes the same in less memory.
 
-With V views (crops) of each of B images, the two global ones first, and logits t of the teacher, s of the student:
+Each of B images has V views (crops), the two global ones first. With teacher's logits t and student's logits s:
 
     P_t = softmax((t − C) / τ_t)        P_s = softmax(s / τ_s)        H(p, q) = −Σ_k p_k log q_k
 
@@ -8,8 +8,8 @@ With V views (crops) of each of B images, the two global ones first, and logits 
     patch = mean over views, and over the patches i of each, of H(P_t(positives of i), P_s(i))       SelfPatch, Sec. 3
     loss = image + 0.1 · patch
 
-The centres C keep the teacher from giving all samples the same prototype, and the low temperature τ_t keeps it from
-spreading each sample evenly over all prototypes.
+The centres C prevent one collapse, where the teacher assigns all samples to the same prototype; the low temperature
+τ_t prevents the other, where it spreads each sample evenly over all prototypes.
 """
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -28,8 +28,8 @@ from selfpatch.method.vision_transformer import CropLogits, Logits
 class Losses(NamedTuple):
     """Scalars of one step, float32, in nats.
 
-    The entropies are of the teacher's mean assignment over the batch: 0 where it has collapsed to one prototype, ln K
-    where all prototypes are used equally.
+    The entropies are those of the teacher's mean assignment over the batch: 0 if it has collapsed to one prototype,
+    ln K if it uses all prototypes equally.
     """
     total: torch.Tensor
     image: torch.Tensor
@@ -55,14 +55,14 @@ class DINOLoss(nn.Module):
     the rest.
 
     Args:
-        out_dim, out_dim_selfpatch: prototypes of the image and of the patch head.
+        out_dim, out_dim_selfpatch: prototypes of the image head and of the patch head.
         ncrops: V, views of each image.
         warmup_teacher_temp, teacher_temp, warmup_teacher_temp_epochs: τ_t rises linearly from the first to the second
-            over the warm-up epochs, and is constant after them.
-        nepochs: unused; DINO's signature has it.
+            over the warm-up epochs, then stays constant.
+        nepochs: unused; part of DINO's signature.
         student_temp: τ_s.
         center_momentum: of the centres' moving average.
-        patch_loss_weight: 0 is DINO's loss.
+        patch_loss_weight: 0 gives DINO's loss.
     """
 
     def __init__(self, out_dim: int, out_dim_selfpatch: int, ncrops: int, warmup_teacher_temp: float = 0.04,
@@ -76,12 +76,12 @@ class DINOLoss(nn.Module):
         self.register_buffer("patch_center", torch.zeros(1, out_dim_selfpatch))
 
     def forward(self, student: CropLogits, teacher: CropLogits, epoch: int) -> Losses:
-        """Losses of one batch. The centres do not move: see batch_means and update_centers.
+        """Losses of one batch. The centres stay as they are: batch_means and update_centers move them.
 
         Args:
             student: logits of all V views.
-            teacher: the same; the two global views suffice where patch_loss_weight is 0.
-            epoch: from 0; it sets the teacher's temperature.
+            teacher: logits of all V views; of the two global ones if patch_loss_weight is 0.
+            epoch: counted from 0; sets the teacher's temperature.
         """
         temp = self.teacher_temp(epoch)
         image, image_entropy = self.image_loss(student.image, teacher.image, temp)
@@ -99,7 +99,7 @@ class DINOLoss(nn.Module):
         return F.log_softmax(logits.float() / self.student_temp, dim=-1)
 
     def image_loss(self, student: Logits, teacher: Logits, temp: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """Each of the teacher's two global views against all other views of the student (DINO, Eq. 3).
+        """Compare each of the teacher's two global views with all other views of the student (DINO, Eq. 3).
 
         Args:
             student, teacher: image logits [V·B, K], view by view.
@@ -115,9 +115,9 @@ class DINOLoss(nn.Module):
 
     def patch_loss(self, student: list[Logits], teacher: list[Logits],
                    temp: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """Each patch of the student against its positives, aggregated by the teacher in the same view (SelfPatch).
+        """Compare each patch of the student with its positives, which the teacher aggregates in the same view.
 
-        Every view has the same weight, so a patch of a small local crop weighs more than one of a global crop.
+        All views weigh the same, so a patch of a small local crop weighs more than one of a global crop.
 
         Args:
             student, teacher: patch logits [V_r·B, N_r, K] for each run of V_r equally sized views.
@@ -134,9 +134,9 @@ class DINOLoss(nn.Module):
 
     @torch.no_grad()
     def batch_means(self, teacher: CropLogits) -> list[torch.Tensor]:
-        """Mean logits over all views: of images [1, 1, out_dim], and of patches [1, out_dim_selfpatch] if used.
+        """Mean logits over all views: of images [1, 1, out_dim] and, with a patch loss, patches [1, out_dim_selfpatch].
 
-        Call it outside autocast: the centres are kept in float32.
+        Call it outside autocast, since the centres are float32.
         """
         means = [teacher.image.dense().mean(0)[None, None]]
         if self.patch_loss_weight:
@@ -149,22 +149,23 @@ class DINOLoss(nn.Module):
         """C ← m·C + (1 − m)·(mean logits of one step) (DINO, Eq. 4).
 
         Args:
-            batch_means: what batch_means gave for each small batch of the step; averaged here, and over all ranks.
+            batch_means: from the method of that name, for each small batch of the step; averaged over them and over
+                all ranks.
         """
         self.move_centers(*self.sum_means(batch_means))
 
     def start_update(self, batch_means: Sequence[list[torch.Tensor]]) -> Callable[[], None]:
-        """update_centers in two parts: the exchange with other ranks begins here, the function returned is the rest.
+        """Begin the exchange of update_centers with other ranks; the function returned finishes the update.
 
-        What lies between them (a backward pass) does not wait for the exchange.
+        Work between the two, a backward pass, does not wait for the exchange.
         """
-        if type(self).update_centers is not DINOLoss.update_centers:  # a variant's own
+        if type(self).update_centers is not DINOLoss.update_centers:  # overridden by a variant
             return partial(self.update_centers, batch_means)
         return partial(self.move_centers, *self.sum_means(batch_means))
 
     @torch.no_grad()
     def sum_means(self, batch_means: Sequence[list[torch.Tensor]]) -> tuple[list[torch.Tensor], dist.Work | None]:
-        """The means of a step, being summed over all ranks by one exchange, which is to be waited for."""
+        """Start to sum a step's means over all ranks; the sums are valid after waiting for the exchange."""
         means = [torch.stack(means).mean(0) for means in zip(*batch_means, strict=True)]
         if get_world_size() == 1:
             return means, None
@@ -177,6 +178,6 @@ class DINOLoss(nn.Module):
     def move_centers(self, sums: list[torch.Tensor], exchange: dist.Work | None) -> None:
         if exchange:
             exchange.wait()
-        # without a patch loss there are no patch means, and the patch centre is unchanged
+        # without a patch loss there are no patch means, and the patch centre stays as it is
         for center, total in zip((self.center, self.patch_center), sums, strict=False):
             center.lerp_(total / get_world_size() if exchange else total, 1 - self.center_momentum)

@@ -1,13 +1,13 @@
-"""Parameter groups, LARS, and what DINO does to gradients and to the teacher around the optimiser's step."""
+"""Parameter groups, LARS, gradient clipping and freezing, and the update of the teacher."""
 import torch
 from torch import nn
 
 
 def get_params_groups(model: nn.Module, layer_decay: float = 1.0) -> list[dict]:
-    """Trainable parameters in two groups: with weight decay, and (biases and one-dimensional ones) without.
+    """Trainable parameters in two groups: with weight decay, and without (biases and one-dimensional parameters).
 
     Args:
-        layer_decay: below 1, two groups for each layer of model.backbone; see get_layer_groups.
+        layer_decay: if below 1, two groups for each layer of model.backbone, see get_layer_groups.
     """
     if layer_decay != 1:
         return get_layer_groups(model, layer_decay)
@@ -23,10 +23,10 @@ def is_decayed(name: str, p: nn.Parameter) -> bool:
 
 
 def get_layer_groups(model: nn.Module, layer_decay: float) -> list[dict]:
-    """Two groups for each layer, with lr_scale, the factor on the learning rate, and whether weight decay applies.
+    """Two groups for each layer: lr_scale multiplies the learning rate, decayed tells whether weight decay applies.
 
-    The factor is layer_decay^(depth + 1 - i): i is 0 for the embeddings, 1 to depth for the blocks of model.backbone,
-    and depth + 1 for all else.
+    lr_scale is layer_decay^(depth + 1 - i), with i = 0 for the embeddings, 1 to depth for the blocks of model.backbone,
+    and depth + 1 for everything else.
     """
     depth, groups = len(model.backbone.blocks), {}
     for name, p in model.named_parameters():
@@ -57,7 +57,7 @@ def build_optimizer(model: nn.Module, name: str = "adamw", layer_decay: float = 
     if name == "adamw":
         return torch.optim.AdamW(groups, fused=device.type in ("cuda", "cpu"))
     if name == "sgd":
-        # not fused: torch 2.15's fails if some momenta begin later than others, as frozen last layers' do
+        # not fused: torch 2.15's fails if some momenta begin later than others, like those of frozen last layers
         return torch.optim.SGD(groups, lr=0, momentum=0.9, foreach=True)
     if name == "lars":
         return LARS(groups)
@@ -66,10 +66,10 @@ def build_optimizer(model: nn.Module, name: str = "adamw", layer_decay: float = 
 
 @torch.no_grad()
 def clip_gradients(model: nn.Module, clip: float, norms: torch.Tensor | None = None) -> None:
-    """Scale each gradient tensor on its own to a norm of at most clip, as DINO does, without a host-device sync.
+    """Scale each gradient tensor separately to a norm of at most clip, as DINO does, without a host-device sync.
 
     Args:
-        norms: of the gradients, where they are known, [number of gradients].
+        norms: of the gradients, [number of gradients]; None to compute them.
     """
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     norms = torch.stack(torch._foreach_norm(grads)) if norms is None else norms
@@ -81,10 +81,10 @@ def clip_gradients(model: nn.Module, clip: float, norms: torch.Tensor | None = N
 
 
 def scale_together(tensors: list[torch.Tensor], factors: torch.Tensor) -> None:
-    """Multiply each contiguous tensor by its factor, of [number of tensors], in place.
+    """Multiply each contiguous tensor in place by its factor, one of factors [number of tensors].
 
-    A grouped product takes pairs of one shape: the factors are written out, which is one pass over memory more, and
-    some 200 launches less.
+    A grouped product takes pairs of the same shape, so the factors are expanded: one more pass over memory, but about
+    200 launches less.
     """
     sizes = [tensor.numel() for tensor in tensors]
     factors = torch.cat([factor.expand(size) for factor, size in zip(factors, sizes, strict=True)])
@@ -92,7 +92,7 @@ def scale_together(tensors: list[torch.Tensor], factors: torch.Tensor) -> None:
 
 
 def cancel_gradients_last_layer(epoch: int, model: nn.Module, freeze_last_layer: int) -> None:
-    """Remove the gradients of the heads' last layers while epoch < freeze_last_layer: no update, decay or moments."""
+    """Drop the gradients of the heads' last layers while epoch < freeze_last_layer: no update, decay or moments."""
     if epoch < freeze_last_layer:
         for name, p in model.named_parameters():
             if "last_layer" in name:
@@ -100,7 +100,7 @@ def cancel_gradients_last_layer(epoch: int, model: nn.Module, freeze_last_layer:
 
 
 def cancel_gradients_backbone(epoch: int, model: nn.Module, freeze_backbone_epochs: int) -> None:
-    """Remove the gradients of model.backbone while epoch < freeze_backbone_epochs: no update, decay or moments."""
+    """Drop the gradients of model.backbone while epoch < freeze_backbone_epochs: no update, decay or moments."""
     if epoch < freeze_backbone_epochs:
         for p in model.backbone.parameters():
             p.grad = None
@@ -109,10 +109,10 @@ def cancel_gradients_backbone(epoch: int, model: nn.Module, freeze_backbone_epoc
 @torch.no_grad()
 def update_teacher(student: nn.Module, teacher: nn.Module, momentum: float,
                    finite: torch.Tensor | None = None) -> None:
-    """teacher ← momentum · teacher + (1 − momentum) · student for all parameters, frozen ones too (DINO, Sec. 3.1).
+    """teacher ← momentum · teacher + (1 − momentum) · student, for frozen parameters, too (DINO, Sec. 3.1).
 
     Args:
-        finite: a bool on the device; the teacher does not move where it is false.
+        finite: a bool on the device; if it is false, the teacher stays as it is.
     """
     weights, towards = list(teacher.parameters()), list(student.parameters())
     if finite is None:
@@ -131,11 +131,12 @@ def all_finite(model: nn.Module) -> bool:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Load state but keep each group's factor on the rate, and the implementation (fused, foreach), which differs
-    between devices and torch versions.
+    """Load state, but keep each group's lr_scale and its implementation (fused, foreach).
+
+    The implementation depends on the device and on torch's version.
 
     Raises:
-        ValueError: the state is of another kind of optimizer, or of other groups.
+        ValueError: the state is of a different kind of optimizer, or has different groups.
     """
     signature = {"betas", "momentum", "eta"}  # tells AdamW, SGD and LARS apart
     own, saved = (signature.intersection(groups[0]) for groups in (optimizer.param_groups, state["param_groups"]))

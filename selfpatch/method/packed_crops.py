@@ -1,13 +1,12 @@
-"""MultiCropWrapper in half as many launches on a GPU: what works token by token sees the tokens of all crops together.
+"""MultiCropWrapper with half as many launches on a GPU: token-wise layers run on the tokens of all crops together.
 
     x, layout = packed_features(backbone, [global_crops, local_crops])  # tokens [T, D] of all images
     image_tokens, targets = packed_targets(head, x, layout)             # [I, D], [T, D]
 
-They compute what vision_transformer.py and selfpatch_head.py compute, which are easier to read. After a change there,
-use --pack_crops off, or make it here too: tests/method/test_packed_crops.py compares the two. Subclasses are not
-packed.
-Attention stays within an image, so it runs once per resolution (as in DINOv3). The weights of a block are cast to
-autocast's precision by one launch instead of one each.
+The functions compute the same as vision_transformer.py and selfpatch_head.py, which are easier to read. After changing
+those, use --pack_crops off, or make the change here as well: tests/method/test_packed_crops.py compares the two.
+Subclasses are not packed. Attention stays within an image, so it runs once per resolution (as in DINOv3). One launch
+casts all weights of a block to autocast's precision, instead of one launch each.
 """
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,13 +25,13 @@ Weights = dict[nn.Linear, tuple[torch.Tensor, torch.Tensor | None]]
 
 @dataclass
 class Layout:
-    """What T tokens are, image by image: by resolution the number of images, I in all, and rows and columns of each."""
+    """Layout of T tokens, image by image: for each resolution the number of images (I in all), and their grid."""
     images: list[int]
     grids: list[tuple[int, int]]
 
     @property
     def shapes(self) -> list[tuple[int, int]]:
-        """Images of each resolution, and tokens of each image."""
+        """(images, tokens per image) of each resolution."""
         return [(images, rows * columns) for images, (rows, columns) in zip(self.images, self.grids, strict=True)]
 
     @property
@@ -41,18 +40,18 @@ class Layout:
         return [images * tokens for images, tokens in self.shapes]
 
     def split(self, tokens: torch.Tensor) -> list[torch.Tensor]:
-        """Rows [T, D'] -> [images, tokens of an image, D'] of each resolution, which are views."""
+        """Rows [T, D'] -> views [images, tokens per image, D'] for each resolution."""
         return [part.unflatten(0, shape) for part, shape in zip(tokens.split(self.sizes), self.shapes, strict=True)]
 
 
 def cast_copies(tensors: Sequence[torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
-    """Copies in another dtype, by one launch."""
+    """Copies in another dtype, made by one launch."""
     copies = [torch.empty_like(t, dtype=dtype) for t in tensors]
     torch._foreach_copy_(copies, list(tensors))
     return copies
 
 
-# closed to the compiler, which would launch a kernel for each tensor
+# opaque to the compiler, or it would launch one kernel per tensor
 cast_copies_whole = torch.library.custom_op("selfpatch::cast_copies", cast_copies, mutates_args=(),
                                             schema="(Tensor[] tensors, ScalarType dtype) -> Tensor[]")
 
@@ -63,12 +62,12 @@ def _(tensors: Sequence[torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]
 
 
 def cast_by_one_launch(tensors: Sequence[torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
-    # outside of compiled code an operator of our own would only cost the host time
+    # outside compiled code a custom operator would only cost host time
     return (cast_copies_whole if torch.compiler.is_compiling() else cast_copies)(tensors, dtype)
 
 
 class CastTogether(torch.autograd.Function):
-    """Tensors of one dtype in another, and their gradients back in their own, by one launch each."""
+    """Casts tensors of one dtype to another by one launch, and their gradients back by another."""
 
     @staticmethod
     def forward(ctx, dtype: torch.dtype, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -84,13 +83,13 @@ class CastTogether(torch.autograd.Function):
 
 
 def autocast_dtype(x: torch.Tensor) -> torch.dtype:
-    """The dtype that products of x come out in."""
+    """The dtype of a matrix product with x."""
     enabled = torch.is_autocast_enabled(x.device.type)
     return torch.get_autocast_dtype(x.device.type) if enabled else x.dtype
 
 
 def cast_weights(module: nn.Module, x: torch.Tensor) -> Weights:
-    """Weight and bias of all Linear layers in a module, in the dtype that products with x take place in."""
+    """Weight and bias of all Linear layers in a module, in the dtype of products with x."""
     layers = [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
     weights = [weight for layer in layers for weight in (layer.weight, layer.bias) if weight is not None]
     if autocast_dtype(x) != weights[0].dtype:
@@ -102,7 +101,7 @@ def cast_weights(module: nn.Module, x: torch.Tensor) -> Weights:
 # ---------------------------------------------------------------- backbone
 
 def packed_features(backbone: VisionTransformer, batches: Sequence[torch.Tensor]) -> tuple[torch.Tensor, Layout]:
-    """What the backbone makes of batches of images [B_r, 3, H_r, W_r]: [T, D], for a backbone without class token."""
+    """Features [T, D] of batches of images [B_r, 3, H_r, W_r], from a backbone without class token."""
     layout = Layout([len(images) for images in batches], [backbone.grid_size(images) for images in batches])
     x = torch.cat([backbone.prepare_tokens(images).flatten(0, 1) for images in batches])
     for block, scales in zip(backbone.blocks, branch_scales(backbone, x, layout), strict=True):
@@ -112,7 +111,7 @@ def packed_features(backbone: VisionTransformer, batches: Sequence[torch.Tensor]
 
 def packed_block(block: Block, x: torch.Tensor, layout: Layout, scales: torch.Tensor | None = None,
                  recompute: str = "") -> torch.Tensor:
-    """A block on tokens x [T, D]; scales [2, T, 1] of its two branches, None for 1; recompute as in run_block."""
+    """A block on tokens x [T, D]. scales [2, T, 1] multiply its two branches, None for 1; recompute as in run_block."""
     if recompute == "block":
         return recomputing(packed_block, True)(block, x, layout, scales)
     weights = cast_weights(block, x)
@@ -139,9 +138,9 @@ def packed_mlp(mlp: Mlp, x: torch.Tensor, weights: Weights) -> torch.Tensor:
 
 
 def branch_scales(backbone: VisionTransformer, x: torch.Tensor, layout: Layout) -> list[torch.Tensor | None]:
-    """Stochastic depth of all blocks, drawn at once: [2, T, 1] for the branches of each, None where none is dropped.
+    """Stochastic depth of all blocks, drawn at once: [2, T, 1] for each block's two branches, None to drop nothing.
 
-    A branch of an image is scaled by 0 if it is dropped, else by 1 / (1 - rate), in its output's dtype, as by timm.
+    A dropped branch of an image is scaled by 0, others by 1 / (1 - rate), in the dtype of their output, as in timm.
     """
     depth, rate = len(backbone.blocks), backbone.drop_path_rate
     if not rate or not backbone.training:
@@ -156,12 +155,12 @@ def branch_scales(backbone: VisionTransformer, x: torch.Tensor, layout: Layout) 
 # ---------------------------------------------------------------- SelfPatch head
 
 def packed_student(head: SelfPatchHead, x: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:
-    """What head(x) gives for each resolution: class tokens [I, D], patches [T, D]."""
+    """head(x) for each resolution: class tokens [I, D], patches [T, D]."""
     return packed_class_tokens(head, x, layout), head.norm(x)
 
 
 def packed_class_tokens(head: SelfPatchHead, x: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """What head.image_token(x) gives for each resolution, [I, D]."""
+    """head.image_token(x) for each resolution, [I, D]."""
     c = head.cls_token[:, 0].expand(sum(layout.images), -1)
     for block in head.cls_blocks:
         weights = cast_weights(block, x)
@@ -187,20 +186,20 @@ def attend_absorbed(attn: ClassAttention, c: torch.Tensor, u: torch.Tensor, layo
 
 
 def mix_absorbed(q: torch.Tensor, bias: torch.Tensor, c: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-    """The class token c [B, 1, D] and patches u [B, N, D], mixed by the attention of q [B, heads, D] -> like q.
+    """Mix the class token c [B, 1, D] and patches u [B, N, D] by the attention of q [B, heads, D] -> [B, heads, D].
 
-    bias [B, heads, 1] of all scores of a head, which changes nothing: it is there for the gradient of the key's bias.
+    bias [B, heads, 1] shifts all scores of a head, which has no effect except that the key's bias gets a gradient.
     """
     p = torch.cat([(q * c).sum(-1, keepdim=True), q @ u.mT], dim=-1).add(bias).softmax(-1)
     return p[..., 1:] @ u + p[..., :1] * c
 
 
 def packed_targets(head: SelfPatchHead, x: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:
-    """What head.targets(x, grid) gives for each resolution: class tokens [I, D], each patch's target [T, D]."""
+    """head.targets(x, grid) for each resolution: class tokens [I, D], each patch's target [T, D]."""
     for grid in layout.grids:
         check_grid(grid[0] * grid[1], grid)
     positives = packed_positives(x, layout, head.k_num)
-    c = head.cls_token[:, 0]  # one row for all, class tokens of images and then of patches, until they have attended
+    c = head.cls_token[:, 0]  # one row shared by all class tokens, of images and then of patches, until they attend
     for block in head.cls_blocks:
         weights, u = cast_weights(block, x), block.norm1(x).to(autocast_dtype(x))
         keys, values = (F.linear(u, *weights[layer]) for layer in (block.attn.k, block.attn.v))
@@ -214,9 +213,9 @@ def attend_projected(attn: ClassAttention, c: torch.Tensor, keys: torch.Tensor, 
     """ClassAttention.attend_projected for all images, and for the positives of all patches.
 
     Args:
-        c: class tokens [I + T, D], or [1, D] for one that is the same everywhere.
+        c: class tokens [I + T, D], or [1, D] if all are equal.
         keys, values: of all patches, [T, D].
-        positives: rows of these, [T, k].
+        positives: rows of keys and values, [T, k].
 
     Returns:
         [I + T, D].
@@ -231,7 +230,7 @@ def attend_projected(attn: ClassAttention, c: torch.Tensor, keys: torch.Tensor, 
 
 def attend_one(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keys: torch.Tensor,
                values: torch.Tensor) -> torch.Tensor:
-    """Attention of one query over its own key and others: q, k, v [B, heads, d], keys, values [B, M, heads, d]."""
+    """Attention of one query to its own key and others: q, k, v [B, heads, d], keys, values [B, M, heads, d]."""
     scores = torch.cat([(q * k).sum(-1)[:, None], (q[:, None] * keys).sum(-1)], dim=1)
     p = (scores * q.shape[-1] ** -0.5).softmax(1)[..., None]
     return p[:, 0] * v + (p[:, 1:] * values).sum(1)
@@ -242,7 +241,7 @@ def packed_positives(x: torch.Tensor, layout: Layout, k_num: int) -> torch.Tenso
     rows = neighbour_rows(layout, x.device)
     x = F.normalize(x.float(), dim=-1)
     first_half = torch.stack([(x * x[rows[:, j]]).sum(-1) for j in range(4)], dim=1)  # [T, 4, D] is large
-    # similarity is symmetric: to the neighbour in direction j as that one's in the opposite direction, 7 - j
+    # similarity is symmetric: a token's in direction j equals that neighbour's in the opposite direction, 7 - j
     opposite = rows[:, 4:] * 4 + torch.arange(3, -1, -1, device=rows.device)
     similarity = torch.cat([first_half, first_half.flatten()[opposite]], dim=1)
     return rows.gather(1, similarity.topk(k_num, dim=1).indices)
@@ -252,7 +251,7 @@ def neighbour_rows(layout: Layout, device: torch.device) -> torch.Tensor:
     """Rows of each token's 8 neighbours on a torus, [T, 8], in neighbour_similarity's order."""
     start, parts = 0, []
     cell = torch.arange(8, device=device)
-    cell = cell + (cell >= 4)  # 0 … 8 in the 3×3 window, whose cell 4 is the token itself
+    cell = cell + (cell >= 4)  # 0 … 8 in the 3×3 window; cell 4 is the token itself
     for images, (rows, columns) in zip(layout.images, layout.grids, strict=True):
         token = torch.arange(rows * columns, device=device)[:, None]
         row, column = (token // columns + cell // 3 - 1) % rows, (token % columns + cell % 3 - 1) % columns
@@ -265,13 +264,10 @@ def neighbour_rows(layout: Layout, device: torch.device) -> torch.Tensor:
 # ---------------------------------------------------------------- both
 
 class PackedMultiCropWrapper(MultiCropWrapper):
-    """MultiCropWrapper with one pass of everything over all resolutions; its state dict is the same.
+    """MultiCropWrapper with a single pass over all resolutions; its state dict is the same.
 
-    Args:
-        backbone: a VisionTransformer without class token.
-        ca_head: a SelfPatchHead.
-
-    Where one of them is of another class, which may compute something else, there is a pass for each resolution.
+    If backbone or ca_head is of a different class than VisionTransformer (without class token) and SelfPatchHead, which
+    may compute something else, it makes a pass for each resolution.
     """
 
     @property

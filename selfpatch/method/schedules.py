@@ -1,4 +1,4 @@
-"""Schedules as functions of the optimiser's step, and DINO's table of all their values."""
+"""Schedules as functions of the optimiser's step, and DINO's form of them, an array of all values."""
 import math
 from collections.abc import Callable
 
@@ -10,13 +10,13 @@ Schedule = Callable[[int], float]
 def cosine_schedule(base: float, final: float, steps: int, warmup_steps: int = 0, start: float = 0.0) -> Schedule:
     """A linear warm-up from start to base, then half a cosine from base towards final.
 
-    The warm-up ends on base and the cosine begins on it, so the peak value occurs twice, as in DINO. Values are plain
-    floats: the optimizer's state keeps them, and weights_only loading refuses numpy's.
+    The warm-up ends on base and the cosine begins on it, so the peak occurs twice, as in DINO. Values are plain floats:
+    the optimizer's state keeps them, and weights_only loading refuses numpy's.
 
     Args:
-        base, final: value at the end of the warm-up, and the one approached at the end.
+        base, final: values after the warm-up and towards the end.
         steps: length of the run; the cosine would reach final at this step.
-        warmup_steps: how many of them are the warm-up.
+        warmup_steps: how many of the steps are the warm-up.
     """
     def value(step: int) -> float:
         if step < warmup_steps:

@@ -3,6 +3,10 @@
     head = SelfPatchHead(384, num_heads=6, k_num=4)
     student = head(x)               # [B, N, D] -> [B, 1 + N, D]: class token over all patches, then the patches
     teacher = head.targets(x)       # the same class token, then for each patch a summary of its positives
+
+1. positive_matching: of a patch's 8 neighbours, the k_num most similar ones are its positives.
+2. SelfPatchHead.aggregate: the teacher summarises each patch's positives by class attention.
+3. DINOLoss.patch_loss (losses.py): the student's patch has to predict that summary's assignment to prototypes.
 """
 import torch
 import torch.nn.functional as F
@@ -26,16 +30,16 @@ def neighbour_similarity(x: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor
     first_half = []
     for dy, dx in ((-1, -1), (-1, 0), (-1, 1), (0, -1)):
         first_half.append((x * x.roll((-dy, -dx), dims=(1, 2))).sum(-1))
-    # similarity is symmetric: a patch's lower right neighbour is the one whose upper left neighbour it is, and so on
+    # similarity is symmetric: a patch is the upper left neighbour of its own lower right neighbour, and so on
     second_half = [s.roll((dy, dx), dims=(1, 2)) for s, (dy, dx) in
                    zip(reversed(first_half), ((0, -1), (-1, 1), (-1, 0), (-1, -1)), strict=True)]
     return torch.stack(first_half + second_half, dim=-1).flatten(1, 2)
 
 
 def positive_matching(x: torch.Tensor, grid: tuple[int, int], k_num: int) -> torch.Tensor:
-    """Indices [B, N, k_num] of the neighbours most similar to each patch, best first (SelfPatch, positive matching)."""
+    """Indices [B, N, k_num] of the neighbours most similar to each patch, best first (SelfPatch, Sec. 3)."""
     _, neighbour = neighbour_similarity(x, grid).topk(k_num, dim=-1)
-    cell = neighbour + (neighbour >= 4)  # 0 … 8 in the 3×3 window, whose cell 4 is the patch itself
+    cell = neighbour + (neighbour >= 4)  # 0 … 8 in the 3×3 window; cell 4 is the patch itself
     patch = torch.arange(x.shape[1], device=x.device)[:, None]
     row = (patch // grid[1] + cell // 3 - 1) % grid[0]
     column = (patch % grid[1] + cell % 3 - 1) % grid[1]
@@ -51,7 +55,8 @@ def gather_patches(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 class ClassAttention(nn.Module):
     """Multi-head attention with the class token as its only query (CaiT, Touvron et al. 2021, Sec. 3).
 
-    The three methods compute the same from different inputs: forward is the plain form.
+    forward is the plain form. The two other methods compute the same faster: attend_projected for keys and values that
+    are used several times, attend_absorbed for many patches and one query.
     """
 
     def __init__(self, dim: int, num_heads: int):
@@ -67,18 +72,18 @@ class ClassAttention(nn.Module):
         return self.proj((weights @ v).transpose(1, 2).flatten(1))
 
     def attend_projected(self, c: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """From class tokens c [B, D] and the patches' own keys and values [B, M, D], projected beforehand -> [B, D]."""
+        """Class tokens c [B, D] over patches given as projected keys and values [B, M, D] -> [B, D]."""
         k = torch.cat([self.k(c)[:, None], keys], dim=1)
         v = torch.cat([self.v(c)[:, None], values], dim=1)
         q, k, v = (t.unflatten(-1, (self.num_heads, -1)) for t in (self.q(c)[:, None], k, v))
-        # with one query per row a fused kernel saves nothing, and those on GPUs stop at 65,535 rows
+        # with one query per row a fused kernel saves nothing, and on GPUs it is limited to 65,535 rows
         weights = ((q * k).sum(-1) * k.shape[-1] ** -0.5).softmax(dim=1)
         return self.proj((weights[..., None] * v).sum(1).flatten(1))
 
     def attend_absorbed(self, u: torch.Tensor) -> torch.Tensor:
-        """From u [B, 1 + M, D] as in forward, without projecting M patches for one query -> [B, D].
+        """forward on u [B, 1 + M, D] without projecting the patches -> [B, D].
 
-        The key projection is absorbed into the query, q·(K u) = (Kᵀ q)·u, and the values are projected after mixing.
+        The query absorbs the key projection, q·(K u) = (Kᵀ q)·u, and values are projected after mixing.
         """
         q, (K, V) = self.q(u[:, 0]), (layer.weight.unflatten(0, (self.num_heads, -1)) for layer in (self.k, self.v))
         q, bias = q.unflatten(-1, (self.num_heads, -1)), self.k.bias.unflatten(0, (self.num_heads, -1))
@@ -88,9 +93,9 @@ class ClassAttention(nn.Module):
 
 
 class ClassAttentionBlock(nn.Module):
-    """Pre-norm class attention and MLP on class tokens c; patches x are keys and values, and do not change.
+    """Pre-norm class attention and MLP: updates class tokens c, which attend to themselves and the patches x.
 
-    The three ways through it are those of ClassAttention.
+    forward, attend_projected and attend_absorbed use ClassAttention's methods of the same names.
     """
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float = 4.0):
@@ -122,8 +127,8 @@ class ClassAttentionBlock(nn.Module):
 class SelfPatchHead(nn.Module):
     """Positive matching and aggregation of neighbouring patches (SelfPatch, Sec. 3).
 
-    The student calls the head, the teacher its targets. Both exist in the paper's plain form and in a faster one. The
-    faster one is the default, except in a subclass that overrides the plain methods, summarise or aggregate.
+    The student uses forward, the teacher targets. Both have a plain form, summarise and aggregate, and a faster one
+    with equal results. A subclass that overrides a plain method uses the plain form, others the faster one.
 
     Args:
         in_dim: width of the backbone.
@@ -139,7 +144,7 @@ class SelfPatchHead(nn.Module):
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         if {"summarise", "aggregate"} & cls.__dict__.keys():
-            cls.fast = False  # or the change would have no effect
+            cls.fast = False  # the faster form would ignore the override
 
     def __init__(self, in_dim: int, num_heads: int, k_num: int = 4):
         super().__init__()
@@ -157,17 +162,17 @@ class SelfPatchHead(nn.Module):
         return self.norm(torch.cat([self.class_token(x)[:, None], x], dim=1))
 
     def image_token(self, x: torch.Tensor) -> torch.Tensor:
-        """Row 0 of forward and of targets alone, [B, 1, D]: all that DINO's loss needs."""
+        """Row 0 of forward and of targets, [B, 1, D]: all that DINO's loss needs."""
         return self.norm(self.class_token(x)[:, None])
 
     def targets(self, x: torch.Tensor, grid: tuple[int, int] | None = None) -> torch.Tensor:
         """Teacher: x [B, N, D] -> class token over all patches, and over each patch's positives, [B, 1 + N, D].
 
         Args:
-            grid: rows and columns of patches; a square if None.
+            grid: rows and columns of patches; None for a square.
 
         Raises:
-            ConfigError: the grid does not have N patches, or has fewer than 3 in a side.
+            ConfigError: the grid does not have N patches, or has fewer than 3 on a side.
         """
         positives = positive_matching(x, check_grid(x.shape[1], grid), self.k_num)
         if self.fast:
@@ -180,25 +185,25 @@ class SelfPatchHead(nn.Module):
         return self.summarise_absorbed(x) if self.fast else self.summarise(x)
 
     def summarise(self, x: torch.Tensor) -> torch.Tensor:
-        """What the class token gathers from patches x [B, M, D] in the two blocks, [B, D]."""
+        """The class token after attending to patches x [B, M, D] in both blocks, [B, D]."""
         c = self.cls_token[:, 0].expand(len(x), -1)
         for block in self.cls_blocks:
             c = block(c, x)
         return c
 
     def aggregate(self, x: torch.Tensor, positives: torch.Tensor) -> torch.Tensor:
-        """Each patch's target [B, N, D]: what the class token gathers from its positives (indices [B, N, k]) alone."""
+        """Each patch's target [B, N, D]: summarise applied to its positives alone (indices [B, N, k])."""
         return self.summarise(gather_patches(x, positives)).unflatten(0, positives.shape[:2])
 
     def summarise_absorbed(self, x: torch.Tensor) -> torch.Tensor:
-        """summarise, for many patches: no patch is projected."""
+        """summarise without projecting the patches."""
         c = self.cls_token[:, 0].expand(len(x), -1)
         for block in self.cls_blocks:
             c = block.attend_absorbed(c, x)
         return c
 
     def aggregate_projected(self, x: torch.Tensor, positives: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """summarise(x) and aggregate(x, positives): each patch is projected once, however often it is a positive."""
+        """summarise(x) and aggregate(x, positives), projecting each patch once, however often it is a positive."""
         B, N, D = x.shape
         c = self.cls_token[:, 0].expand(B, D)
         targets = self.cls_token[:, 0].expand(B * N, D)
@@ -211,10 +216,10 @@ class SelfPatchHead(nn.Module):
 
 
 def check_grid(num_patches: int, grid: tuple[int, int] | None) -> tuple[int, int]:
-    """The grid, a square if None.
+    """The grid, or the square of that many patches if it is None.
 
     Raises:
-        ConfigError: it has another number of patches, or fewer than 3 in a side.
+        ConfigError: it has a different number of patches, or fewer than 3 on a side.
     """
     grid = grid or (round(num_patches ** 0.5),) * 2
     if grid[0] * grid[1] != num_patches:
@@ -228,13 +233,14 @@ def check_grid(num_patches: int, grid: tuple[int, int] | None) -> tuple[int, int
 class MultiCropWrapper(nn.Module):
     """Backbone and heads over a list of crops, one forward pass per resolution.
 
-    The student is called, wrapper(crops); the teacher gives wrapper.targets(crops).
+    The student computes wrapper(crops), the teacher wrapper.targets(crops). The names of the four parts are prefixes in
+    every checkpoint.
 
     Args:
-        backbone: gives patch features [B, N, D], and grid_size(images).
-        ca_head: the SelfPatchHead. The four names are the prefixes in every checkpoint.
-        c_head, p_head: projection heads (DINOHead) of the class token and of the patches.
-        use_patches: False for DINO: no patch logits, and a teacher that sees the two global crops only.
+        backbone: returns patch features [B, N, D], and has grid_size(images).
+        ca_head: a SelfPatchHead.
+        c_head, p_head: projection heads (DINOHead) for the class token and for the patches.
+        use_patches: False for DINO: no patch logits, and the teacher sees the two global crops only.
     """
 
     def __init__(self, backbone: nn.Module, ca_head: nn.Module, c_head: nn.Module, p_head: nn.Module,
@@ -247,20 +253,20 @@ class MultiCropWrapper(nn.Module):
         """Student: logits of each crop's class token and of its patches.
 
         Args:
-            crops: V tensors [B, 3, H, W], equal sizes next to each other, the two global ones first.
+            crops: V tensors [B, 3, H, W]; equal sizes are adjacent, the two global crops come first.
         """
         if not self.use_patches:
             return self.project([self.ca_head.image_token(x) for x, _ in self.features(crops)])
         return self.project([self.ca_head(x) for x, _ in self.features(crops)])
 
     def targets(self, crops: list[torch.Tensor]) -> CropLogits:
-        """Teacher: the same of each crop's class token, and of what it gathers from each patch's positives."""
+        """Teacher: logits of each crop's class token, and of its patches' targets."""
         if not self.use_patches:
             return self.project([self.ca_head.image_token(x) for x, _ in self.features(crops[:2])])
         return self.project([self.ca_head.targets(x, grid) for x, grid in self.features(crops)])
 
     def compile(self, **kwargs) -> None:
-        """Compile both in place; names in the state dict stay."""
+        """Compile forward and targets in place; the state dict's names stay."""
         super().compile(**kwargs)
         self.targets = torch.compile(self.targets, **kwargs)
 
@@ -280,7 +286,7 @@ class MultiCropWrapper(nn.Module):
         return [torch.cat(run) for run in runs]
 
     def project(self, tokens: list[torch.Tensor]) -> CropLogits:
-        """Tokens [V_r·B, 1 + N_r, D] of each resolution -> logits, with one pass of each projection head."""
+        """Tokens [V_r·B, 1 + N_r, D] of each resolution -> logits, by one pass of each projection head."""
         image = torch.cat([t[:, 0] for t in tokens])
         if not self.use_patches:
             return CropLogits(self.c_head.factors(image), [])
@@ -288,7 +294,7 @@ class MultiCropWrapper(nn.Module):
         return self.logits(image, patches, [(len(t), t.shape[1] - 1) for t in tokens])
 
     def logits(self, image: torch.Tensor, patches: torch.Tensor, shapes: list[tuple[int, int]]) -> CropLogits:
-        """Logits of image tokens [I, D], and of patches [T, D], of which shapes has images and patches of each."""
+        """Logits of image tokens [I, D] and patches [T, D]; shapes: (images, patches per image) of each resolution."""
         image = self.c_head.factors(image)
         z, prototypes = self.p_head.factors(patches)
         parts = z.split([images * patches for images, patches in shapes])

@@ -1,4 +1,4 @@
-"""A pretraining run as one object: networks, loss, optimiser, scaler, schedules and step counter.
+"""The state of a pretraining run: networks, loss, optimiser, scaler, schedules and step counter.
 
     student, teacher = build_networks("vit_small")
     run = TrainingRun(student, teacher, FusedDINOLoss(65536, 4096, ncrops=10), build_optimizer(student),
@@ -6,6 +6,7 @@
     losses = train_step(run, [crops])               # pretraining/engine.py
     torch.save(run.state_dict(), "checkpoint.pth")  # the published layout
 """
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -18,99 +19,114 @@ from selfpatch.method.optim import load_optimizer
 from selfpatch.method.packed_crops import PackedMultiCropWrapper
 from selfpatch.method.schedules import Schedule, cosine_schedule
 from selfpatch.method.selfpatch_head import MultiCropWrapper, SelfPatchHead
-from selfpatch.method.vision_transformer import ARCHS, DINOHead
+from selfpatch.method.vision_transformer import ARCHS, DINOHead, VisionTransformer
 
 
 class Schedules(NamedTuple):
-    """Length of a run, in epochs and in steps of the optimiser, and what changes from step to step."""
+    """Length of a run in epochs and in steps of the optimiser, and the values that change from step to step."""
     epochs: int
     steps_per_epoch: int
     lr: Schedule
     weight_decay: Schedule
     momentum: Schedule  # of the teacher
+    warmup_epochs: int = 0  # of lr
 
 
 def build_schedules(epochs: int, steps_per_epoch: int, lr: float = 0.0005, min_lr: float = 1e-6,
-                    warmup_epochs: int = 10, weight_decay: float = 0.04, weight_decay_end: float = 0.4,
+                    warmup_epochs: int = 10, weight_decay: tuple[float, float] = (0.04, 0.4),
                     momentum_teacher: float = 0.996) -> Schedules:
-    """The published schedules: cosines over the whole run, of the learning rate after a linear warm-up.
+    """The published schedules: cosines over the whole run; that of the learning rate follows a linear warm-up.
 
     Args:
-        lr: the peak itself; the job's --lr is for 256 images per step.
+        lr: the peak; the job's --lr is for 256 images per step.
+        weight_decay: at the start and at the end.
     """
     steps = epochs * steps_per_epoch
-    return Schedules(epochs, steps_per_epoch, lr=cosine_schedule(lr, min_lr, steps, warmup_epochs * steps_per_epoch),
-                     weight_decay=cosine_schedule(weight_decay, weight_decay_end, steps),
-                     momentum=cosine_schedule(momentum_teacher, 1.0, steps))
+    return Schedules(epochs, steps_per_epoch, cosine_schedule(lr, min_lr, steps, warmup_epochs * steps_per_epoch),
+                     cosine_schedule(*weight_decay, steps), cosine_schedule(momentum_teacher, 1.0, steps),
+                     warmup_epochs)
 
 
 def build_networks(arch: str, patch_size: int = 16, out_dim: int = 65536, out_dim_selfpatch: int = 4096,
-                   k_num: int = 4, norm_last_layer: bool = True, use_bn_in_head: bool = False,
-                   drop_path_rate: float = 0.1, use_patches: bool = True,
-                   head_hidden_dim: int = 2048, pack_crops: bool = False) -> tuple[MultiCropWrapper, MultiCropWrapper]:
+                   drop_path_rate: float = 0.1, norm_last_layer: bool = True,
+                   **options) -> tuple[MultiCropWrapper, MultiCropWrapper]:
     """Student, and teacher: a copy with neither stochastic depth nor gradients.
 
     Args:
         arch: a key of vision_transformer.ARCHS.
-        out_dim, out_dim_selfpatch: prototypes of the image and of the patch head.
-        k_num: positives of a patch.
-        norm_last_layer: freeze the gain of the student's prototypes; the teacher's always is.
-        use_patches: False for DINO. The patch head then stays for the checkpoint's layout, but is neither run nor
-            trained.
-        head_hidden_dim: width of the hidden layers of both projection heads.
-        pack_crops: one pass for all resolutions, see packed_crops.py.
+        out_dim, out_dim_selfpatch: prototypes of the image head and of the patch head.
+        drop_path_rate: stochastic depth of the student.
+        norm_last_layer: freeze the gain of the student's prototypes; the teacher's is always frozen.
+        options: of build_network.
     """
-    def wrapper(drop_path_rate: float, norm_last_layer: bool) -> MultiCropWrapper:
-        backbone = ARCHS[arch](patch_size=patch_size, drop_path_rate=drop_path_rate)
-        c_head, p_head = (DINOHead(backbone.embed_dim, prototypes, use_bn_in_head, norm_last_layer,
-                                   hidden_dim=head_hidden_dim)
-                          for prototypes in (out_dim, out_dim_selfpatch))
-        if not use_patches:
-            p_head.requires_grad_(False)
-        wrapper_class = PackedMultiCropWrapper if pack_crops else MultiCropWrapper
-        return wrapper_class(backbone, SelfPatchHead(backbone.embed_dim, backbone.num_heads, k_num), c_head, p_head,
-                             use_patches)
-
-    student, teacher = wrapper(drop_path_rate, norm_last_layer), wrapper(0.0, True).requires_grad_(False)
+    dims = (out_dim, out_dim_selfpatch)
+    student = build_network(ARCHS[arch](patch_size=patch_size, drop_path_rate=drop_path_rate), dims, norm_last_layer,
+                            **options)
+    teacher = build_network(ARCHS[arch](patch_size=patch_size), dims, **options).requires_grad_(False)
     teacher.load_state_dict(student.state_dict())
     return student, teacher
 
 
+def build_network(backbone: VisionTransformer, out_dims: tuple[int, int], norm_last_layer: bool = True,
+                  k_num: int = 4, use_patches: bool = True, pack_crops: bool = False, **head) -> MultiCropWrapper:
+    """A backbone with its three heads.
+
+    Args:
+        out_dims: prototypes of the image head and of the patch head.
+        norm_last_layer: freeze the prototypes' gain.
+        k_num: positives of a patch.
+        use_patches: False for DINO: the patch head is in the state dict, but is neither run nor trained.
+        pack_crops: one pass for crops of all sizes, see packed_crops.py.
+        head: of both projection heads, see DINOHead: use_bn, hidden_dim.
+    """
+    c_head, p_head = (DINOHead(backbone.embed_dim, out_dim, norm_last_layer=norm_last_layer, **head)
+                      for out_dim in out_dims)
+    if not use_patches:
+        p_head.requires_grad_(False)
+    wrapper_class = PackedMultiCropWrapper if pack_crops else MultiCropWrapper
+    return wrapper_class(backbone, SelfPatchHead(backbone.embed_dim, backbone.num_heads, k_num), c_head, p_head,
+                         use_patches)
+
+
+@dataclass(eq=False)
 class TrainingRun:
-    """All that a run carries from one step to the next.
+    """Everything that a run carries from one step to the next.
 
     Args:
         student: a MultiCropWrapper, or DistributedDataParallel around one.
         teacher: a MultiCropWrapper without gradients.
         dino_loss: a DINOLoss, or an object with the same methods.
         optimizer: over optim.get_params_groups(student).
-        schedules: what build_schedules gives.
+        schedules: from build_schedules.
         dtype: of autocast; float32 for none. float16 brings a GradScaler.
-        clip_grad: largest norm of each gradient tensor, 0 for no clipping.
-        freeze_last_layer: epochs in which the heads' last layers do not change.
+        clip_grad: largest norm of each gradient tensor; 0 for no clipping.
+        freeze_last_layer: epochs during which the heads' last layers do not change.
         accum_steps: small batches per step.
-        freeze_backbone_epochs: epochs in which the student's backbone does not change.
+        freeze_backbone_epochs: epochs during which the student's backbone does not change.
         cuda_graphs: whether networks and loss are compiled in a mode with CUDA graphs.
 
     Attributes:
-        step: steps done, of the whole run.
-        epoch: epochs done, the current one not counted.
+        step: steps done since the run began.
+        epoch: whole epochs done.
     """
+    student: nn.Module
+    teacher: MultiCropWrapper
+    dino_loss: DINOLoss
+    optimizer: torch.optim.Optimizer
+    schedules: Schedules
+    dtype: torch.dtype = torch.float32
+    clip_grad: float = 3.0
+    freeze_last_layer: int = 1
+    accum_steps: int = 1
+    freeze_backbone_epochs: int = 0
+    cuda_graphs: bool = False
 
-    def __init__(self, student: nn.Module, teacher: MultiCropWrapper, dino_loss: DINOLoss,
-                 optimizer: torch.optim.Optimizer, schedules: Schedules, dtype: torch.dtype = torch.float32,
-                 clip_grad: float = 3.0, freeze_last_layer: int = 1, accum_steps: int = 1,
-                 freeze_backbone_epochs: int = 0, cuda_graphs: bool = False):
-        self.student, self.teacher, self.dino_loss, self.optimizer = student, teacher, dino_loss, optimizer
-        self.schedules, self.step = schedules, 0
-        self.dtype, self.clip_grad, self.freeze_last_layer = dtype, clip_grad, freeze_last_layer
-        self.accum_steps, self.freeze_backbone_epochs = accum_steps, freeze_backbone_epochs
-        self.cuda_graphs = cuda_graphs
-        self.device = next(student.parameters()).device
-        self.reads_are_free = self.device.type == "cpu"  # a GPU would have to be waited for
-        self.skipped_steps, self.bad_norms = torch.zeros((), device=self.device), None  # see pretraining/finite.py
+    def __post_init__(self):
+        self.step, self.device = 0, next(self.student.parameters()).device
+        self.reads_are_free = self.device.type == "cpu"  # reading from a GPU means waiting for it
+        self.skipped_steps, self.bad_norms = torch.zeros((), device=self.device), None  # see engine.check_step
         self.gradient_norms = None  # of each tensor at the last step, before clipping, on the device
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -126,10 +142,10 @@ class TrainingRun:
         return self.student.module if isinstance(self.student, DistributedDataParallel) else self.student
 
     def begin_step(self) -> None:
-        """Drop the gradients of the last step, and set the rates of this one."""
+        """Drop the last step's gradients, and set this step's rates."""
         self.optimizer.zero_grad(set_to_none=True)
         if self.cuda_graphs:
-            # from here on graphs may overwrite what they gave before, and within the step nothing
+            # from here on, but not within the step, graphs may overwrite their earlier outputs
             torch.compiler.cudagraph_mark_step_begin()
         self.set_rates()
 
@@ -137,14 +153,14 @@ class TrainingRun:
         """Give the optimiser this step's learning rate and weight decay."""
         for i, group in enumerate(self.optimizer.param_groups):
             group["lr"] = self.schedules.lr(self.step) * group.get("lr_scale", 1.0)
-            # biases and norms, the second of two groups, are never decayed
+            # biases and norms, the second of two groups, have no weight decay
             if group.get("decayed", i == 0):
                 group["weight_decay"] = self.schedules.weight_decay(self.step)
 
     def state_dict(self) -> dict:
-        """The published layout; the student's keys begin with module. under DistributedDataParallel.
+        """The published layout; under DistributedDataParallel the student's keys begin with "module.".
 
-        Within an epoch there is the number of its steps that are done, step_of_epoch, as well.
+        Within an epoch there is also step_of_epoch, the number of its steps that are done.
         """
         state = {"student": self.student.state_dict(), "teacher": self.teacher.state_dict(),
                  "optimizer": self.optimizer.state_dict(), "epoch": self.epoch,
@@ -167,7 +183,7 @@ class TrainingRun:
         for name in ("epoch", "step_of_epoch"):
             if not isinstance(number := state.get(name, 0), int) or number < 0:
                 raise ConfigError(f"its {name} is {number!r}, not a number from 0")
-        if state.get("fp16_scaler") and self.scaler.is_enabled():  # empty where that run was not in float16
+        if state.get("fp16_scaler") and self.scaler.is_enabled():  # empty unless that run was in float16
             parts["fp16_scaler"] = self.scaler
         for name, part in parts.items():
             try:

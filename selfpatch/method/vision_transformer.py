@@ -3,7 +3,7 @@
     model = vit_small(patch_size=16)
     features = model(images)                        # [B, 3, 224, 224] -> [B, 196, 384]
     features = model(torch.rand(1, 3, 480, 832))    # any size -> [1, 30 * 52, 384], row by row
-    class_token, patches, keys = model.features(images, layer=-2, keys=True)    # of any block
+    class_token, patches, keys = model.features(images, layer=-2, keys=True)    # from any block
 """
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 def init_weights(module: nn.Module) -> None:
-    """Initialise one module as DINO does: Linear N(0, 0.02²) cut at ±2 with bias 0, LayerNorm 1 and 0."""
+    """Initialise one module as DINO does: Linear N(0, 0.02²) truncated at ±2 with bias 0, LayerNorm 1 and 0."""
     if isinstance(module, nn.Linear):
         trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
@@ -29,7 +29,7 @@ def init_weights(module: nn.Module) -> None:
 
 
 def add_branch(x: torch.Tensor, branch: Callable, drop_rate: float) -> torch.Tensor:
-    """x + branch(x) with stochastic depth as in timm's DropPath, computed only for the samples that are kept."""
+    """x + branch(x) with stochastic depth as in timm's DropPath; skips the computation for dropped samples."""
     keep_prob = 1 - drop_rate
     kept = x.new_empty(len(x), 1, 1).bernoulli_(keep_prob).flatten().nonzero()[:, 0]
     return x.index_add(0, kept, branch(x.index_select(0, kept)).to(x.dtype), alpha=1 / keep_prob)
@@ -39,17 +39,17 @@ RECOMPUTED = ("block", "attention", "mlp")
 
 
 def recomputing(function: Callable, chosen: bool) -> Callable:
-    """The function; if chosen, what it computes on the way is not kept for the backward pass, but computed again."""
+    """The function; if chosen, the backward pass recomputes its intermediate results instead of keeping them."""
     return partial(checkpoint, function, use_reentrant=False) if chosen and torch.is_grad_enabled() else function
 
 
 def run_block(block: Block, tokens: torch.Tensor, recompute: str = "") -> torch.Tensor:
     """Apply a block to tokens [B, N, D].
 
-    On a CPU, samples that stochastic depth drops are not computed; on a GPU, choosing them would be a host sync.
+    On a CPU, samples dropped by stochastic depth are skipped; on a GPU, choosing them would be a host sync.
 
     Args:
-        recompute: one of RECOMPUTED, empty for nothing.
+        recompute: one of RECOMPUTED; empty for none.
     """
     if recompute == "block":
         return recomputing(run_block, True)(block, tokens)
@@ -66,10 +66,10 @@ def run_block(block: Block, tokens: torch.Tensor, recompute: str = "") -> torch.
 
 
 class Features(NamedTuple):
-    """What a block makes of images, after the network's final norm where it has one.
+    """Output of a block, after the network's final norm if it has one.
 
-    class_token [B, D], None where the network has none; patches [B, N, D], row by row; keys [B, N, D] of the patches in
-    the block's attention, all heads side by side, None unless asked for.
+    class_token [B, D], None if the network has none; patches [B, N, D], row by row; keys [B, N, D] of the patches in
+    the block's attention, heads concatenated, None unless asked for.
     """
     class_token: torch.Tensor | None
     patches: torch.Tensor
@@ -80,7 +80,7 @@ class VisionTransformer(nn.Module):
     """Vision Transformer whose output is its patch tokens (Dosovitskiy et al. 2021).
 
     Args:
-        img_size: side in pixels of the images that the position embedding is laid out for.
+        img_size: side in pixels of images that need no resizing of the position embedding.
         patch_size: side of a patch in pixels.
         embed_dim, depth, num_heads, mlp_ratio, qkv_bias: the usual ones.
         drop_path_rate: stochastic depth of the last block; the rate rises linearly from 0 in the first.
@@ -100,7 +100,7 @@ class VisionTransformer(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, num_patches + class_token, embed_dim))
         self.blocks = nn.ModuleList(
             Block(embed_dim, num_heads, mlp_ratio, qkv_bias, drop_path=rate, norm_layer=norm_layer)
-            for rate in torch.linspace(0, drop_path_rate, depth, device="cpu").tolist())  # on the meta device too
+            for rate in torch.linspace(0, drop_path_rate, depth, device="cpu").tolist())  # on meta, too
         self.norm = norm_layer(embed_dim) if final_norm else nn.Identity()
         trunc_normal_(self.pos_embed, std=0.02)
         if class_token:
@@ -119,7 +119,7 @@ class VisionTransformer(nn.Module):
         if grid == (side, side):
             return pos
         pos = pos.reshape(1, side, side, -1).permute(0, 3, 1, 2)
-        # DINO resizes by a factor with 0.1 added, not to a size: released weights were trained on that sampling grid
+        # DINO resizes by a factor, with 0.1 added, not to a size: released weights were trained on that sampling grid
         scale = tuple((n + 0.1) / side for n in grid)
         pos = F.interpolate(pos, scale_factor=scale, mode="bicubic", align_corners=False)
         assert pos.shape[-2:] == grid, f"position embedding came out as {tuple(pos.shape[-2:])}, not {grid}"
@@ -139,7 +139,7 @@ class VisionTransformer(nn.Module):
         return self.pos_embed.shape[1] - self.num_prefix_tokens
 
     def prepare_tokens(self, x: torch.Tensor) -> torch.Tensor:
-        """Images [B, 3, H, W] -> embedded patches [B, N, D], after the class token where there is one."""
+        """Images [B, 3, H, W] -> embedded patches [B, N, D], preceded by the class token if there is one."""
         tokens = self.patch_embed(x) + self.interpolate_pos_encoding(self.grid_size(x))
         if self.cls_token is not None:
             cls = self.cls_token + self.pos_embed[:, :1]
@@ -160,7 +160,7 @@ class VisionTransformer(nn.Module):
         return self._patches(self.norm(tokens))
 
     def get_intermediate_layers(self, x: torch.Tensor, n: int | Sequence[int] = 1) -> list[torch.Tensor]:
-        """Patch features [B, N, D] of the last n blocks, or of the blocks of the given indices; no final norm."""
+        """Patch features [B, N, D] of the last n blocks, or of the blocks with the given indices; no final norm."""
         depth = len(self.blocks)
         wanted = range(max(depth - n, 0), depth) if isinstance(n, int) else n
         tokens, features = self.prepare_tokens(x), {}
@@ -171,11 +171,11 @@ class VisionTransformer(nn.Module):
         return [features[i] for i in wanted]
 
     def features(self, x: torch.Tensor, layer: int = -1, keys: bool = False) -> Features:
-        """Class token, patches and, on demand, keys of one block for images x [B, 3, H, W].
+        """Class token, patches and optionally keys of one block for images x [B, 3, H, W].
 
         Args:
             layer: 0 for the first block, -1 for the last.
-            keys: also those of the block's attention, without the class token's and not normalised.
+            keys: also return the patches' keys in the block's attention, not normalised.
 
         Raises:
             IndexError: there is no such block.
@@ -183,7 +183,7 @@ class VisionTransformer(nn.Module):
         return self.intermediate_features(x, [layer], keys)[0]
 
     def intermediate_features(self, x: torch.Tensor, layers: Sequence[int], keys: bool = False) -> list[Features]:
-        """features() of several blocks, from one pass; the final norm, if any, is applied to each of them."""
+        """features() of several blocks from one pass; the final norm, if any, is applied to each of them."""
         wanted = [range(len(self.blocks))[layer] for layer in layers]
         tokens, found = self.prepare_tokens(x), {}
         for i, block in enumerate(self.blocks[:max(wanted) + 1]):
@@ -196,11 +196,11 @@ class VisionTransformer(nn.Module):
         return [found[i] for i in wanted]
 
     def _qkv(self, block: Block, tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Queries, keys and values [B, N, D] of a block that gets these tokens."""
+        """Queries, keys and values [B, N, D] of a block with these tokens as input."""
         return block.attn.qkv(block.norm1(tokens)).chunk(3, dim=-1)
 
     def queries_and_keys(self, x: torch.Tensor, layer: int = -1) -> tuple[torch.Tensor, torch.Tensor]:
-        """What a block's attention compares, of all tokens, class token first: [B, heads, N, D / heads] each."""
+        """Queries and keys of a block's attention for all tokens, class token first, [B, heads, N, D / heads] each."""
         tokens = self.prepare_tokens(x)
         for block in self.blocks[:layer]:
             tokens = self._run(block, tokens)
@@ -209,10 +209,10 @@ class VisionTransformer(nn.Module):
 
 
 def vit_pico(patch_size: int = 8, num_heads: int = 3, img_size: int = 32, **kwargs) -> VisionTransformer:
-    """A network to try things with, which trains on a CPU in minutes: 4 blocks 96 wide, 0.5 million parameters.
+    """A network for trials that trains on a CPU in minutes: 4 blocks of width 96, 0.5 million parameters.
 
-    It is in no paper, and its features are good for small pictures alone. The position embedding is laid out for small
-    crops: most of one for 224 pixels would stay as it was drawn.
+    It is in no paper, and its features suit small images only. Its position embedding has the size of small crops: most
+    of one for 224 pixels would never be trained.
     """
     return VisionTransformer(img_size, patch_size, embed_dim=96, depth=4, num_heads=num_heads, **kwargs)
 
@@ -255,7 +255,7 @@ class WeightNormLinear(nn.Module):
 
 
 class Logits(NamedTuple):
-    """Logits in factored form, z · prototypesᵀ: dense ones for 87,000 patches × 4,096 prototypes take 1.4 GB.
+    """Logits in factored form, z · prototypesᵀ; dense logits of 87,000 patches × 4,096 prototypes would take 1.4 GB.
 
     z [..., bottleneck] are unit vectors, prototypes [out, bottleneck] the rows of the last layer.
     """
@@ -268,9 +268,9 @@ class Logits(NamedTuple):
 
 
 class CropLogits(NamedTuple):
-    """What a network predicts for V crops of B images, view by view.
+    """A network's logits for V crops of B images, view by view.
 
-    image: [V·B, out_dim]. patches: [V_r·B, N_r, out_dim_selfpatch] for each run of V_r crops of one size; empty
+    image: [V·B, out_dim]. patches: [V_r·B, N_r, out_dim_selfpatch] for each run of V_r crops of equal size; empty
     without a patch loss.
     """
     image: Logits
@@ -282,7 +282,7 @@ class DINOHead(nn.Module):
 
     Args:
         use_bn: BatchNorm after each hidden Linear.
-        norm_last_layer: keep the prototypes at unit length (their gain is frozen at 1).
+        norm_last_layer: keep the prototypes at unit length by freezing their gain at 1.
         nlayers: Linear layers before the normalisation, including the one to the bottleneck.
     """
 

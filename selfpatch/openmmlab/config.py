@@ -1,4 +1,4 @@
-"""Options and configs of fine-tuning and evaluation with OpenMMLab.
+"""Options and configs for fine-tuning and evaluation with OpenMMLab.
 
     cfg = load_config("detection/configs/mask-rcnn_vit-small-16_1x_coco.py", data_root="/path/to/coco")
 
@@ -17,7 +17,7 @@ from selfpatch.errors import ArgumentParser, ConfigError
 
 
 class KeyValueAction(DictAction):
-    """mmengine's key=value parser, reporting malformed words as errors of the parser."""
+    """mmengine's parser of key=value words; malformed words are errors of the argument parser."""
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: list[str],
                  option_string: str | None = None) -> None:
@@ -27,7 +27,16 @@ class KeyValueAction(DictAction):
         super().__call__(parser, namespace, values, option_string)
 
 
-def add_common_options(parser: argparse.ArgumentParser) -> None:
+def get_args_parser(job: str, description: str) -> ArgumentParser:
+    """Options of a job, train or test: those of OpenMMLab's tool of that name, and this project's."""
+    parser = ArgumentParser(description=description)
+    parser.add_argument("config", type=os.path.expanduser, help="one of configs/*.py")
+    if job == "train":
+        add_train_options(parser)
+    else:
+        parser.add_argument("checkpoint", type=os.path.expanduser, help="a model saved by train.py, or a released one")
+        parser.add_argument("--show-dir", type=os.path.expanduser,
+                            help="draw the predictions on the images and save them in this folder")
     parser.add_argument("--work-dir", type=os.path.expanduser,
                         help="folder for logs and checkpoints (default: work_dirs/<name of the config>)")
     parser.add_argument("--data-root", type=os.path.expanduser,
@@ -37,11 +46,10 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--launcher", choices=["none", "pytorch", "slurm", "mpi"], default="none",
                         help="how the processes were started, if there are several")
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help="set by torch.distributed.launch")
+    return parser
 
 
-def get_train_parser(description: str) -> ArgumentParser:
-    parser = ArgumentParser(description=description)
-    parser.add_argument("config", type=os.path.expanduser, help="one of configs/*.py")
+def add_train_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pretrained", type=os.path.expanduser, default="",
                         help="any checkpoint, or the folder of a run, for the backbone")
     parser.add_argument("--checkpoint_key", default="teacher", help="network of a training run: teacher or student")
@@ -49,30 +57,11 @@ def get_train_parser(description: str) -> ArgumentParser:
     parser.add_argument("--amp", action="store_true", help="mixed precision, if there is a GPU")
     parser.add_argument("--resume", type=os.path.expanduser, nargs="?", const="auto",
                         help="continue from this checkpoint, or without a value from the latest in --work-dir, if any")
-    add_common_options(parser)
-    return parser
-
-
-def get_test_parser(description: str) -> ArgumentParser:
-    parser = ArgumentParser(description=description)
-    parser.add_argument("config", type=os.path.expanduser, help="one of configs/*.py")
-    parser.add_argument("checkpoint", type=os.path.expanduser, help="a model saved by train.py, or a released one")
-    parser.add_argument("--show-dir", type=os.path.expanduser,
-                        help="draw the predictions on the images and save them in this folder")
-    add_common_options(parser)
-    return parser
-
-
-def config_from_args(args: argparse.Namespace) -> Config:
-    """The config that the options of get_train_parser or get_test_parser describe."""
-    cfg = load_config(args.config, args.cfg_options, args.data_root, args.work_dir)
-    set_launcher(cfg, args.launcher, args.local_rank)
-    return cfg
 
 
 def load_config(path: str | Path, overrides: dict | None = None, data_root: str | Path | None = None,
                 work_dir: str | Path | None = None) -> Config:
-    """Load a config for one process; without a GPU, its SyncBN becomes BN.
+    """Load a config for a single process; without a GPU, SyncBN becomes BN.
 
     Args:
         path: config file.
@@ -103,7 +92,7 @@ def load_config(path: str | Path, overrides: dict | None = None, data_root: str 
 
 
 def replace_prefix(cfg: ConfigDict | Config | list | tuple, old: str, new: str) -> None:
-    """Replace the prefix old by new in every string of a nested config, in place."""
+    """Replace a prefix in every string of a nested config, in place."""
     for key, value in cfg.items() if isinstance(cfg, (dict, Config)) else enumerate(cfg):
         if isinstance(value, (dict, list, tuple)):
             replace_prefix(value, old, new)
@@ -112,7 +101,7 @@ def replace_prefix(cfg: ConfigDict | Config | list | tuple, old: str, new: str) 
 
 
 def set_launcher(cfg: Config, launcher: str, local_rank: int = 0) -> None:
-    """Set up a config for the processes that a launcher has started; without GPUs, they join here, through gloo.
+    """Set up a config for the processes of a launcher. Without GPUs, also join them into a gloo process group.
 
     Args:
         cfg: changed in place.
@@ -120,7 +109,7 @@ def set_launcher(cfg: Config, launcher: str, local_rank: int = 0) -> None:
         local_rank: used if the launcher sets no LOCAL_RANK (torch before 2.0).
 
     Raises:
-        ConfigError: torchrun has not started this process, or the launcher needs GPUs and there are none.
+        ConfigError: torchrun did not start this process, or the launcher needs GPUs and there are none.
     """
     cfg.launcher = launcher
     if launcher == "pytorch":
@@ -132,13 +121,13 @@ def set_launcher(cfg: Config, launcher: str, local_rank: int = 0) -> None:
         if launcher != "pytorch":
             raise ConfigError(f"--launcher {launcher} needs GPUs, and torch sees none: start CPU processes with "
                               "torchrun and --launcher pytorch")
-        # mmengine would select a GPU, both here and when it joins the processes itself
+        # mmengine would select a GPU for the wrapper, and for the process group
         cfg.model_wrapper_cfg = {"type": "MMDistributedDataParallel", "device_ids": None, "broadcast_buffers": False}
         dist.init_process_group("gloo")
 
 
 def set_precision(cfg: Config, amp: bool) -> None:
-    """Select mixed precision if amp or the config asks for it and there is a GPU, else float32."""
+    """Use mixed precision if amp or the config asks for it and there is a GPU, else float32."""
     if amp:
         cfg.optim_wrapper.type = "AmpOptimWrapper"
     if cfg.optim_wrapper.type == "AmpOptimWrapper" and not torch.cuda.is_available():

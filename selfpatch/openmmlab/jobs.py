@@ -8,6 +8,8 @@
     runner = train(cfg, pretrained="checkpoint.pth", keep_grid=True)
     metrics = evaluate(cfg, "work_dirs/mask-rcnn_vit-small-16_1x_coco/epoch_12.pth")
 """
+import importlib
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -30,23 +32,23 @@ try:
 except ImportError as error:
     raise ConfigError(f"OpenMMLab's packages are not all installed ({error}): run ./install_openmmlab.sh") from error
 
-from selfpatch.openmmlab.config import check_data, set_precision
+from selfpatch.openmmlab.config import check_data, get_args_parser, load_config, set_launcher, set_precision
 
 
 def history_getattr(cls: type, name: str) -> Callable:
-    """Replaces getattr in mmengine's checkpoints: it returns only the statistics of a HistoryBuffer."""
+    """Stand in for getattr in mmengine's checkpoints: return a statistic of HistoryBuffer, refuse all else."""
     if cls is not HistoryBuffer or name not in ("min", "max", "current", "mean"):
         raise CheckpointError(f"the file requires {getattr(cls, '__name__', cls)}.{name}, which no checkpoint needs")
     return getattr(cls, name)
 
 
-# resuming needs the real loss histories, for which checkpoint_files has placeholders only
+# resuming needs the real loss histories; other jobs read placeholders (checkpoints/files.py)
 torch.serialization.add_safe_globals([HistoryBuffer, (history_getattr, "builtins.getattr")])
 
 
 @CheckpointLoader.register_scheme(prefixes="", force=True)
 def load_from_local(filename: str, map_location=None) -> dict:
-    """Replaces mmengine's reader of local files, which would execute code in a checkpoint."""
+    """Read a local file in place of mmengine's own reader, which would execute code in a checkpoint."""
     return read_checkpoint(filename)
 
 
@@ -55,11 +57,10 @@ def load_from_local(filename: str, map_location=None) -> dict:
 
 
 def adapt_backbone(cfg: Config, info: CheckpointInfo, keep_grid: bool) -> None:
-    """Set the config's class token and, with keep_grid, its position embedding's size to those of a checkpoint.
+    """Give the config's backbone the class token and, with keep_grid, the position grid of a checkpoint.
 
     Raises:
-        CheckpointError: the config has another patch size, embedding dimension or number of attention heads than the
-            file.
+        CheckpointError: patch size, embedding dimension or number of heads of the config and the file differ.
     """
     backbone = cfg.model.backbone
     if (backbone.patch_size, backbone.embed_dim) != (info.patch_size, info.embed_dim):
@@ -74,7 +75,7 @@ def adapt_backbone(cfg: Config, info: CheckpointInfo, keep_grid: bool) -> None:
 
 
 def check_heads(info: CheckpointInfo, num_heads: int | None) -> None:
-    """Raise CheckpointError if a checkpoint is known to have another number of attention heads than the config."""
+    """Raise CheckpointError if the checkpoint's number of attention heads is known and differs from the config's."""
     if info.num_heads not in (None, num_heads):
         raise CheckpointError(
             f"{info.path} has {info.num_heads} attention heads ({info.heads_from}), but the config says {num_heads}: "
@@ -82,15 +83,15 @@ def check_heads(info: CheckpointInfo, num_heads: int | None) -> None:
 
 
 def load_pretrained(backbone: nn.Module, init_cfg: dict, prepare: Callable[[dict], dict] = dict) -> None:
-    """Load the checkpoint of an init_cfg into a backbone, strictly, except for the detector's fpn1 to fpn4.
+    """Load the checkpoint of an init_cfg strictly into a backbone, apart from the detector's fpn1 to fpn4.
 
     Args:
         backbone: changed in place.
         init_cfg: type 'Pretrained'; checkpoint: any file, or the folder of a run; key: teacher or student.
-        prepare: applied to the state dict first, for instance to resize the position embedding.
+        prepare: changes the state dict before it is loaded, e.g. resizes the position embedding.
 
     Raises:
-        CheckpointError: see checkpoints.read_backbone.
+        CheckpointError: the file cannot be read (checkpoints.loading.read_backbone), or does not fit the backbone.
     """
     if init_cfg.get("type") != "Pretrained":
         raise ConfigError(f"init_cfg of the backbone is {init_cfg}: only type 'Pretrained' is supported")
@@ -105,18 +106,18 @@ def load_pretrained(backbone: nn.Module, init_cfg: dict, prepare: Callable[[dict
 
 
 def remove_final_norm(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A state dict without the final norm of DINO and timm models, since the features are taken before it."""
+    """Drop the final norm of DINO's and timm's models from a state dict: features are taken before it."""
     return {name: tensor for name, tensor in state.items() if not name.startswith("norm.")}
 
 
 def read_model(path: str | Path, cfg: Config) -> tuple[dict[str, torch.Tensor], CheckpointInfo]:
-    """Read a whole detector or segmenter, under this project's names.
+    """Read a whole detector or segmenter, with its backbone under this project's names.
 
-    mmseg's ViT has a class token even if it does not take part in the attention (with_cls_token=False); set
-    class_token=False in the config's backbone to drop it.
+    mmseg's ViT saves a class token even if no attention uses it (with_cls_token=False); class_token=False in the
+    config's backbone drops it.
 
     Raises:
-        CheckpointError: neither a detector nor a segmenter, or one with a final norm in mmseg's backbone.
+        CheckpointError: neither a detector nor a segmenter, or mmseg's ViT has a norm after its last block.
     """
     state, info = read_backbone(path)
     if not info.kind.startswith(("mmdet", "mmseg")):
@@ -141,9 +142,9 @@ def train(cfg: Config, pretrained: str | Path = "", checkpoint_key: str = "teach
 
     Args:
         cfg: as load_config returns it; changed in place.
-        pretrained, checkpoint_key: checkpoint of the backbone, see checkpoints.read_backbone.
+        pretrained, checkpoint_key: checkpoint of the backbone, see checkpoints.loading.read_backbone.
         random_weights: start from an untrained backbone instead.
-        resume: checkpoint to continue from, or auto for the latest one in the work dir, if any.
+        resume: checkpoint to continue from; "auto" for the latest in the work dir, if any.
         amp: mixed precision, if there is a GPU.
         keep_grid: keep the position embedding at its pretrained size (detection) instead of resizing it to the
             training crops (segmentation).
@@ -173,10 +174,10 @@ def train(cfg: Config, pretrained: str | Path = "", checkpoint_key: str = "teach
 
 def select_start(cfg: Config, pretrained: str | Path, random_weights: bool,
                  resume: str | Path | None) -> str | None:
-    """Select what training starts from, and set cfg.load_from and cfg.resume accordingly.
+    """Select what training starts from, and set cfg.load_from and cfg.resume to match.
 
     Returns:
-        The file of a whole model, or None to start from a backbone.
+        The file of a whole model; None to start from a backbone.
 
     Raises:
         ConfigError: the options contradict each other, or nothing to start from is given.
@@ -237,3 +238,26 @@ def evaluate(cfg: Config, checkpoint: str | Path) -> dict[str, float]:
 
 def unwrap_model(runner: Runner) -> nn.Module:
     return runner.model.module if runner.distributed else runner.model
+
+
+def run_job(job: str, backbone: str, description: str) -> None:
+    """Run train.py or test.py of detection/ or segmentation/ on the command line's options.
+
+    Args:
+        job: train or test.
+        backbone: name of the module that registers the backbone and has check_channels, show_predictions and
+            KEEP_GRID (see train). It is imported here, once the packages are known to be installed.
+        description: first line of --help.
+    """
+    module = importlib.import_module(backbone)
+    args = get_args_parser(job, description).parse_args()
+    cfg = load_config(args.config, args.cfg_options, args.data_root, args.work_dir)
+    set_launcher(cfg, args.launcher, args.local_rank)
+    module.check_channels(cfg)
+    if job == "train":
+        train(cfg, args.pretrained, args.checkpoint_key, args.random_weights, args.resume, args.amp,
+              keep_grid=module.KEEP_GRID)
+    else:
+        if args.show_dir:
+            module.show_predictions(cfg, os.path.abspath(args.show_dir))
+        evaluate(cfg, args.checkpoint)

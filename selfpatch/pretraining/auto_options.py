@@ -1,4 +1,4 @@
-"""From options to what they mean on this machine."""
+"""Resolve options whose meaning depends on the machine: auto, precision, compilation, loss."""
 import importlib.util
 import os
 import shutil
@@ -11,13 +11,13 @@ from selfpatch.errors import ConfigError
 from selfpatch.method.fused_loss import FusedDINOLoss
 from selfpatch.method.losses import DINOLoss
 
-# torch.compile's names; CUDA graphs replay all launches of a graph as one
+# torch.compile's names; CUDA graphs replay all launches of a graph as one launch
 COMPILE_MODES = ("reduce-overhead", "max-autotune-no-cudagraphs", "max-autotune")
 COMPILE_WAYS = ("auto", "on", "off", *COMPILE_MODES)
 
 
 def choose_augment(augment: str, device: torch.device) -> str:
-    """Where --augment auto augments: on the device; according to benchmarks/data.py that is faster on CPUs too.
+    """Where to augment, by --augment. auto: on the device, which benchmarks/data.py shows to be faster on CPUs, too.
 
     MPS has not been measured, and stays with PIL.
     """
@@ -34,7 +34,7 @@ def choose_precision(precision: str, use_fp16: bool, device: torch.device) -> to
 
 
 def choose_compile(choice: str, device: torch.device) -> bool:
-    """Whether to compile, by --compile; auto does on CUDA, if the compiler has what it needs."""
+    """Whether to compile, by --compile. auto: on CUDA, if the compiler has what it needs."""
     if choice in COMPILE_MODES and device.type != "cuda":
         raise ConfigError(f"--compile {choice} is for CUDA, and the device is {device.type}: use on, auto or off")
     if choice == "off" or (choice == "auto" and device.type != "cuda"):
@@ -63,15 +63,15 @@ def uses_cuda_graphs(choice: str) -> bool:
 
 
 def choose_packing(choice: str, device: torch.device) -> bool:
-    """Whether all crops go through the networks in one pass, by --pack_crops; auto does on CUDA, to save launches.
+    """Whether all crops go through the networks in one pass, by --pack_crops. auto: on CUDA, to save launches.
 
-    On a CPU, samples that stochastic depth drops are not computed, which one pass could not do.
+    On a CPU, separate passes are faster: they skip the samples that stochastic depth drops.
     """
     return device.type == "cuda" if choice == "auto" else choice == "on"
 
 
 def choose_loss(fused_loss: str, loss_class: type[DINOLoss] | None) -> type[DINOLoss]:
-    """The class of the loss, by --fused_loss; a class of the caller's own is used as it is."""
+    """The class of the loss, by --fused_loss; the caller's own class, if given, is used as it is."""
     if loss_class is None:
         return DINOLoss if fused_loss == "off" else FusedDINOLoss
     if fused_loss == "on" and not issubclass(loss_class, FusedDINOLoss):

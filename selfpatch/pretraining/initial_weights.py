@@ -1,10 +1,10 @@
-"""Starting a run from the weights of a checkpoint: its backbone for student and teacher, and its heads where they fit.
+"""Start a run from a checkpoint's weights: its backbone for student and teacher, and the heads that fit.
 
     source, info = read_initial_weights("dino_vits16.pth", "vit_small", patch_size=16)
     print(set_initial_weights(student, teacher, source, info))
 
-Any file that checkpoints/loading.py reads will do. Of a training run the teacher is taken, for the
-student too, so that both start equal, as in a run from scratch.
+It can be any file that checkpoints/loading.py reads. From a training run, student and teacher both take the teacher's
+weights, so that they start equal, as in a run from scratch.
 """
 from dataclasses import replace
 
@@ -20,23 +20,23 @@ from selfpatch.method.selfpatch_head import MultiCropWrapper
 from selfpatch.method.vision_transformer import ARCHS, VisionTransformer
 
 OURS = "SelfPatch run"
-HEADS = {"ca_head": "", "c_head": "--out_dim", "p_head": "--out_dim_selfpatch"}  # and what says how large they are
+HEADS = {"ca_head": "", "c_head": "--out_dim", "p_head": "--out_dim_selfpatch"}  # head: the option that sets its size
 
 
 def read_initial_weights(path: str, arch: str, patch_size: int) -> tuple[VisionTransformer, CheckpointInfo]:
-    """The network in the file of --init_weights and its metadata; rank 0 prints the loader's line about it.
+    """Read the network of --init_weights and its metadata; rank 0 prints the loader's line about it.
 
     Args:
         path: file, or a run's folder.
         arch, patch_size: of the run.
 
     Raises:
-        ConfigError: the file cannot be read, or holds another network than the options ask for.
+        ConfigError: the file cannot be read, or its network is not the one the options ask for.
     """
     state, info = read_backbone(path)
     source = build_backbone(state, info)
     if is_main_process():
-        heads = HEADS if info.kind.startswith(OURS) else ()  # which set_initial_weights will report on
+        heads = HEADS if info.kind.startswith(OURS) else ()  # set_initial_weights reports on them
         print_line(source, replace(info, ignored=tuple(name for name in info.ignored if name not in heads)))
     if ARCHS[arch] is not ARCHS[info.arch]:
         raise ConfigError(f"--arch {arch} contradicts --init_weights {info.path}, which holds {info.arch}: give --arch "
@@ -46,18 +46,18 @@ def read_initial_weights(path: str, arch: str, patch_size: int) -> tuple[VisionT
                           f"{info.patch_size}: give --patch_size {info.patch_size}, or another file")
     with torch.device("meta"):
         num_heads = ARCHS[arch](patch_size=patch_size).num_heads
-    if source.num_heads != num_heads:  # a checkpoint of the run could not tell, so that every job would read it wrongly
+    if source.num_heads != num_heads:  # the run's checkpoints could not tell, so every job would misread them
         raise ConfigError(f"--arch {arch} trains with {num_heads} attention heads, and the network of --init_weights "
                           f"{info.path} has {source.num_heads} ({info.heads_from}): give another file")
     return source, info
 
 
 def backbone_state(source: VisionTransformer, grid: int) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """A network's weights for this project's backbone, and in words what is changed for it.
+    """A network's weights for this project's backbone, and descriptions of what was changed.
 
-    Class token and final norm are left out. A run's position embedding is always laid out for images of 224 pixels,
-    whatever its crops, so that any run can be resumed and read by its options alone: another grid is resized to that
-    one (bicubic, by the rule of the forward pass, so that features of 224-pixel images do not change by it).
+    Class token and final norm are dropped. A run's position embedding always has the grid of 224-pixel images, whatever
+    its crops, so that its options suffice to resume and to read it: other grids are resized to it (bicubic, by the rule
+    of the forward pass, so features of 224-pixel images stay the same).
 
     Args:
         grid: patches per side of the run's position embedding.
@@ -75,12 +75,12 @@ def backbone_state(source: VisionTransformer, grid: int) -> tuple[dict[str, torc
 
 
 def head_state(head: nn.Module, name: str, info: CheckpointInfo) -> tuple[dict[str, torch.Tensor] | None, str]:
-    """A head's weights in a training run, None where they do not fit, and then the reason in words.
+    """A training run's weights of a head, or None if they do not fit, and the reason in words.
 
     DINO's only head is the image head.
 
     Raises:
-        CheckpointError: they are of the right shapes, but sparse, not floating point or not finite.
+        CheckpointError: their shapes fit, but they are sparse, not floating point or not finite.
     """
     prefix = f"{name}." if info.kind.startswith(OURS) else "head." if name == "c_head" else None
     state = {key.removeprefix(prefix): tensor for key, tensor in info.other_tensors.items()
@@ -106,15 +106,15 @@ def head_state(head: nn.Module, name: str, info: CheckpointInfo) -> tuple[dict[s
 
 def set_initial_weights(student: MultiCropWrapper, teacher: MultiCropWrapper, source: VisionTransformer,
                         info: CheckpointInfo) -> str:
-    """Give both networks the file's weights, in place; heads that it does not have stay as they are.
+    """Load the file's weights into both networks; heads that it lacks stay as they are.
 
-    The centres of the loss start at zero, as in every new run.
+    The loss's centres start at zero, as in every new run.
 
     Args:
-        source, info: of read_initial_weights.
+        source, info: from read_initial_weights.
 
     Returns:
-        one line that says what came from where.
+        a line that says what came from where.
     """
     grid = round(student.backbone.pos_embed.shape[1] ** 0.5)
     state, changes = backbone_state(source, grid)

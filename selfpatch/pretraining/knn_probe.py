@@ -1,4 +1,4 @@
-"""k-NN accuracy of the teacher while it is trained: on images with classes, which training does not see.
+"""k-NN accuracy of the teacher during training, on images with classes, which training does not see.
 
     probe = KnnProbe("imagenet/val", image_size=224)
     probe(run.teacher)                          # {"knn_top1": 51.2, "knn_top5": 76.4, "knn_seconds": 30.1}
@@ -16,17 +16,17 @@ from selfpatch.evaluation.knn import knn_accuracy
 from selfpatch.method.selfpatch_head import MultiCropWrapper
 
 K = 20
-HELD_OUT = 0.2  # of a folder without train/ and val/: classified by the rest
+HELD_OUT = 0.2  # share of a folder without train/ and val/ that the rest classifies
 
 
 class Interruptible:
-    """The batches of a rank's share of images, with a function called between them, equally often on all ranks."""
+    """The batches of a rank's share of the images; between them it calls a function, equally often on all ranks."""
 
     def __init__(self, loader: DataLoader, check: Callable[[], None]):
         self.loader, self.dataset, self.check = loader, loader.dataset, check
 
     def __iter__(self) -> Iterator:
-        # of several ranks one may fail within the batches, and then the others would wait for it here
+        # one of several ranks may fail within the batches, and the others would wait for it here
         self.check()
         for batch in self.loader:
             yield batch
@@ -35,34 +35,39 @@ class Interruptible:
 
 
 class KnnProbe:
-    """Classifies images by their 20 nearest neighbours (see evaluation/knn.py), features being SelfPatch's class token.
+    """Classifies images by the 20 nearest neighbours of SelfPatch's class token (see evaluation/knn.py).
 
-    Where there are fewer than 20 images to compare with, all of them are the neighbours.
+    With fewer than 20 images to compare with, all of them are neighbours.
 
     Args:
-        folder: with train/ and val/ in it, each with class folders; or class folders, of whose images every fifth is
-            classified by the others.
+        folder: train/ and val/ with class folders; or class folders alone, where every fifth image is classified by
+            the others.
         image_size: side of the centre crop.
         batch_size, num_workers: of the loader, in each process.
         dtype: of autocast; float32 for none.
+        every: epochs between two evaluations.
 
     Raises:
-        ConfigError: there is no such folder, or its classes or images do not fit.
+        ConfigError: the folder does not exist, or its classes or images do not fit.
     """
 
     def __init__(self, folder: str | Path, image_size: int = 224, batch_size: int = 64, num_workers: int = 0,
-                 device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32):
+                 device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, every: int = 1):
         divided = (Path(folder) / "train").is_dir() and (Path(folder) / "val").is_dir()
         pair = open_pair(folder, None, None, None if divided else HELD_OUT, transform=eval_transform(image_size))
-        self.device, self.dtype = torch.device(device), dtype
+        self.device, self.dtype, self.every = torch.device(device), dtype, every
         self.loaders = [share_loader(images, batch_size, num_workers, self.device.type == "cuda") for images in pair]
 
+    def due(self, epoch: int, epochs: int) -> bool:
+        """Whether to evaluate after an epoch of a run of so many; always after the last one."""
+        return epoch >= 0 and (epoch + 1 == epochs or (epoch + 1) % self.every == 0)
+
     def __call__(self, teacher: MultiCropWrapper, check: Callable[[], None] = lambda: None) -> dict[str, float]:
-        """Accuracies in per cent, and how long they took. Every rank calls it.
+        """Accuracies in per cent, and the seconds they took. Every rank must call it.
 
         Args:
-            check: called after each batch, or, with several ranks, before each set of images; what it raises ends the
-                evaluation.
+            check: called after each batch (with several ranks, before each set of images); an exception from it ends
+                the evaluation.
         """
         start = time.monotonic()
         loaders = [Interruptible(loader, check) for loader in self.loaders]

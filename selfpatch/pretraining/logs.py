@@ -1,130 +1,306 @@
-"""log.txt."""
+"""A run's logs: log.txt has a row of JSON for each epoch, steps.jsonl one for each line of progress.
+
+Rows are written before the checkpoint of their step, and a resumed run drops those after its checkpoint. So no row is
+missing or doubled, whenever the run was killed.
+"""
+import contextlib
+import datetime
 import json
+import math
 import os
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
+from selfpatch.data.loader import CropLoader
+from selfpatch.distributed.processes import peak_memory_gb
 from selfpatch.errors import PASSING_ERRORS, ConfigError, TrainingError, describe
+from selfpatch.method.training_run import TrainingRun
+from selfpatch.pretraining.engine import prototypes
+from selfpatch.pretraining.meters import MetricLogger
+from selfpatch.pretraining.trackers import Trackers
+from selfpatch.whole_files import whole_file
+
+FIRST_STEPS = 3  # of a process: slow because of compilation, caches and starting workers
 
 
 def check_log(output: Path) -> None:
-    """Find out whether a run can append to the logs in the folder.
-
-    Raises:
-        ConfigError: log.txt is not a text file, or steps.jsonl not a file.
-    """
+    """Raise ConfigError if the folder's log.txt is not a text file, or its steps.jsonl not a file."""
     for path in (output / "log.txt", output / "steps.jsonl"):
         if os.path.lexists(path) and not path.is_file():
             raise ConfigError(f"{path} is {describe(path)}, not the log of a run: remove it, or choose another "
                               "--output_dir")
-    if (output / "log.txt").is_file():
-        read_log(output / "log.txt")
-
-
-def read_log(path: Path) -> str:
+    path = output / "log.txt"
     try:
-        return path.read_text(encoding="utf-8")
+        read(path).decode()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not text"
         raise ConfigError(f"{path} is not the log of a run ({reason}): move it away, or choose another "
                           "--output_dir") from None
 
 
-def parse_row(line: str) -> dict | None:
-    """A line of log.txt as a row; None for any other text."""
+# ----------------------------------------------------------------------------------------------------------------------
+# Files of rows
+
+
+def read(path: Path) -> bytes:
+    return path.read_bytes() if path.is_file() else b""
+
+
+def parse_row(line: str | bytes) -> dict | None:
+    """A line as a row, which has an epoch; None for any other text."""
     try:
         row = json.loads(line)
     except ValueError:
         return None
-    return row if isinstance(row, dict) and isinstance(row.get("epoch"), int) else None
+    return row if isinstance(row, dict) and type(row.get("epoch")) in (int, float) else None
 
 
-def reconcile(text: str, rows: list[dict]) -> str:
-    """log.txt as it should be: the rows of the checkpoint, each once, and lines that are no rows where they were.
+def rows_until(data: bytes, epoch: float, keep_notes: bool = False) -> list[bytes]:
+    """The rows up to an epoch (a fraction, for steps) as lines, each once.
 
-    A process that is killed between checkpoint and log leaves a row missing, half written, or of an epoch that will be
-    done again.
+    By epoch, since the number of a step changes with the batch size.
+
+    Args:
+        keep_notes: also keep whole lines that are no rows.
     """
-    lines, seen = [], set()
-    expected = {row["epoch"]: row for row in rows}
-    for line in text.splitlines(keepends=True):
+    kept, last = [], -math.inf
+    for line in data.splitlines(keepends=True):
         row = parse_row(line)
-        if row is None and line.endswith("\n"):
-            lines.append(line)
-        elif row and row["epoch"] in expected and row["epoch"] not in seen:
-            seen.add(row["epoch"])
-            lines.append(json.dumps(expected[row["epoch"]]) + "\n")
-    return "".join(lines + [json.dumps(row) + "\n" for epoch, row in expected.items() if epoch not in seen])
+        if row and last < row["epoch"] <= epoch:
+            last = row["epoch"]
+            kept.append(line if line.endswith(b"\n") else line + b"\n")
+        elif row is None and keep_notes and line.endswith(b"\n"):
+            kept.append(line)
+    return kept
 
 
-def make_row(stats: dict[str, float], epoch: int) -> dict[str, float]:
+def encode(row: dict) -> bytes:
+    return json.dumps(row).encode() + b"\n"
+
+
+class JsonLines:
+    """A file with a JSON object on each line, which grows by whole lines.
+
+    On a full disk, writing is a warning; the rows are written with the next one.
+    """
+
+    def __init__(self, path: Path):
+        self.path, self.unwritten, self.amended = path, [], None
+        self.torn: int | None = None  # size before a write that may have left half a line
+
+    def replace(self, data: bytes) -> None:
+        """Make data the content of the file, whole or not at all."""
+        with whole_file(self.path) as temporary:
+            temporary.write_bytes(data)
+
+    def append(self, row: dict) -> None:
+        """Write a row.
+
+        Raises:
+            TrainingError: the folder has become unwritable.
+        """
+        self.unwritten.append(row)
+        self.attempt(self.write)
+
+    def amend(self, row: dict) -> None:
+        """Write a row in the place of the last one; raises as append does."""
+        if self.unwritten:
+            self.unwritten[-1] = row
+        else:
+            self.amended = row
+        self.attempt(self.write)
+
+    def flush(self) -> None:
+        """Bring all rows to the disk, as far as it has room."""
+        if self.unwritten or self.path.is_file():
+            self.attempt(lambda: self.write(sync=True))
+
+    def write(self, sync: bool = False) -> None:
+        if self.amended:
+            lines = read(self.path).splitlines(keepends=True)
+            last = max((i for i, line in enumerate(lines) if parse_row(line)), default=len(lines))
+            self.replace(b"".join([*lines[:last], encode(self.amended), *lines[last + 1:]]))
+            self.amended = None
+        with open(self.path, "ab") as file:
+            if self.torn is not None:
+                file.truncate(self.torn)
+            self.torn = file.seek(0, os.SEEK_END)
+            file.write(b"".join(map(encode, self.unwritten)))
+            file.flush()
+            if sync:
+                os.fsync(file.fileno())
+        self.unwritten, self.torn = [], None
+
+    def attempt(self, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except OSError as error:
+            message = f"cannot write to {self.path} ({error.strerror})"
+            if error.errno not in PASSING_ERRORS:
+                raise TrainingError(f"{message}: the same command continues from the last checkpoint") from None
+            print(f"warning: {message}; training goes on, and the next row will try again", flush=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The rows of a run
+
+
+def epoch_row(stats: dict[str, float], epoch: int) -> dict[str, float]:
     """An epoch's line in log.txt, with DINO's names."""
     return {f"train_{name}": value for name, value in stats.items()} | {"epoch": epoch}
 
 
-def checksum(text: str) -> int:
-    return zlib.crc32(text.encode())
+def step_row(run: TrainingRun, logger: MetricLogger, images_per_second: float) -> dict[str, float | None]:
+    """Means as in the line of progress, and this step's rates.
+
+    gradient_norm is the largest of all tensors and steps, before clipping; None if one was infinite.
+    """
+    norm, step = max(logger["gradient_norm"].recent, default=math.nan), run.step - 1
+    row = {"step": run.step, "epoch": run.step / run.steps_per_epoch, "loss": logger["total"].avg}
+    for name, K in prototypes(run.dino_loss).items():
+        row |= {f"{name}_loss": logger[name].avg, f"{name}_entropy": logger[f"{name}_entropy"].avg,
+                f"{name}_ln_k": math.log(K)}
+    return row | {"lr": run.schedules.lr(step), "weight_decay": run.schedules.weight_decay(step),
+                  "teacher_momentum": run.schedules.momentum(step),
+                  "gradient_norm": norm if math.isfinite(norm) else None, "clipped_share": logger["clipped"].avg,
+                  "images_per_second": images_per_second, "memory_gib": peak_memory_gb(run.device)}
+
+
+def older_part(text: str, mark: tuple[int, int] | None, begins: bool) -> str:
+    """What log.txt held before the run began.
+
+    Args:
+        text: what it holds now.
+        mark: length and CRC-32 of the older part when the run began; None if unknown.
+        begins: the run has done no step.
+    """
+    if mark and zlib.crc32(text[:mark[0]].encode()) == mark[1]:
+        return text[:mark[0]]
+    if begins:
+        return text + "\n" * bool(text and not text.endswith("\n"))
+    start = position = 0  # someone has edited it: the run's first row is the last one of an epoch 0
+    for line in text.splitlines(keepends=True):
+        if (row := parse_row(line)) and row["epoch"] == 0:
+            start = position
+        position += len(line)
+    return text[:start]
 
 
 class RunLog:
-    """log.txt, one JSON object per line and epoch.
+    """log.txt, steps.jsonl and the trackers of a run. For rank 0.
+
+    A run that begins where an older log.txt lies adds to it, and sets an older steps.jsonl aside. unsaved.txt marks the
+    end of the older part until the first checkpoint does.
 
     Args:
         output: the run's folder.
-        resumed: whether the run continues; one that begins where an older log lies adds to it.
-        start_epoch: epochs that are done.
-        rows: theirs, from the checkpoint; None: those in log.txt.
-        older: length and CRC-32 of what a continued run's log.txt began with, from the checkpoint.
+        run: at the step where training begins or continues; rows of later steps are dropped.
+        loader: every step's row says how long training waited for it.
+        images_per_step: over all ranks.
+        older: the mark of older_part in the run's checkpoint.
+        trackers: get the same rows.
+        mfu_per_rate: model-FLOPs utilisation at one image per second; None if the device's peak is unknown.
 
     Attributes:
-        rows: one for each epoch; write brings log.txt up to them.
-        older: what log.txt held before the run began.
+        last_row: of log.txt; None before the end of the run's first epoch.
 
     Raises:
-        ConfigError: they cannot be written.
+        ConfigError: the files cannot be read or written.
     """
 
-    def __init__(self, output: Path, resumed: bool = False, start_epoch: int = 0, rows: list[dict] | None = None,
-                 older: tuple[int, int] = (0, 0)):
+    def __init__(self, output: Path, run: TrainingRun, loader: CropLoader, images_per_step: int,
+                 older: tuple[int, int] | None = None, trackers: Trackers | None = None,
+                 mfu_per_rate: float | None = None):
         check_log(output)
-        self.path = output / "log.txt"
-        text = read_log(self.path) if self.path.is_file() else ""
-        if rows is None:
-            found = {row["epoch"]: row for row in map(parse_row, text.splitlines()) if row}
-            rows = [found[epoch] for epoch in sorted(found) if epoch < start_epoch]
-        self.rows = rows
-        if resumed:
-            self.older = text[:older[0]] if checksum(text[:older[0]]) == older[1] else ""  # unless it was edited
-        else:
-            self.older = text + "\n" * bool(text and not text.endswith("\n"))
+        self.run, self.loader, self.images_per_step = run, loader, images_per_step
+        self.trackers, self.mfu_per_rate = trackers or Trackers(), mfu_per_rate
+        self.epochs, self.steps = JsonLines(output / "log.txt"), JsonLines(output / "steps.jsonl")
+        self.unsaved = output / "unsaved.txt"
+        self.first_step, self.announced = run.step, False
         try:
-            self.rewrite(text)
+            self.drop_later_rows(older)
         except OSError as error:
             raise ConfigError(f"cannot write to {error.filename or output} ({error.strerror})") from None
+        loader.wait.begin()
 
-    def state_dict(self) -> dict:
+    def drop_later_rows(self, mark: tuple[int, int] | None) -> None:
+        """Leave the rows of the run's steps so far in both files."""
+        run, begins = self.run, self.run.step == 0
+        if begins:
+            numbers = read(self.unsaved).split()
+            mark = tuple(map(int, numbers)) if len(numbers) == 2 else None
+        data = read(self.epochs.path)
+        self.older = older_part(data.decode(), mark, begins).encode()
+        rows = rows_until(data[len(self.older):], run.epoch - 1, keep_notes=True)
+        self.last_row = next(filter(None, map(parse_row, reversed(rows))), None)
+        if (wanted := self.older + b"".join(rows)) != data or not self.epochs.path.is_file():
+            self.epochs.replace(wanted)
+        if begins:
+            self.unsaved.write_text("{} {}\n".format(*self.mark()))
+            if self.older and mark is None:
+                self.set_steps_aside()
+        data = read(self.steps.path)
+        wanted = b"".join(rows_until(data, (run.step + 0.5) / run.steps_per_epoch if run.step else 0))
+        if wanted != data:
+            self.steps.replace(wanted)
+
+    def mark(self) -> list[int]:
+        return [len(self.older.decode()), zlib.crc32(self.older)]
+
+    def set_steps_aside(self) -> None:
+        """Add what steps.jsonl holds to earlier_steps.jsonl, and remove it."""
+        if self.steps.path.is_file():
+            with open(self.steps.path.with_name("earlier_steps.jsonl"), "ab") as file:
+                file.write(read(self.steps.path))
+            self.steps.path.unlink()
+
+    def state_dict(self) -> dict[str, list[int]]:
         """What a checkpoint keeps of the log."""
-        return {"log": self.rows} | ({"older_log": [len(self.older), checksum(self.older)]} if self.older else {})
+        return {"older_log": self.mark()} if self.older else {}
 
-    def rewrite(self, text: str) -> None:
-        """Make text, what log.txt holds, what it should hold."""
-        wanted = self.older + reconcile(text[len(self.older):], self.rows)
-        if wanted != text or not self.path.is_file():
-            temporary = self.path.with_name(f".log.txt.{os.getpid()}.tmp")
-            temporary.write_text(wanted, encoding="utf-8")
-            os.replace(temporary, self.path)
+    def flush(self) -> None:
+        """Bring the rows to the disk, before a checkpoint of the same step is written."""
+        self.epochs.flush()
+        self.steps.flush()
 
-    def write(self) -> None:
-        """Bring log.txt up to rows.
+    def saved(self) -> None:
+        """Say that the run has a checkpoint."""
+        with contextlib.suppress(OSError):  # a folder that became read-only
+            self.unsaved.unlink(missing_ok=True)
 
-        Raises:
-            TrainingError: the folder has become unwritable. A full disk is a warning.
-        """
-        try:
-            self.rewrite(self.path.read_text(encoding="utf-8") if self.path.is_file() else "")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "it is not text any more"
-            message = f"cannot write to {self.path} ({reason})"
-            if isinstance(error, OSError) and error.errno not in PASSING_ERRORS:
-                raise TrainingError(f"{message}: the same command continues from the last checkpoint") from None
-            print(f"warning: {message}; training goes on, and the next epoch will try again", flush=True)
+    def log_epoch(self, row: dict) -> None:
+        self.last_row = row
+        self.epochs.append(row)
+
+    def amend_epoch(self, values: dict[str, float]) -> None:
+        """Add values to the last epoch's row."""
+        self.last_row |= values
+        self.epochs.amend(self.last_row)
+
+    def log_step(self, logger: MetricLogger) -> None:
+        """Write the row of what logger has just read."""
+        rate = self.images_per_step / logger.seconds_per_step
+        row = step_row(self.run, logger, rate) | {"data_wait": self.loader.wait.share()}
+        if self.mfu_per_rate:
+            row["mfu"] = self.mfu_per_rate * rate
+        self.steps.append(row)
+        self.trackers.log_step(row)
+        self.announce(logger.seconds_per_step)
+
+    def announce(self, seconds_per_step: float) -> None:
+        """Print once how long the whole run takes, by the first speed that excludes the process's first steps."""
+        if self.announced:
+            return
+        if self.first_step is not None:
+            # this speed may include them, the next one does not
+            self.first_step = None if self.run.step - self.first_step >= FIRST_STEPS else self.first_step
+            return
+        self.announced, epochs = True, self.run.schedules.epochs
+        steps = epochs * self.run.steps_per_epoch
+        if self.run.step == steps:
+            return
+        whole, left = (datetime.timedelta(seconds=round(count * seconds_per_step))
+                       for count in (steps, steps - self.run.step))
+        print(f"expected time: {whole} for the whole run of {epochs} epochs, of which {left} remain (without "
+              "evaluations and saving)", flush=True)

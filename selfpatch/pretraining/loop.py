@@ -1,36 +1,32 @@
-"""The epochs of a run: training, saving, evaluating, logging, and the end when one is asked for."""
-import argparse
+"""The epochs of a run: training, saving, evaluating, logging, and stopping when asked to."""
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from functools import partial
 
 import torch.distributed as dist
 
 from selfpatch.data.loader import CropLoader, TooManyBadImages
-from selfpatch.distributed.processes import Processes, is_distributed, is_main_process, on_main_process, together
-from selfpatch.distributed.rank_watch import RankWatch
+from selfpatch.distributed.processes import Processes, is_distributed, on_main_process, together
 from selfpatch.distributed.stopping import STOP, Interruption
 from selfpatch.errors import ConfigError, RunStopped
 from selfpatch.method.training_run import TrainingRun
 from selfpatch.pretraining.engine import check_logged_steps, check_weights, health_warnings, train_one_epoch
 from selfpatch.pretraining.knn_probe import KnnProbe
-from selfpatch.pretraining.logs import RunLog, make_row
+from selfpatch.pretraining.logs import RunLog, epoch_row
 from selfpatch.pretraining.meters import MetricLogger
 from selfpatch.pretraining.resuming import begin_epoch, epoch_state
-from selfpatch.pretraining.run_folder import RunFolder, numbered
-from selfpatch.pretraining.step_log import StepLog
+from selfpatch.pretraining.run_folder import RunFolder
 
 COLLECT_EVERY = 100  # steps
 
 
 @contextmanager
 def rare_collection() -> Iterator[None]:
-    """No collection of garbage by Python within, but what after_step asks for at the same steps of all ranks.
+    """Disable Python's garbage collector; after_step runs it instead, at the same steps on every rank.
 
-    Otherwise each rank would stop for it at moments of its own, and the others would wait. What exists already is not
-    looked at again.
+    Otherwise each rank would pause at moments of its own while the others wait. Objects that exist already are not
+    examined again.
     """
     gc.collect()
     gc.freeze()
@@ -42,36 +38,70 @@ def rare_collection() -> Iterator[None]:
         gc.unfreeze()
 
 
-class Saver:
-    """When and what a run saves: after each epoch, when the clock or a signal asks for it, every so many steps.
+class TrainingLoop:
+    """Trains a run to its last epoch. Saves after each epoch, when the clock or a signal asks, and every so many steps.
 
     Every rank has one, and calls the same methods at the same steps.
 
     Args:
-        log: whose rows go into the checkpoint; None on other ranks than 0.
-        saved_args: the options, from resuming.plain_args.
-        every_steps: steps between two saves within an epoch; 0 for none.
+        log: None on ranks other than 0.
+        saved_args: the options for the checkpoint, from resuming.plain_args.
+        interruption: entered.
+        save_every_steps: steps between two saves within an epoch; 0 for none.
     """
 
     def __init__(self, run: TrainingRun, loader: CropLoader, folder: RunFolder, log: RunLog | None, saved_args: dict,
-                 interruption: Interruption, every_steps: int = 0):
+                 interruption: Interruption, save_every_steps: int = 0):
         self.run, self.loader, self.folder, self.log, self.saved_args = run, loader, folder, log, saved_args
-        self.interruption, self.every_steps, self.recorded = interruption, every_steps, set()
+        self.interruption, self.save_every_steps, self.recorded = interruption, save_every_steps, set()
 
-    def save(self, last_chance: bool = False, epoch: int | None = None, within: dict | None = None) -> None:
-        """Write checkpoint.pth.
+    def train(self, within: dict, seed: int, processes: Processes, log_every: int = 10,
+              probe: KnnProbe | None = None) -> None:
+        """Train the epochs that are left.
 
         Args:
-            last_chance: raise even if the error may be temporary.
-            epoch: keep a copy with this number as well.
-            within: what epoch_state returned, within an epoch.
+            within: from resume, the state within the first of them.
+            seed: of the run.
+            log_every: steps between two lines of progress.
+            probe: evaluates the teacher after the epochs it is due, and after the last.
+
+        Raises:
+            RunStopped: the run was asked to end, and has saved.
         """
-        together(lambda: check_weights(self.run))
-        self.record_bad_images()
-        state = self.run.state_dict() | {"args": self.saved_args} | (within or {})
-        state |= self.log.state_dict() if self.log else {}
-        on_main_process(lambda: self.folder.try_save(state, epoch, last_chance))
-        self.interruption.saved()
+        run, epochs = self.run, self.run.schedules.epochs
+        if probe and not within and probe.due(run.epoch - 1, epochs) and self.lacks_evaluation():
+            self.evaluate(probe)
+            self.track_epoch()
+        for epoch in range(run.epoch, epochs):
+            logger = MetricLogger(window=log_every)
+            begin_epoch(run, self.loader, logger, within, seed, processes)
+            within = {}
+            gc.collect()  # after_step is not called after an epoch's last step
+            try:
+                stats = train_one_epoch(run, self.loader, log_every, logger, partial(self.after_step, logger),
+                                        self.log.log_step if self.log else lambda _: None)
+            except TooManyBadImages:  # perhaps on one rank only, so do not wait for the others
+                self.folder.add_bad_images(self.loader.bad_images, len(self.loader.dataset))
+                raise
+            self.end_epoch(stats, probe if probe and probe.due(epoch, epochs) else None)
+        if self.log:
+            print(f"done: {epochs} epochs, {self.folder.last}")
+
+    def end_epoch(self, stats: dict[str, float], probe: KnnProbe | None) -> None:
+        """Save and log the epoch that has ended; evaluate it if there is a probe."""
+        epoch, is_last = self.run.epoch - 1, self.run.epoch == self.run.schedules.epochs
+        stop = self.interruption.agree() == STOP
+        self.save(stop or is_last, epoch_row(stats, epoch))
+        if stop and (probe or not is_last):
+            raise self.stopped()  # when the run continues, it begins with the evaluation
+        if probe:
+            self.evaluate(probe)
+        self.track_epoch()
+        self.loader.check_bad_images()
+        if self.log:
+            warmed_up = epoch >= self.run.schedules.warmup_epochs
+            for warning in health_warnings(stats, self.run.dino_loss, warmed_up, self.loader.batch_size):
+                print(f"warning: {warning}", flush=True)
 
     def after_step(self, logger: MetricLogger) -> None:
         """Save, and collect garbage, if it is time.
@@ -82,122 +112,88 @@ class Saver:
         if self.run.step % COLLECT_EVERY == 0:
             gc.collect()
         agreed = self.interruption.agree()
-        if agreed or (self.every_steps and self.run.step % self.every_steps == 0):
+        if agreed or (self.save_every_steps and self.run.step % self.save_every_steps == 0):
             logger.read()
             together(lambda: check_logged_steps(self.run, logger))
             self.save(agreed == STOP, within=epoch_state(self.loader, logger))
         if agreed == STOP:
             raise self.stopped()
 
-    def check_stop(self) -> None:
-        """Raise RunStopped if the run was asked to end; between saves and steps, when nothing is under way."""
-        if self.interruption.agree() == STOP:
-            raise self.stopped()
+    def save(self, last_chance: bool = False, row: dict | None = None, within: dict | None = None) -> None:
+        """Write checkpoint.pth.
+
+        Args:
+            last_chance: raise even if the error may be temporary.
+            row: for log.txt, if an epoch has ended.
+            within: from epoch_state, otherwise.
+        """
+        together(lambda: check_weights(self.run))
+        self.record_bad_images()
+        state = self.run.state_dict() | {"args": self.saved_args} | (within or {})
+        on_main_process(lambda: self.write(state, row, last_chance))
+        self.interruption.saved()
+
+    def write(self, state: dict, row: dict | None, last_chance: bool) -> None:
+        """Write the log's rows, then the checkpoint: a row without its checkpoint is dropped when the run resumes."""
+        if row:
+            self.log.log_epoch(row)
+        self.log.flush()
+        self.folder.try_save(state | self.log.state_dict(), row and row["epoch"], last_chance)
+        if self.folder.has_run():
+            self.log.saved()
 
     def record_bad_images(self) -> None:
-        """Write what all ranks could not read to bad_images.txt, if there is anything new."""
+        """Append to bad_images.txt what the ranks could not read, if there is anything new."""
         errors = [self.loader.bad_images]
         if is_distributed():
             errors = [None] * dist.get_world_size()
             dist.all_gather_object(errors, self.loader.bad_images)
         found = set().union(*errors)
-        self.loader.bad_images = found  # from here on every rank counts what all of them have found
+        self.loader.bad_images = found  # from here on every rank counts those of all ranks
         if found != self.recorded:
             on_main_process(lambda: self.folder.add_bad_images(found, len(self.loader.dataset)))
         self.recorded = set(found)
+
+    def evaluate(self, probe: KnnProbe) -> None:
+        """Add the teacher's accuracy to the row of the epoch that has ended, and has been saved.
+
+        In a single process an error is a warning.
+
+        Raises:
+            RunStopped: the run was asked to end meanwhile.
+        """
+        epoch = self.run.epoch - 1
+        self.check_stop()  # a signal of the epoch's last step would be answered after the evaluation
+        try:
+            accuracy = probe(self.run.teacher, self.check_stop)
+        except ConfigError as error:
+            if is_distributed():  # the others may be waiting in an exchange
+                raise
+            print(f"warning: no k-NN accuracy after epoch {epoch}: {error}", flush=True)
+            return
+        if self.log:
+            print(f"epoch {epoch}: k-NN top-1 {accuracy['knn_top1']:.2f} %, top-5 {accuracy['knn_top5']:.2f} % "
+                  f"({accuracy['knn_seconds']:.0f} s)", flush=True)
+        on_main_process(lambda: self.log.amend_epoch(accuracy))
+
+    def lacks_evaluation(self) -> bool:
+        """Whether the run was stopped or killed before it could evaluate the last epoch that is done."""
+        def lacks() -> bool:
+            row = self.log.last_row
+            return row is not None and row["epoch"] == self.run.epoch - 1 and "knn_top1" not in row
+
+        return on_main_process(lacks)
+
+    def track_epoch(self) -> None:
+        if self.log:
+            self.log.trackers.log_epoch(self.log.last_row, self.run.step)
+
+    def check_stop(self) -> None:
+        """Raise RunStopped if the run was asked to end; for moments when everything is saved."""
+        if self.interruption.agree() == STOP:
+            raise self.stopped()
 
     def stopped(self) -> RunStopped:
         epoch, step = divmod(self.run.step, self.run.steps_per_epoch)
         return RunStopped(f"{self.interruption.reason}: saved after step {step} of epoch {epoch} in "
                           f"{self.folder.last}; the same command continues from there", self.interruption.signal)
-
-
-def train(run: TrainingRun, loader: CropLoader, folder: RunFolder, log: RunLog | None, steps: StepLog | None,
-          saved_args: dict, args: argparse.Namespace, processes: Processes, within: dict,
-          probe: KnnProbe | None = None) -> None:
-    """The epochs that are left.
-
-    Args:
-        log, steps: None on other ranks than 0.
-        within: of resume, the state within the first of them.
-        probe: evaluates the teacher after every --knn_every-th epoch and the last.
-    """
-    def probe_due(epoch: int) -> bool:
-        return probe is not None and (epoch + 1 == args.epochs or (epoch + 1) % args.knn_every == 0)
-
-    timeout = timedelta(minutes=args.dist_timeout)
-    with rare_collection(), Interruption(args.save_every_minutes, timeout) as interruption, \
-            RankWatch(processes.rank, processes.world_size, timeout, args.dist_url):
-        saver = Saver(run, loader, folder, log, saved_args, interruption, args.save_every_steps)
-        if run.epoch and not within and probe_due(run.epoch - 1):
-            evaluate_if_missed(probe, saver, steps, run.epoch == args.epochs,
-                               numbered(run.epoch - 1, args.saveckp_freq))
-        for epoch in range(run.epoch, args.epochs):
-            logger = MetricLogger(window=args.log_every)
-            begin_epoch(run, loader, logger, within, args.seed, processes)
-            within = {}
-            gc.collect()  # after the last step of an epoch there is no after_step
-            try:
-                stats = train_one_epoch(run, loader, args.log_every, logger, partial(saver.after_step, logger),
-                                        steps or (lambda _: None))
-            except TooManyBadImages:  # on one rank, maybe, so without the others
-                folder.add_bad_images(loader.bad_images, len(loader.dataset))
-                raise
-            last, stop, row = epoch + 1 == args.epochs, interruption.agree() == STOP, make_row(stats, epoch)
-            if log:
-                log.rows.append(row)
-            due, copy = probe_due(epoch), numbered(epoch, args.saveckp_freq)
-            saver.save(stop or last and not due, copy)
-            on_main_process(lambda: log.write())
-            if stop and (due or not last):
-                raise saver.stopped()  # what is due is evaluated when the run goes on
-            if due:
-                evaluate(probe, saver, row, last, copy)
-            if steps:
-                steps.trackers.log_epoch(row, run.step)
-            loader.check_bad_images()
-            if log:
-                for warning in health_warnings(stats, run.dino_loss, epoch >= args.warmup_epochs,
-                                               args.batch_size_per_gpu):
-                    print(f"warning: {warning}", flush=True)
-    if log:
-        print(f"done: {args.epochs} epochs, {folder.last}")
-
-
-def evaluate(probe: KnnProbe, saver: Saver, row: dict, last_chance: bool, epoch: int | None) -> None:
-    """Add the teacher's accuracy to an epoch's row, which has been saved, and save again.
-
-    In a single process an error is a warning.
-
-    Args:
-        row: the same object as the last of log.rows on rank 0.
-        last_chance, epoch: of Saver.save.
-
-    Raises:
-        RunStopped: the run was asked to end meanwhile.
-    """
-    saver.check_stop()  # a signal of the epoch's last step would be answered after the evaluation
-    try:
-        row |= probe(saver.run.teacher, saver.check_stop)
-    except ConfigError as error:
-        if is_distributed():  # the others may wait in an exchange
-            raise
-        print(f"warning: no k-NN accuracy after epoch {row['epoch']}: {error}", flush=True)
-        return
-    if is_main_process():
-        print(f"epoch {row['epoch']}: k-NN top-1 {row['knn_top1']:.2f} %, top-5 {row['knn_top5']:.2f} % "
-              f"({row['knn_seconds']:.0f} s)", flush=True)
-    saver.save(last_chance, epoch)
-    on_main_process(lambda: saver.log.write())
-
-
-def evaluate_if_missed(probe: KnnProbe, saver: Saver, steps: StepLog | None, last_chance: bool,
-                       epoch: int | None) -> None:
-    """Evaluate after the last epoch that is done, if the run was stopped or killed before it could."""
-    row = saver.log.rows[-1] if saver.log and saver.log.rows else {}
-    missed = on_main_process(lambda: "epoch" in row and "knn_top1" not in row)
-    if missed:
-        row.setdefault("epoch", saver.run.epoch - 1)  # on other ranks
-        evaluate(probe, saver, row, last_chance, epoch)
-        if steps:
-            steps.trackers.log_epoch(row, saver.run.step)

@@ -1,4 +1,4 @@
-"""The options of pretraining: the published names and defaults, with advice, and their checks."""
+"""The options of pretraining: the published names and defaults, with advice and bounds, and their checks."""
 import argparse
 import math
 import os
@@ -17,12 +17,48 @@ from selfpatch.pretraining.trackers import TRACKERS, check_trackers, chosen_trac
 
 
 def bool_flag(text: str) -> bool:
-    """The word of a boolean option: true, 1 or on; false, 0 or off."""
+    """Type of a boolean option: true, 1 or on; false, 0 or off."""
     if text.lower() in ("true", "1", "on"):
         return True
     if text.lower() in ("false", "0", "off"):
         return False
     raise argparse.ArgumentTypeError(f"{text!r} is neither true/1/on nor false/0/off")
+
+
+class Number:
+    """Type of an option whose value is a number within bounds.
+
+    Args:
+        kind: int or float.
+        least, most: bounds that are allowed.
+        above, below: bounds that are not; infinity is none.
+    """
+
+    def __init__(self, kind: type, least: float = -math.inf, most: float = math.inf, above: float = -math.inf,
+                 below: float = math.inf):
+        self.kind, self.least, self.most, self.above, self.below = kind, least, most, above, below
+
+    def __call__(self, text: str) -> int | float:
+        try:
+            value = self.kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"invalid {self.kind.__name__} value: {text!r}") from None
+        if value not in self:
+            raise argparse.ArgumentTypeError(f"it is {value}, and must be {self}")
+        return value
+
+    def __contains__(self, value: float) -> bool:
+        return self.least <= value <= self.most and self.above < value < self.below
+
+    def __str__(self) -> str:
+        bounds = {"at least": self.least, "above": self.above, "at most": self.most, "below": self.below}
+        return " and ".join(f"{word} {bound}" for word, bound in bounds.items() if math.isfinite(bound)) or "finite"
+
+
+# bounds far above what anyone uses, far below what overflows a 64-bit integer or the memory of a list
+COUNT, SMALL_COUNT = Number(int, 1, 10**6), Number(int, 1, 10**4)
+PROTOTYPES, INTERVAL = Number(int, 1, 10**8), Number(int, 0, 10**9)
+SHARE, POSITIVE, NOT_NEGATIVE = Number(float, 0, 1), Number(float, above=0), Number(float, 0)
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -39,20 +75,21 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--arch", default="deit_tiny", choices=list(ARCHS),
                        help="backbone; deit_* are other names for vit_*. The paper's results are vit_small's; "
                             "vit_pico is for trying, with --patch_size 8 and small crops")
-    group.add_argument("--patch_size", default=16, type=int,
+    group.add_argument("--patch_size", default=16, type=SMALL_COUNT,
                        help="side of a patch in pixels; 8 gives finer features for about 5 times the time and memory")
-    group.add_argument("--out_dim", default=65536, type=int,
+    group.add_argument("--out_dim", default=65536, type=PROTOTYPES,
                        help="prototypes of the image head; many do well on large data, use fewer on small data")
-    group.add_argument("--out_dim_selfpatch", default=4096, type=int, help="prototypes of the patch head")
-    group.add_argument("--head_hidden_dim", default=2048, type=int,
+    group.add_argument("--out_dim_selfpatch", default=4096, type=PROTOTYPES, help="prototypes of the patch head")
+    group.add_argument("--head_hidden_dim", default=2048, type=COUNT,
                        help="width of the hidden layers of both projection heads; with vit_pico 256 is enough, and "
                             "several times as fast")
-    group.add_argument("--k_num", default=4, type=int, help="positives of a patch among its 8 neighbours")
+    group.add_argument("--k_num", default=4, type=Number(int, 1, 8), help="positives of a patch among its 8 neighbours")
     group.add_argument("--norm_last_layer", default=True, type=bool_flag,
                        help="keep the student's prototypes at unit length; false can do better with vit_small, but is "
                             "less stable; keep it true for vit_base")
     group.add_argument("--use_bn_in_head", default=False, type=bool_flag, help="BatchNorm in both projection heads")
-    group.add_argument("--drop_path_rate", default=0.1, type=float, help="stochastic depth of the student's last block")
+    group.add_argument("--drop_path_rate", default=0.1, type=Number(float, 0, below=1),
+                       help="stochastic depth of the student's last block")
     group.add_argument("--init_weights", default="", type=os.path.expanduser, metavar="FILE",
                        help="start from a checkpoint of any kind, or a run's folder: both backbones, and the heads of "
                             "a SelfPatch run where they fit. Lower --lr, --epochs and --warmup_epochs then; see "
@@ -61,18 +98,18 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 def add_loss_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("loss and teacher")
-    group.add_argument("--patch_loss_weight", default=0.1, type=float,
+    group.add_argument("--patch_loss_weight", default=0.1, type=NOT_NEGATIVE,
                        help="weight of the patch loss; 0 is DINO on this backbone, at DINO's cost")
     group.add_argument("--fused_loss", default="auto", choices=["auto", "on", "off"],
                        help="compute the losses without keeping logits, the same numbers in less memory; off: the "
                             "plain form in method/losses.py, which is the one to change. auto is on")
-    group.add_argument("--momentum_teacher", default=0.996, type=float,
+    group.add_argument("--momentum_teacher", default=0.996, type=SHARE,
                        help="the teacher's momentum at the start, rising to 1; use more (0.9995) with small batches")
-    group.add_argument("--warmup_teacher_temp", default=0.04, type=float,
+    group.add_argument("--warmup_teacher_temp", default=0.04, type=POSITIVE,
                        help="the teacher's temperature at the start; lower it if the loss does not fall")
-    group.add_argument("--teacher_temp", default=0.04, type=float,
+    group.add_argument("--teacher_temp", default=0.04, type=POSITIVE,
                        help="the teacher's temperature after its warm-up; above 0.07 is often unstable")
-    group.add_argument("--warmup_teacher_temp_epochs", default=0, type=int,
+    group.add_argument("--warmup_teacher_temp_epochs", default=0, type=INTERVAL,
                        help="epochs from the first temperature to the second")
 
 
@@ -85,27 +122,28 @@ class OneOrSeveral(argparse.Action):
 
 def add_optimisation_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("optimisation")
-    group.add_argument("--epochs", default=300, type=int, help="length of the run, and of its schedules")
-    group.add_argument("--batch_size_per_gpu", default=64, type=int,
+    group.add_argument("--epochs", default=300, type=COUNT, help="length of the run, and of its schedules")
+    group.add_argument("--batch_size_per_gpu", default=64, type=COUNT,
                        help="images per process; the learning rate scales with the sum over all processes")
-    group.add_argument("--accum_steps", default=1, type=int,
+    group.add_argument("--accum_steps", default=1, type=COUNT,
                        help="batches of --batch_size_per_gpu per step: 8 on one GPU is the recipe of 8 GPUs (except "
                             "for BatchNorm in the heads, which sees one small batch)")
     group.add_argument("--optimizer", default="adamw", choices=["adamw", "sgd", "lars"],
                        help="adamw for ViTs; lars for very large batches")
-    group.add_argument("--lr", default=0.0005, type=float, help="peak learning rate for 256 images per step")
-    group.add_argument("--min_lr", default=1e-6, type=float, help="learning rate at the end")
-    group.add_argument("--warmup_epochs", default=10, type=int, help="epochs of linear warm-up of the learning rate")
-    group.add_argument("--weight_decay", default=0.04, type=float, help="weight decay at the start")
-    group.add_argument("--weight_decay_end", default=0.4, type=float,
+    group.add_argument("--lr", default=0.0005, type=NOT_NEGATIVE, help="peak learning rate for 256 images per step")
+    group.add_argument("--min_lr", default=1e-6, type=NOT_NEGATIVE, help="learning rate at the end")
+    group.add_argument("--warmup_epochs", default=10, type=INTERVAL,
+                       help="epochs of linear warm-up of the learning rate")
+    group.add_argument("--weight_decay", default=0.04, type=NOT_NEGATIVE, help="weight decay at the start")
+    group.add_argument("--weight_decay_end", default=0.4, type=NOT_NEGATIVE,
                        help="weight decay at the end; ViTs do better if it rises")
-    group.add_argument("--clip_grad", default=3.0, type=float,
+    group.add_argument("--clip_grad", default=3.0, type=NOT_NEGATIVE,
                        help="largest norm of each tensor's gradient, 0 for none; 0.3 can help if training diverges")
-    group.add_argument("--freeze_last_layer", default=1, type=int,
+    group.add_argument("--freeze_last_layer", default=1, type=Number(int, most=10**9),
                        help="epochs in which the heads' last layers stay frozen; try more if the loss does not fall")
-    group.add_argument("--freeze_backbone_epochs", default=0, type=int,
+    group.add_argument("--freeze_backbone_epochs", default=0, type=INTERVAL,
                        help="epochs in which the student's backbone stays frozen, so that fresh heads do not spoil it")
-    group.add_argument("--layer_decay", default=1.0, type=float,
+    group.add_argument("--layer_decay", default=1.0, type=Number(float, above=0, most=1),
                        help="learning rate of a block relative to that of the block after it; 1: all blocks learn "
                             "alike. 0.65 to 0.9 keep what early blocks have learnt, with --init_weights")
     group.add_argument("--use_fp16", default=True, type=bool_flag,
@@ -134,11 +172,13 @@ def add_crop_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("crops")
     group.add_argument("--global_crops_scale", default=(0.25, 1.0), type=float, nargs=2, metavar=("LEAST", "MOST"),
                        help="share of the image that a global crop covers")
-    group.add_argument("--global_crops_size", default=224, type=int, help="side, a multiple of the patch size")
-    group.add_argument("--local_crops_number", default=8, type=int, help="small crops per image, besides 2 global ones")
+    group.add_argument("--global_crops_size", default=224, type=SMALL_COUNT, help="side, a multiple of the patch size")
+    group.add_argument("--local_crops_number", default=8, type=Number(int, 0, 1000),
+                       help="small crops per image, besides 2 global ones")
     group.add_argument("--local_crops_scale", default=(0.05, 0.25), type=float, nargs=2, metavar=("LEAST", "MOST"),
                        help="share of the image that a local crop covers")
-    group.add_argument("--local_crops_size", default=96, type=int, help="side, a multiple of the patch size")
+    group.add_argument("--local_crops_size", default=96, type=Number(int, most=10**4),
+                       help="side, a multiple of the patch size")
     group.add_argument("--augment", default="auto", choices=["auto", "pil", "device"],
                        help="where crops are flipped, coloured and blurred: pil, in the workers; device, in batches on "
                             "the device, which lets a worker load some ten times as many images. auto: device, on MPS "
@@ -151,31 +191,33 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
                        action=OneOrSeveral, help="the images: " + KINDS + "; see docs/DATA.md")
     group.add_argument("--output_dir", default=".", type=os.path.expanduser,
                        help="where checkpoints and log.txt are written, and where a run is resumed from")
-    group.add_argument("--saveckp_freq", default=10, type=int,
+    group.add_argument("--saveckp_freq", default=10, type=INTERVAL,
                        help="keep a numbered checkpoint every N epochs, 0: none")
-    group.add_argument("--save_every_minutes", default=15, type=float,
+    group.add_argument("--save_every_minutes", default=15, type=Number(float, 0, 10**6),
                        help="save within an epoch after so many minutes, 0: at the ends of epochs alone. A resumed run "
                             "continues at the next sample")
-    group.add_argument("--save_every_steps", default=0, type=int, help="save after every N-th step of the run as well")
+    group.add_argument("--save_every_steps", default=0, type=Number(int, 0, 10**12),
+                       help="save after every N-th step of the run as well")
     group.add_argument("--allow_changed", default=[], nargs="+", metavar="NAME", choices=FIXED,
                        help="resume although these are not what they were: " + ", ".join(FIXED))
-    group.add_argument("--log_every", default=10, type=int,
+    group.add_argument("--log_every", default=10, type=Number(int, 1, 10**9),
                        help="steps between two lines of progress, each with a row in output_dir/steps.jsonl")
     group.add_argument("--log_with", default=[], nargs="+", choices=TRACKERS,
                        help="send the rows of log.txt and steps.jsonl there as well: tensorboard (to "
                             "output_dir/tensorboard), wandb or trackio, which take their settings from the environment")
     group.add_argument("--tensorboard", action="store_true", help="short for --log_with tensorboard")
-    group.add_argument("--peak_tflops", default=0, type=float,
+    group.add_argument("--peak_tflops", default=0, type=NOT_NEGATIVE,
                        help="what one device can do in the run's precision, 10^12 operations a second, as its data "
                             "sheet or benchmarks/train_step.py says: steps.jsonl then has the share that is used "
                             "(MFU). 0: the data sheet's, for GPUs that flops.py knows")
-    group.add_argument("--seed", default=0, type=int, help="of weights, order of images and crops")
-    group.add_argument("--max_bad_images", default=0.001, type=float,
+    group.add_argument("--seed", default=0, type=Number(int, 0, 2**63 - 1),
+                       help="of weights, order of images and crops")
+    group.add_argument("--max_bad_images", default=0.001, type=SHARE,
                        help="largest share of the images that may be unreadable; each is replaced by the next one, and "
                             "listed in output_dir/bad_images.txt")
-    group.add_argument("--loader_timeout", default=600, type=float,
+    group.add_argument("--loader_timeout", default=600, type=POSITIVE,
                        help="seconds that the data workers may take for a batch; then the run ends, naming the file")
-    group.add_argument("--num_workers", default=10, type=int, help="processes that load data, per GPU")
+    group.add_argument("--num_workers", default=10, type=Number(int, 0, 1000), help="processes that load data, per GPU")
 
 
 def add_probe_options(parser: argparse.ArgumentParser) -> None:
@@ -183,7 +225,7 @@ def add_probe_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--knn_data", default="", type=os.path.expanduser,
                        help="classify images by the teacher's features (k-NN, k = 20), for the log: a folder with "
                             "train/ and val/, or one of class folders of which every fifth image is classified")
-    group.add_argument("--knn_every", default=10, type=int, help="epochs between two such evaluations")
+    group.add_argument("--knn_every", default=10, type=Number(int, 1), help="epochs between two such evaluations")
 
 
 def add_process_options(parser: argparse.ArgumentParser) -> None:
@@ -191,9 +233,10 @@ def add_process_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--device", default="auto", choices=["auto", "cuda", "cpu", "mps"],
                        help="auto: the GPU if there is one. mps is untested")
     group.add_argument("--dist_url", default="env://", help="how the processes find each other")
-    group.add_argument("--dist_timeout", default=30, type=float,
+    group.add_argument("--dist_timeout", default=30, type=Number(float, above=0, most=100_000),
                        help="minutes to wait for the other processes, at the start and in every exchange")
-    group.add_argument("--port", default=29500, type=int, help="of rank 0, where the launcher has set no MASTER_PORT")
+    group.add_argument("--port", default=29500, type=Number(int, most=65535),
+                       help="of rank 0, where the launcher has set no MASTER_PORT")
     group.add_argument("--local_rank", "--local-rank", default=0, type=int, help="set by torch.distributed.launch")
 
 
@@ -206,22 +249,58 @@ def check_args(args: argparse.Namespace) -> None:
     check_numbers(args)
     check_paths(args.data_path)
     check_output_dir(Path(args.output_dir))
-    check_trackers(chosen_trackers(args), Path(args.output_dir))
-    # a run that goes on does not use the file, which may be gone by then
+    check_trackers(chosen_trackers(args.log_with, args.tensorboard), Path(args.output_dir))
+    # a run that continues does not use the file, which may be gone by then
     require(not args.init_weights or RunFolder(args.output_dir).has_run() or resolve_path(args.init_weights).exists(),
             f"there is no file {args.init_weights}: give --init_weights a checkpoint, or a run's folder")
 
 
 def check_numbers(args: argparse.Namespace) -> None:
-    """The part of check_args that looks at no file."""
-    check_ranges(args)
+    """The part of check_args that looks at no file; the bounds, too, since a Namespace may be made by hand."""
+    for action in get_args_parser()._actions:
+        if isinstance(action.type, Number):
+            value = getattr(args, action.dest)
+            require(value in action.type, f"--{action.dest} is {value}: it must be {action.type}")
+    for name in ("warmup_epochs", "warmup_teacher_temp_epochs"):
+        require(getattr(args, name) <= args.epochs, f"--{name} is {getattr(args, name)}, longer than the run of "
+                                                    f"--epochs {args.epochs}: shorten it")
     for name in ("global_crops", "local_crops") if args.local_crops_number else ("global_crops",):
         check_crops(name, getattr(args, f"{name}_size"), getattr(args, f"{name}_scale"), args.patch_size,
                     needs_neighbours=args.patch_loss_weight > 0)
 
 
+def check_crops(name: str, size: int, scale: tuple[float, float], patch_size: int, needs_neighbours: bool) -> None:
+    """Check size and scale of global_crops or local_crops."""
+    least, most = scale
+    require(size > 0 and size % patch_size == 0,
+            f"--{name}_size is {size}, not a multiple of --patch_size {patch_size}: "
+            f"try {max(round(size / patch_size), 3) * patch_size}")
+    require(not needs_neighbours or size >= 3 * patch_size,
+            f"--{name}_size is {size}, under 3 patches a side, so that the 8 neighbours of a patch "
+            f"are not distinct: give {3 * patch_size} or more")
+    require(0 < least <= most <= 1,
+            f"--{name}_scale is {least} {most}: give two shares in ascending order, above 0, at most 1")
+
+
+def small_grid_warning(sizes: dict[str, int], patch_size: int) -> str:
+    """What the patch loss means where a crop has fewer than 5×5 patches, and what to give; empty where none has.
+
+    Args:
+        sizes: side of each kind of crop in pixels, by the name of its option.
+        patch_size: side of a patch in pixels.
+    """
+    small = {name: size // patch_size for name, size in sizes.items() if size // patch_size < 5}
+    if not small:
+        return ""
+    grids = " and ".join(f"--{name} {sizes[name]} gives {side}×{side}" for name, side in small.items())
+    share = 8 / (min(small.values()) ** 2 - 1)
+    return (f"warning: {grids} patches, where a patch's 8 neighbours (the grid wraps around) are {share:.0%} of the "
+            "other patches: the patch loss then compares whole crops rather than parts. For 5×5 patches give "
+            f"{' and '.join(f'--{name} {5 * patch_size}' for name in small)}, or a smaller --patch_size")
+
+
 def check_output_dir(output: Path) -> None:
-    """A folder that can be written to, and where the files of an earlier run are files."""
+    """Check that the folder can be written to, and that the files of an earlier run are files."""
     try:
         output.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=output).close()
@@ -235,54 +314,3 @@ def check_output_dir(output: Path) -> None:
 def require(condition: bool, message: str) -> None:
     if not condition:
         raise ConfigError(message)
-
-
-# far above what anyone uses, far below what overflows a 64-bit integer or the memory of a list
-LARGEST = {"epochs": 10**6, "batch_size_per_gpu": 10**6, "accum_steps": 10**6, "patch_size": 10**4,
-           "out_dim": 10**8, "out_dim_selfpatch": 10**8, "head_hidden_dim": 10**6, "local_crops_number": 1000,
-           "global_crops_size": 10**4,
-           "local_crops_size": 10**4, "num_workers": 1000, "seed": 2**63 - 1, "log_every": 10**9, "saveckp_freq": 10**9,
-           "save_every_steps": 10**12, "save_every_minutes": 10**6, "freeze_last_layer": 10**9,
-           "freeze_backbone_epochs": 10**9, "port": 65535}
-
-
-def check_ranges(args: argparse.Namespace) -> None:
-    """Each number by itself."""
-    for name, largest in LARGEST.items():
-        require(getattr(args, name) <= largest, f"--{name} is {getattr(args, name)}: it must be at most {largest}")
-    for name in ("epochs", "batch_size_per_gpu", "patch_size", "out_dim", "out_dim_selfpatch", "head_hidden_dim",
-                 "log_every", "accum_steps", "knn_every"):
-        require(getattr(args, name) > 0, f"--{name} is {getattr(args, name)}: it must be at least 1")
-    for name in ("local_crops_number", "num_workers", "warmup_epochs", "warmup_teacher_temp_epochs", "clip_grad",
-                 "patch_loss_weight", "saveckp_freq", "save_every_minutes", "save_every_steps",
-                 "freeze_backbone_epochs"):
-        require(getattr(args, name) >= 0, f"--{name} is {getattr(args, name)}: it must not be negative")
-    for name in ("lr", "min_lr", "weight_decay", "weight_decay_end", "seed", "peak_tflops"):
-        require(0 <= getattr(args, name) < math.inf, f"--{name} is {getattr(args, name)}: it must be 0 or more")
-    for name in ("warmup_teacher_temp", "teacher_temp"):
-        require(0 < getattr(args, name) < math.inf, f"--{name} is {getattr(args, name)}: it must be above 0")
-    require(0 <= args.max_bad_images <= 1, f"--max_bad_images is {args.max_bad_images}: it is a share, from 0 to 1")
-    require(0 < args.loader_timeout < math.inf,
-            f"--loader_timeout is {args.loader_timeout}: it must be above 0 seconds")
-    require(0 < args.dist_timeout <= 100_000,
-            f"--dist_timeout is {args.dist_timeout}: it must be above 0 and at most 100000 minutes")
-    require(0 <= args.drop_path_rate < 1, f"--drop_path_rate is {args.drop_path_rate}: it must be from 0 to below 1")
-    require(0 < args.layer_decay <= 1, f"--layer_decay is {args.layer_decay}: it must be above 0 and at most 1")
-    require(0 <= args.momentum_teacher <= 1, f"--momentum_teacher is {args.momentum_teacher}: it must be from 0 to 1")
-    require(1 <= args.k_num <= 8, f"--k_num is {args.k_num}, but a patch has 8 neighbours: choose 1 to 8")
-    for name in ("warmup_epochs", "warmup_teacher_temp_epochs"):
-        require(getattr(args, name) <= args.epochs,
-                f"--{name} is {getattr(args, name)}, longer than the run of --epochs {args.epochs}: shorten it")
-
-
-def check_crops(name: str, size: int, scale: tuple[float, float], patch_size: int, needs_neighbours: bool) -> None:
-    """Size and scale of global_crops or local_crops."""
-    least, most = scale
-    require(size > 0 and size % patch_size == 0,
-            f"--{name}_size is {size}, not a multiple of --patch_size {patch_size}: "
-            f"try {max(round(size / patch_size), 3) * patch_size}")
-    require(not needs_neighbours or size >= 3 * patch_size,
-            f"--{name}_size is {size}, under 3 patches a side, so that the 8 neighbours of a patch "
-            f"are not distinct: give {3 * patch_size} or more")
-    require(0 < least <= most <= 1,
-            f"--{name}_scale is {least} {most}: give two shares in ascending order, above 0, at most 1")

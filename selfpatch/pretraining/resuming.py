@@ -1,4 +1,4 @@
-"""Continuing a run: what its checkpoint holds besides the training state, and whether it is still the same run."""
+"""Continue a run: check that it is still the same run, and restore the state within an epoch."""
 import argparse
 import os
 import random
@@ -13,46 +13,44 @@ import torch.distributed as dist
 from selfpatch.checkpoints.files import read_checkpoint
 from selfpatch.data.dataset import TrainingImages
 from selfpatch.data.loader import CropLoader
-from selfpatch.distributed.processes import Processes, is_distributed
+from selfpatch.distributed.processes import Processes, is_distributed, is_main_process
 from selfpatch.errors import ConfigError
 from selfpatch.method.training_run import TrainingRun
 from selfpatch.method.vision_transformer import ARCHS
 from selfpatch.pretraining.meters import MetricLogger
 from selfpatch.pretraining.run_folder import RunFolder
 
-# With another value of one of these it would be another run; "batch" is the images of a step, "data" the images.
-# With another network or optimizer the checkpoint does not fit at all.
+# Changing any of these makes it a different run; "batch" is the images of a step, "data" the images themselves.
+# With a different network or optimizer the checkpoint does not fit at all.
 FIXED = ("k_num", "norm_last_layer", "patch_loss_weight", "global_crops_scale", "global_crops_size",
          "local_crops_number", "local_crops_scale", "local_crops_size", "seed", "batch", "data")
-# where files are and how the work is done, not what is computed
+# these say where files are and how the work is done, not what is computed
 IRRELEVANT = {"data_path", "output_dir", "init_weights", "saveckp_freq", "save_every_minutes", "save_every_steps",
               "log_every", "log_with", "tensorboard", "peak_tflops", "num_workers", "max_bad_images", "loader_timeout",
               "allow_changed", "knn_data", "knn_every", "device", "dist_url", "dist_timeout", "port", "local_rank",
               "world_size", "batch_size_per_gpu", "accum_steps", "fused_loss", "compile", "checkpoint_activations",
               "pack_crops"}
-
-
-# paths of one folder on different machines, and what each process or machine has of its own; "data" is compared
+# paths of one folder on different machines, and what each process or machine has for itself; "data" is compared
 MAY_DIFFER_BETWEEN_RANKS = {"data_path", "knn_data", "num_workers", "device", "dist_url", "port", "local_rank"}
 
 
 def fix_random_seeds(*seed: int) -> None:
-    """Seed torch, numpy and random from one or several numbers, such as (seed, rank, epoch)."""
+    """Seed torch, numpy and random from one or several numbers, e.g. (seed, rank, epoch)."""
     mixed = int(np.random.SeedSequence(seed).generate_state(1)[0])
     torch.manual_seed(mixed)
     np.random.seed(mixed)
     random.seed(mixed)
 
 
-def plain_args(args: argparse.Namespace, world_size: int, dataset: TrainingImages | None = None) -> dict:
+def plain_args(options: dict, world_size: int, dataset: TrainingImages | None = None) -> dict:
     """The options as plain values, which torch.load(weights_only=True) reads, and what identifies images and crops."""
-    plain = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    plain = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
     plain |= {"world_size": world_size, "crop_seeds": "(seed, epoch, index)"}
     return plain | ({"data": describe_images(dataset)} if dataset else {})
 
 
 def describe_images(dataset: TrainingImages) -> str:
-    """Number of images, and a checksum of their names, the same in every form of the data."""
+    """Number of images and checksum of their names: the same for every form of the same data."""
     checksum = 0
     for name in dataset.images.names:
         checksum = zlib.crc32(name.encode(errors="surrogateescape"), checksum)
@@ -60,18 +58,18 @@ def describe_images(dataset: TrainingImages) -> str:
 
 
 def with_batch(args: dict) -> dict:
-    """The options and "batch", the images of a step, where the number of processes is known."""
+    """The options with "batch", the images of a step, if the number of processes is known."""
     counts = [args.get(name) for name in ("batch_size_per_gpu", "world_size")]
     return args if None in counts else args | {"batch": counts[0] * counts[1] * args.get("accum_steps", 1)}
 
 
 def differences(ours: dict, theirs: dict) -> dict[str, tuple]:
-    """name: (our value, theirs) of every option that both have and that changes what is computed."""
+    """name: (our value, theirs) for every option that both have and that changes what is computed."""
     def comparable(name: str, value):
         if name == "arch":
             return ARCHS.get(value, value)  # deit_small is vit_small
         if name == "data" and isinstance(value, str):
-            return re.sub(r" in \d+ folders", "", value)  # as it was written before lists had no folders
+            return re.sub(r" in \d+ folders", "", value)  # written before lists of images came without folders
         return list(value) if isinstance(value, tuple) else value
 
     ours, theirs = with_batch(ours), with_batch(theirs)
@@ -80,10 +78,10 @@ def differences(ours: dict, theirs: dict) -> dict[str, tuple]:
 
 
 def compare_with_checkpoint(ours: dict, theirs: dict, allowed: list[str], path: Path) -> list[str]:
-    """What has changed since the checkpoint was written, as lines to print.
+    """Lines about what has changed since the checkpoint was written.
 
     Raises:
-        ConfigError: it would be another run, and allowed does not name the option.
+        ConfigError: a change makes it a different run, and allowed does not name the option.
     """
     changed = differences(ours, theirs)
     if refused := [name for name in changed if name in FIXED and name not in allowed]:
@@ -94,10 +92,10 @@ def compare_with_checkpoint(ours: dict, theirs: dict, allowed: list[str], path: 
 
 
 def unused_weights(given: str, saved: str | None, path: Path) -> str:
-    """The line about --init_weights where a run continues; empty where the option is not given.
+    """The line about --init_weights for a run that continues; empty if the option is not given.
 
     Args:
-        saved: with which the run began, "" for random weights; None if its checkpoint does not say.
+        saved: the weights with which the run began, "" for random ones; None if its checkpoint does not say.
     """
     if not given:
         return ""
@@ -112,11 +110,7 @@ def option(name: str) -> str:
 
 
 def compare_ranks(ours: dict) -> None:
-    """Find out whether all ranks have the same options and images.
-
-    Raises:
-        ConfigError: on every rank, naming the first rank that differs from rank 0, and the option.
-    """
+    """Raise ConfigError, on every rank, if a rank's options or images differ from rank 0's."""
     if not is_distributed():
         return
     everyone = [None] * dist.get_world_size()
@@ -143,31 +137,28 @@ def epoch_state(loader: CropLoader, logger: MetricLogger) -> dict:
     return {"ranks": ranks}
 
 
-def resume(run: TrainingRun, loader: CropLoader, folder: RunFolder, path: Path | None, args: argparse.Namespace,
-           processes: Processes) -> tuple[dict, dict]:
-    """Continue from the folder's checkpoint where there is one, on all ranks alike.
+def resume(run: TrainingRun, folder: RunFolder, path: Path | None, ours: dict) -> tuple[list[int] | None, dict]:
+    """Continue from the folder's checkpoint, if there is one. Every rank must call it.
 
     Args:
         path: what folder.find returned on rank 0.
+        ours: this run's options, from plain_args.
 
     Returns:
-        the arguments of RunLog that the checkpoint has kept, and the state within the epoch for begin_epoch, {} at
-        the start of one.
+        RunLog's mark of an older log, and the state within the epoch for begin_epoch, {} at the start of one.
 
     Raises:
-        ConfigError: the checkpoint is damaged, does not fit, or is of another run.
+        ConfigError: the checkpoint is damaged, does not fit, or is of a different run.
     """
     if path is None:
-        return {"rows": []}, {}
+        return None, {}
     state = folder.take_state() or read_checkpoint(path)
     check_types(state, path)
     saved = state.get("args") or {}
     saved = dict(saved) if isinstance(saved, dict) else vars(saved)
-    ours = plain_args(args, processes.world_size, loader.dataset)
-    for line in compare_with_checkpoint(ours, saved, args.allow_changed, path):
-        if processes.rank == 0:
-            print(line)
-    if processes.rank == 0 and (line := unused_weights(args.init_weights, saved.get("init_weights"), path)):
+    lines = compare_with_checkpoint(ours, saved, ours["allow_changed"], path)
+    lines.append(unused_weights(ours["init_weights"], saved.get("init_weights"), path))
+    for line in filter(None, lines if is_main_process() else ()):
         print(line)
     if steps := state.get("step_of_epoch"):
         state["step_of_epoch"] = convert_steps(steps, with_batch(saved).get("batch"), with_batch(ours)["batch"], path)
@@ -177,29 +168,24 @@ def resume(run: TrainingRun, loader: CropLoader, folder: RunFolder, path: Path |
         changed = "".join(f", here {option(name)} {new} and there {old}"
                           for name, (new, old) in differences(ours, saved).items())
         raise ConfigError(f"{path}: {error}{changed}: give the options of that run, or another --output_dir") from None
-    if run.epoch > args.epochs or (run.epoch == args.epochs and run.step % run.steps_per_epoch):
-        raise ConfigError(f"--epochs {args.epochs}, but {path} is in epoch {run.epoch} already: give more --epochs, or "
+    epochs = run.schedules.epochs
+    if run.epoch > epochs or (run.epoch == epochs and run.step % run.steps_per_epoch):
+        raise ConfigError(f"--epochs {epochs}, but {path} is in epoch {run.epoch} already: give more --epochs, or "
                           "another --output_dir")
-    if "crop_seeds" not in saved and run.epoch < args.epochs and processes.rank == 0:
+    if "crop_seeds" not in saved and run.epoch < epochs and is_main_process():
         print(f"crops are drawn anew: those of {path} were not seeded by (seed, epoch, index of the image)")
-    log = {"resumed": run.step > 0, "start_epoch": run.epoch, "rows": state.get("log"),
-           "older": state.get("older_log", [0, 0])}
-    return log, {"ranks": state["ranks"]} if "ranks" in state else {}
+    return state.get("older_log", [0, 0]), {"ranks": state["ranks"]} if "ranks" in state else {}
 
 
 def check_types(state: dict, path: Path) -> None:
-    """Raise ConfigError if what a checkpoint holds besides the training state is of other types than it should be."""
-    def rows_ok(rows) -> bool:
-        return rows is None or isinstance(rows, list) and all(
-            isinstance(row, dict) and isinstance(row.get("epoch"), int) for row in rows)
-
+    """Raise ConfigError if what a checkpoint holds besides the training state is of the wrong type."""
     def ranks_ok(ranks) -> bool:
         return ranks is None or isinstance(ranks, list) and all(
             isinstance(rank, dict) and isinstance(rank.get("loader", rank), dict)
             and "rng" in rank.get("loader", rank) and isinstance(rank.get("meters"), dict) for rank in ranks)
 
     older = state.get("older_log", [0, 0])
-    sound = {"args": isinstance(state.get("args"), dict | argparse.Namespace | None), "log": rows_ok(state.get("log")),
+    sound = {"args": isinstance(state.get("args"), dict | argparse.Namespace | None),
              "ranks": ranks_ok(state.get("ranks")),
              "step_of_epoch": isinstance(state.get("step_of_epoch", 0), int) and state.get("step_of_epoch", 0) >= 0,
              "older_log": isinstance(older, list) and [type(number) for number in older] == [int, int]}
@@ -208,10 +194,10 @@ def check_types(state: dict, path: Path) -> None:
 
 
 def convert_steps(steps: int, old_batch: int | None, new_batch: int, path: Path) -> int:
-    """Steps into an epoch with new_batch images each that are as many images as steps with old_batch.
+    """The number of steps of new_batch images that cover the same images as steps of old_batch images.
 
     Raises:
-        ConfigError: there is no such number.
+        ConfigError: it is not a whole number.
     """
     images = steps * (old_batch or new_batch)
     if images % new_batch:

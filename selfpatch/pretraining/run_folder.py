@@ -1,13 +1,14 @@
-"""What the folder of a run holds, and how it stays whole whenever the run is killed.
+"""The folder of a run, and how its checkpoints stay whole whenever the run is killed.
 
     checkpoint.pth        the last state
-    previous.pth          the one before, used where checkpoint.pth is damaged
-    checkpoint0010.pth    a copy for good, after every --saveckp_freq-th epoch
-    log.txt               a line of JSON for each epoch, the same as in the checkpoint
-    steps.jsonl           the same for each line of progress; earlier_steps.jsonl: of a run that was here before
-    tracker_id.txt        by which wandb and trackio know the run
-    bad_images.txt        what could not be read
-    damaged.pth, nan.pth  for a look: a checkpoint that was damaged, the state before a step that was not finite
+    previous.pth          the state before it, used if checkpoint.pth is damaged
+    checkpoint0010.pth    a lasting copy, after every --saveckp_freq-th epoch
+    log.txt               a line of JSON for each epoch
+    steps.jsonl           a line of JSON for each line of progress; earlier_steps.jsonl: those of an earlier run
+    unsaved.txt           until the first checkpoint: where the run's part of log.txt begins
+    tracker_id.txt        identifies the run to wandb and trackio
+    bad_images.txt        images that could not be read
+    damaged.pth, nan.pth  for inspection: a damaged checkpoint, the state before a step that was not finite
     run.lock              while a process trains: which one
 """
 import contextlib
@@ -19,9 +20,10 @@ import shutil
 import socket
 from pathlib import Path
 
-from selfpatch.checkpoints.files import CheckpointError, WriteError, read_checkpoint, sync_folder, write_checkpoint
+from selfpatch.checkpoints.files import CheckpointError, read_checkpoint, write_checkpoint
 from selfpatch.distributed.processes import is_main_process
 from selfpatch.errors import PASSING_ERRORS, ConfigError, TrainingError, describe
+from selfpatch.whole_files import WriteError, whole_file
 
 try:
     import fcntl
@@ -32,25 +34,25 @@ except ImportError:  # Windows: without a lock
 LEFTOVER = re.compile(r"\.(checkpoint\d*\.pth|previous\.pth|nan\.pth|log\.txt|steps\.jsonl)\.\d+\.tmp")
 
 
-def numbered(epoch: int, saveckp_freq: int) -> int | None:
-    """The epoch, if a copy of its checkpoint is kept for good; none is of -1, before the first epoch."""
-    return epoch if saveckp_freq and epoch >= 0 and epoch % saveckp_freq == 0 else None
-
-
 class RunFolder:
-    """The folder of one run. All but check and add_bad_images is for rank 0 alone."""
+    """The folder of one run. For rank 0, except check and add_bad_images.
 
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
+    Args:
+        path: of the folder.
+        copy_every: keep a copy of every so many epochs' checkpoints; 0 for none.
+    """
+
+    def __init__(self, path: str | Path, copy_every: int = 1):
+        self.path, self.copy_every = Path(path), copy_every
         self.last, self.previous = self.path / "checkpoint.pth", self.path / "previous.pth"
         self.lock_path, self.descriptor = self.path / "run.lock", None
         self.state = None
-        self.overdue_copy: int | None = None  # epoch of a copy that could not be made of checkpoint.pth as it is now
+        self.overdue_copy: int | None = None  # epoch of checkpoint.pth, if its copy could not be made yet
 
     def lock(self) -> None:
-        """Keep other processes from training here, and remove what one that was killed was writing.
+        """Keep other processes from training here, and remove the temporary files of a killed one.
 
-        The kernel gives the lock up when the process ends, however it ends.
+        The kernel releases the lock when the process ends, however it ends.
 
         Raises:
             ConfigError: a live process is training here.
@@ -76,7 +78,7 @@ class RunFolder:
                 print(f"warning: {self.path} cannot be locked ({error.strerror}): start no second run there")
                 break
             if self.descriptor is None:
-                os.close(descriptor)  # its holder removed the file in between: lock the new one
+                os.close(descriptor)  # its holder has just removed the file: lock the new one
         if self.descriptor is None:
             return
         with contextlib.suppress(OSError):  # a full disk: the lock holds without the name of its holder
@@ -98,16 +100,16 @@ class RunFolder:
         return self.path / f"checkpoint{epoch:04}.pth"
 
     def has_run(self) -> bool:
-        """Whether find would continue from a checkpoint, as long as one of them is sound."""
+        """Whether there is a checkpoint to continue from, sound or not."""
         return self.last.is_file() or self.previous.is_file()
 
     def find(self) -> Path | None:
-        """The checkpoint to continue from, None where there has been no run; take_state gives what it holds.
+        """The checkpoint to continue from, None without an earlier run; take_state returns its content.
 
-        It is the last one, or the one before where that is damaged; a damaged one is renamed to damaged.pth.
+        If the last one is damaged, it is renamed to damaged.pth, and the one before is used.
 
         Raises:
-            ConfigError: there is no sound checkpoint, although there was a run.
+            ConfigError: there was a run, but no sound checkpoint is left.
         """
         damage = ""
         if self.last.is_file():
@@ -133,7 +135,7 @@ class RunFolder:
         return None
 
     def take_state(self) -> dict | None:
-        """What find has read, once."""
+        """What find has read; only once, to free the memory."""
         state, self.state = self.state, None
         return state
 
@@ -141,51 +143,44 @@ class RunFolder:
         """Write checkpoint.pth, and keep the one before.
 
         Args:
-            epoch: also keep a copy with this number.
+            epoch: the one that has just ended, if any: its copy is made if one is due.
 
         Raises:
-            WriteError: the files that were there before are kept.
+            WriteError: the earlier files are kept.
         """
         if self.overdue_copy is not None:
             self.copy_if_missing(self.overdue_copy)  # the last moment at which checkpoint.pth is that epoch's
         write_checkpoint(state, self.last, self.previous)
-        self.overdue_copy = epoch
-        if epoch is not None:
+        self.overdue_copy = epoch if self.copies(epoch) else None
+        if self.copies(epoch):
             self.copy(epoch)
             self.overdue_copy = None
 
+    def copies(self, epoch: int | None) -> bool:
+        """Whether a copy of that epoch's checkpoint is kept."""
+        return epoch is not None and epoch >= 0 and self.copy_every > 0 and epoch % self.copy_every == 0
+
     def copy_if_missing(self, epoch: int) -> None:
-        """Make a copy that was due when the run before was killed or had no room; a full disk is a warning."""
+        """Copy checkpoint.pth, of that epoch, if a killed process or a full disk has left a copy out."""
         try:
-            if not self.numbered(epoch).is_file():
+            if self.copies(epoch) and not self.numbered(epoch).is_file():
                 self.copy(epoch)
         except WriteError as error:
             print(f"warning: {error}", flush=True)
 
     def copy(self, epoch: int) -> None:
         """Copy checkpoint.pth to its numbered name, whole or not at all."""
-        temporary = self.path / f".{self.numbered(epoch).name}.{os.getpid()}.tmp"
-        try:
-            temporary.unlink(missing_ok=True)
+        with whole_file(self.numbered(epoch)) as temporary:
             try:
-                os.link(self.last, temporary)  # no file is ever written in place, so that two names can share one
+                os.link(self.last, temporary)  # no file is ever written in place, so two names may share one
             except OSError:
                 shutil.copyfile(self.last, temporary)
-                with open(temporary, "rb") as file:
-                    os.fsync(file.fileno())
-            os.replace(temporary, self.numbered(epoch))
-            sync_folder(self.path)
-        except OSError as error:
-            raise WriteError(self.numbered(epoch), error) from None
-        finally:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
 
     def try_save(self, state: dict, epoch: int | None = None, last_chance: bool = False) -> None:
-        """save, where an error that may pass is a warning, as there is another save to come.
+        """Save; an error that may pass is a warning, unless no other save follows.
 
         Raises:
-            TrainingError: it will not pass, or there is no other save to come.
+            TrainingError: the error will not pass, or last_chance is true.
         """
         try:
             self.save(state, epoch)
@@ -194,8 +189,8 @@ class RunFolder:
                 raise TrainingError(f"{error}; the same command continues from the last checkpoint") from None
             print(f"warning: {error}; training goes on, and the next save will try again", flush=True)
 
-    def keep_for_a_look(self, state: dict) -> str:
-        """Write nan.pth on rank 0; where it is or why it is not, to be added to a message there."""
+    def keep_for_inspection(self, state: dict) -> str:
+        """Write nan.pth on rank 0; the end of a message that says where it is, or why it could not be written."""
         path = self.path / "nan.pth"
         if not is_main_process():
             return ""
@@ -206,12 +201,12 @@ class RunFolder:
         return f"; the state before that step is in {path}"
 
     def add_bad_images(self, errors: set[str], num_images: int) -> None:
-        """Append what bad_images.txt does not have yet, one line per image, and say how many there are."""
+        """Append what bad_images.txt lacks, a line per image, and print how many there are."""
         path, encoding = self.path / "bad_images.txt", {"encoding": "utf-8", "errors": "surrogateescape"}
         try:
             text = path.read_text(**encoding) if path.is_file() else ""
             new = sorted(errors.difference(text.split("\n")))
-            # added in one piece, since several ranks may do so at once
+            # in one piece, since several ranks may write at once
             with open(path, "a", **encoding) as file:
                 file.write("\n" * bool(text and text[-1] != "\n") + "".join(f"{line}\n" for line in new))
         except OSError as error:
@@ -219,11 +214,7 @@ class RunFolder:
         print(f"warning: {len(errors)} of {num_images} images cannot be read, see {path}", flush=True)
 
     def check(self) -> None:
-        """Find out whether checkpoint.pth can be one.
-
-        Raises:
-            ConfigError: it is a folder, a link to nothing or the like.
-        """
+        """Raise ConfigError if checkpoint.pth or previous.pth is a folder, a broken link or the like."""
         for path in (self.last, self.previous):
             if os.path.lexists(path) and not path.is_file():
                 raise ConfigError(f"{path} is {describe(path)}, not a checkpoint to resume from: remove it, or choose "

@@ -1,5 +1,4 @@
-"""Curves for programs that show them: TensorBoard, Weights & Biases, trackio, each imported only where it is used."""
-import argparse
+"""Send a run's values to TensorBoard, Weights & Biases and trackio, each imported only where it is used."""
 import importlib
 import importlib.util
 import sys
@@ -12,17 +11,13 @@ from selfpatch.errors import ConfigError
 TRACKERS = ("tensorboard", "wandb", "trackio")
 
 
-def chosen_trackers(args: argparse.Namespace) -> list[str]:
+def chosen_trackers(log_with: list[str], tensorboard: bool) -> list[str]:
     """Those of --log_with, and what its short form --tensorboard adds; each once."""
-    return list(dict.fromkeys([*args.log_with, *["tensorboard"] * args.tensorboard]))
+    return list(dict.fromkeys([*log_with, *["tensorboard"] * tensorboard]))
 
 
 def check_trackers(names: list[str], output: Path) -> None:
-    """Find out before training whether the trackers can be used.
-
-    Raises:
-        ConfigError: a package is missing, or a file is where TensorBoard's folder should be.
-    """
+    """Raise ConfigError if a tracker's package is missing, or a file is where TensorBoard's folder should be."""
     curves = output / "tensorboard"
     if "tensorboard" in names and (curves.exists() or curves.is_symlink()) and not curves.is_dir():
         raise ConfigError(f"{curves} is not a folder, so --log_with tensorboard cannot use it: remove it, or choose "
@@ -33,18 +28,18 @@ def check_trackers(names: list[str], output: Path) -> None:
 
 
 class Trackers:
-    """The trackers of a run, to which log sends values; none makes it do nothing.
+    """The trackers of a run; without any, logging does nothing.
 
-    What fails in one of them while the run trains is a warning, and ends that one's curves, not the run.
+    A tracker that fails during training is given up with a warning; the run goes on.
 
     Args:
         names: some of TRACKERS.
-        output: the run's folder. It names the run; tracker_id.txt in it makes a resumed run go on in the same curves.
-        options: for wandb and trackio to show.
-        epoch, step: done so far; TensorBoard drops what it has of later ones.
+        output: the run's folder. It names the run, and its tracker_id.txt lets a resumed run continue its curves.
+        options: shown by wandb and trackio.
+        epoch, step: done so far; TensorBoard drops its values of later ones.
 
     Raises:
-        ConfigError: one of them cannot be started, without a login for example.
+        ConfigError: one of them cannot be started, e.g. without a login.
     """
 
     def __init__(self, names: Sequence[str] = (), output: Path = Path("."), options: dict | None = None, epoch: int = 0,
@@ -54,7 +49,7 @@ class Trackers:
             try:
                 if name == "tensorboard":
                     from torch.utils.tensorboard import SummaryWriter
-                    # steps have a writer of their own: purging by epoch would drop them
+                    # steps have their own writer: purging by epoch would drop them
                     self.boards = {"epochs": SummaryWriter(output / "tensorboard", purge_step=epoch),
                                    "steps": SummaryWriter(output / "tensorboard" / "steps", purge_step=step + 1)}
                 else:
@@ -64,12 +59,12 @@ class Trackers:
                 raise ConfigError(f"--log_with {name} cannot be started: {first}") from None
 
     def log_epoch(self, row: dict[str, float], step: int) -> None:
-        """A row of log.txt, of an epoch that ended after so many steps of the whole run."""
+        """Send a row of log.txt; its epoch ended after so many steps of the whole run."""
         values = {name.replace("_", "/", 1): value for name, value in row.items() if name != "epoch"}
         self.log("epochs", values, row["epoch"], step)
 
     def log_step(self, row: dict[str, float | None]) -> None:
-        """A row of steps.jsonl."""
+        """Send a row of steps.jsonl."""
         values = {f"step/{name}": value for name, value in row.items() if name != "step" and value is not None}
         self.log("steps", values, row["step"], row["step"])
 
@@ -77,13 +72,13 @@ class Trackers:
         if self.boards:
             self.attempt("tensorboard", lambda: write_scalars(self.boards[kind], values, board_step))
         for name, module in list(self.services.items()):
-            if name == "wandb":  # which would drop rows of a resumed run whose steps it has had
+            if name == "wandb":  # it would drop a resumed run's rows of steps it has already seen
                 self.attempt(name, lambda module=module: module.log(values | {"trained_steps": step}))
             else:
                 self.attempt(name, lambda module=module: module.log(values, step=step))
 
     def attempt(self, name: str, action: Callable[[], None]) -> None:
-        """Call action; the tracker of that name is given up where it fails."""
+        """Call action; if it fails, give up the tracker of that name."""
         try:
             action()
         except Exception as error:  # of whatever kind the package or its server has
@@ -107,7 +102,7 @@ def write_scalars(board, values: dict[str, float], step: int) -> None:
 
 
 def start_service(name: str, output: Path, options: dict, resumed: bool):
-    """wandb or trackio, which have the same interface: the module, with a run begun or continued."""
+    """Begin or continue a run of wandb or trackio, which have the same interface; returns the module."""
     module, path = importlib.import_module(name), output / "tracker_id.txt"
     if not (resumed and path.is_file()):
         path.write_text(uuid.uuid4().hex[:8] + "\n")

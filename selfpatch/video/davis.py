@@ -1,10 +1,10 @@
-"""DAVIS on disk: which sequences there are, their frames, and indexed PNG masks.
+"""DAVIS on disk: lists of sequences, frames, and masks as indexed PNGs.
 
     DAVIS/ImageSets/2017/val.txt                     one sequence per line
     DAVIS/JPEGImages/480p/<sequence>/00000.jpg …     frames, named by number
     DAVIS/Annotations/480p/<sequence>/00000.png …    masks: 0 background, 1 … n objects, 255 void
 
-Frames and masks are read as stored: an EXIF orientation tag is ignored, since nothing would turn the mask with it.
+Frames and masks are read as stored. EXIF orientation tags are ignored: one on a frame would not rotate its mask.
 """
 import codecs
 import os
@@ -19,18 +19,19 @@ from PIL import Image
 
 from selfpatch.data.files import UnreadableImage, is_hidden, load_ids, load_rgb, open_image, orientation, read_bytes
 from selfpatch.errors import ConfigError
+from selfpatch.whole_files import whole_file
 
 VOID = 255
-SCALE_SIZE = 480  # short side of the frames that a backbone sees
-MIN_SIDE, MAX_ASPECT = 16, 16  # of a frame: smaller or longer ones leave nothing to segment, or no memory
+SCALE_SIZE = 480  # short side in pixels of the backbone's input
+MIN_SIDE, MAX_ASPECT = 16, 16  # limits of a frame; beyond them there is nothing to segment, or no memory
 
 
 class DataError(ConfigError):
-    """Something in the user's files cannot be used; the message names the file and says why."""
+    """A file of the user's cannot be used; the message names it and says why."""
 
 
 def davis_palette() -> bytes:
-    """256 RGB colours: bits 0, 3, 6 of the id become the highest bits of red, bits 1, 4, 7 of green, 2, 5 of blue."""
+    """256 RGB colours: bits 0, 3, 6 of an id are the highest bits of red, bits 1, 4, 7 of green, 2, 5 of blue."""
     ids = np.arange(256)
     colours = np.zeros((256, 3), np.uint8)
     for channel in range(3):
@@ -43,7 +44,7 @@ DAVIS_PALETTE = davis_palette()
 
 
 class Mask(NamedTuple):
-    """A mask and how it was read: ids, uint8 [H, W], its palette, whether 255 stood for an object, its EXIF tag."""
+    """A mask, ids as uint8 [H, W]; its palette, whether 255 was read as object 1, and its EXIF orientation tag."""
     ids: np.ndarray
     palette: bytes = DAVIS_PALETTE
     binary: bool = False
@@ -52,31 +53,31 @@ class Mask(NamedTuple):
 
 @dataclass(frozen=True)
 class Sequence:
-    """A video: its name, its frames in order, and the annotation of its first frame, as a file and as read."""
+    """A video: its name, frames in order, and the annotation of the first frame, as a file and as a mask."""
     name: str
     frames: tuple[Path, ...]
     annotation: Path
     mask: Mask = field(repr=False, compare=False)
 
     def annotations(self) -> list[Path] | None:
-        """The annotation of every frame, or None if some frames have none."""
+        """Annotation files of all frames; None if one is missing."""
         paths = [self.annotation.with_name(f"{frame.stem}.png") for frame in self.frames]
         return paths if all(path.is_file() for path in paths) else None
 
     def lacks_end(self) -> bool:
-        """Whether there are annotations of frames after the last one."""
+        """Whether frames are missing after the last one, by the annotations."""
         return max(mask_numbers(self.annotation.parent)) > int(self.frames[-1].stem)
 
 
 # ---------------------------------------------------------------- sequences
 
 def read_set(davis_path: str | Path, name: str = "val") -> list[str]:
-    """Sequence names of ImageSets/2017/<name>.txt, in the file's order.
+    """Read the sequence names of ImageSets/2017/<name>.txt, in the file's order.
 
-    Comments after # are skipped. Lines of DAVIS 2016, a frame and its mask, stand for their sequence.
+    Comments after # are skipped. A line of DAVIS 2016, a frame and its mask, stands for its sequence.
 
     Raises:
-        DataError: no such file, not UTF-8, no name, a name that occurs twice, or a line without one.
+        DataError: no such file, not UTF-8, no sequence, a sequence listed twice, or a line without a name.
     """
     path = Path(davis_path) / "ImageSets" / "2017" / f"{name}.txt"
     names, repeated = [], set()
@@ -100,7 +101,7 @@ def read_set(davis_path: str | Path, name: str = "val") -> list[str]:
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a text in UTF-8, with or without a byte order mark."""
+    """Read the lines of a UTF-8 text, with or without a byte order mark."""
     try:
         data = path.read_bytes()
     except FileNotFoundError:
@@ -116,10 +117,13 @@ def read_lines(path: Path) -> list[str]:
 
 
 def numbered_files(folder: Path, suffixes: tuple[str, ...], content: str) -> list[Path]:
-    """The files of a folder with one of the suffixes, sorted by the number that each is named after.
+    """Files of a folder with one of the suffixes, sorted by number.
+
+    Args:
+        content: what the files are, for the message.
 
     Raises:
-        DataError: there are none, they cannot be listed, a name is not a number, or two have the same number.
+        DataError: no such files, they cannot be listed, a name is not a number, or two have the same number.
     """
     try:
         paths = [folder / name for name in os.listdir(folder)] if folder.is_dir() else []
@@ -143,7 +147,7 @@ def mask_numbers(folder: Path) -> set[int]:
 
 
 def check_no_gaps(frames: list[Path], masks: set[int]) -> None:
-    """Raise DataError if the numbers of frames skip one, or lack that of a mask, be it after the last frame."""
+    """Raise DataError if the frames' numbers skip one, or a mask has no frame, also after the last frame."""
     numbers = [int(path.stem) for path in frames]
     step = min((b - a for a, b in zip(numbers, numbers[1:], strict=False)), default=1)
     expected = set(range(numbers[0], numbers[-1], step)) | masks
@@ -156,26 +160,27 @@ def check_no_gaps(frames: list[Path], masks: set[int]) -> None:
 
 
 def check_name(name: str) -> None:
-    """Refuse a sequence name that is more than the name of a folder, such as ../x."""
+    """Raise DataError unless a sequence's name is the plain name of a folder (not ../x)."""
     if "/" in name or "\\" in name or is_hidden(name):
         raise DataError(f"ImageSets/2017 lists {name!r}, which is not the name of a folder of JPEGImages/480p")
 
 
 def find_frames(davis_path: str | Path, name: str) -> list[Path]:
-    """The frames of a sequence in order. A DataError says what is wrong with its name or theirs."""
+    """Frames of a sequence in order. Raise DataError if a name is wrong, or there are none."""
     check_name(name)
     return numbered_files(Path(davis_path) / "JPEGImages" / "480p" / name, (".jpg", ".jpeg"), "frames")
 
 
 def find_sequence(davis_path: str | Path, name: str, allow_gaps: bool = False) -> Sequence:
-    """The frames and first annotation of a sequence, of which only the first frame and mask are read.
+    """Find the frames and first annotation of a sequence; only the first frame and mask are opened.
 
     Args:
-        allow_gaps: accept numbers that skip frames.
+        allow_gaps: accept missing frames.
 
     Raises:
-        DataError: bad name, no frames, frames not named by numbers or with gaps, no first annotation, one that is not
-            indexed or of another size than its frame, or a frame too small or too long to segment.
+        DataError: bad name, no frames, frames without numbers or with gaps, no first annotation or one of another size
+            than its frame, or a frame too small or too long to segment.
+        UnreadableImage: the first frame or its annotation cannot be read.
     """
     frames = find_frames(davis_path, name)
     annotation = Path(davis_path) / "Annotations" / "480p" / name / f"{frames[0].stem}.png"
@@ -199,12 +204,12 @@ def check_sides(path: str | Path, width: int, height: int) -> None:
 
 
 def orientation_note(path: str | Path, tag: int) -> str:
-    """What to say about the EXIF orientation tag of a frame or mask; empty if it is 1, upright."""
+    """A note for the user on the EXIF orientation tag of a frame or mask; empty for 1, upright."""
     return "" if tag == 1 else f"{path}: EXIF orientation {tag} is ignored, as masks are of the pixels as stored"
 
 
 def resized_shape(height: int, width: int, scale_size: int = SCALE_SIZE) -> tuple[int, int]:
-    """The short side becomes scale_size; the long one keeps the aspect ratio, rounded down to a multiple of 64."""
+    """Height and width with a short side of scale_size; the long side is rounded down to a multiple of 64."""
     if height > width:
         return scale_size * height // width // 64 * 64, scale_size
     return scale_size, scale_size * width // height // 64 * 64
@@ -222,14 +227,14 @@ def load_frame(path: str | Path, scale_size: int = SCALE_SIZE, shape: tuple[int,
     """Read a frame.
 
     Args:
-        shape: (height, width) that it must have, those of the first frame.
+        shape: required (height, width), those of the first frame.
 
     Raises:
         UnreadableImage: the file is missing, damaged or not an image.
-        DataError: it has another shape, or is too small or too long to segment.
+        DataError: the frame has another shape, or is too small or too long to segment.
     """
     data = read_bytes(path)
-    stored = open_image(path, data)  # refuses damaged files, of which OpenCV would decode the readable part
+    stored = open_image(path, data)  # refuses damaged files, which OpenCV would decode in part
     width, height = stored.size
     if shape not in (None, (height, width)):
         raise DataError(f"{path}: is {width}×{height}, the first frame {shape[1]}×{shape[0]}")
@@ -249,15 +254,15 @@ def load_frame(path: str | Path, scale_size: int = SCALE_SIZE, shape: tuple[int,
 # ---------------------------------------------------------------- masks
 
 def read_mask(path: str | Path, binary: bool | None = None) -> Mask:
-    """Read a PNG of ids; the palette is DAVIS's if it has none.
+    """Read a PNG of ids; one without a palette gets DAVIS's.
 
     Args:
-        binary: whether 255 in a grey PNG is object 1, as in DAVIS 2016, and not void. None: it is if there are no
-            other values than 0 and 255, which one mask of a video must decide for all.
+        binary: read 255 in a grey PNG as object 1, as in DAVIS 2016, rather than as void. None: do so if 0 and 255 are
+            the only values. One mask of a video must decide for all.
 
     Raises:
         UnreadableImage: the file is missing or damaged, or has another mode or a lossy format.
-        DataError: binary, and there are other ids beside 255.
+        DataError: binary, and there are ids beside 255.
     """
     data = read_bytes(path)
     image = open_image(path, data)
@@ -273,15 +278,19 @@ def read_mask(path: str | Path, binary: bool | None = None) -> Mask:
 
 
 def binary_note(path: str | Path, mask: Mask) -> str:
-    """What to say about a video's first annotation if it is one of DAVIS 2016; empty if it is none."""
+    """A note for the user on a first annotation in the format of DAVIS 2016; empty for others."""
     return f"{path}: a grey mask of 0 and 255 is read as one object, as in DAVIS 2016" if mask.binary else ""
 
 
 def read_masks(paths: list[Path], first: Mask | None = None) -> np.ndarray:
-    """Masks of one video -> uint8 [T, H, W]. What 255 means in all of them is decided by the first.
+    """Read the masks of one video, uint8 [T, H, W]; the first decides what 255 means.
 
     Args:
-        first: the mask of paths[0], if that has been read already.
+        first: the mask of paths[0], if it has been read already.
+
+    Raises:
+        DataError: the masks differ in size.
+        UnreadableImage: a mask cannot be read.
     """
     first = read_mask(paths[0]) if first is None else first
     masks = [first.ids]
@@ -306,16 +315,10 @@ def write_text(path: str | Path, text: str) -> None:
     """Write a small file whole or not at all, and print whether it replaced one.
 
     Raises:
-        DataError: the disk is full, or a folder is in the way.
+        WriteError: the disk is full, or a folder is in the way.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     replaced = path.exists()
-    try:
+    with whole_file(path) as temporary:
         temporary.write_text(text)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be written ({error.strerror})") from None
-    finally:
-        temporary.unlink(missing_ok=True)
     print(f"{path} {'replaced' if replaced else 'written'}")

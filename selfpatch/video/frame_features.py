@@ -1,4 +1,4 @@
-"""Patch features of video frames, a batch at a time while the next frames are read."""
+"""Patch features of video frames, computed in batches while the next frames are read."""
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from selfpatch.checkpoints.backbones import Backbone, image_statistics, normalise
-from selfpatch.data.augmentations import IMAGENET_MEAN, IMAGENET_STD
+from selfpatch.checkpoints.backbones import Backbone, image_statistics
+from selfpatch.data.normalisation import IMAGENET_MEAN, IMAGENET_STD, normalise
 from selfpatch.distributed.precision import autocast
 from selfpatch.video.davis import DataError, Sequence, load_frame, orientation_note
 
@@ -20,13 +20,13 @@ STD = (0.228, 0.224, 0.225)  # 0.228, not ImageNet's 0.229, as in DINO's publish
 
 
 class PatchFeatures:
-    """Features of frames, in batches that are halved permanently when memory runs out.
+    """Patch features of frames, in batches; when memory runs out, the batch size is halved for good.
 
     Args:
         model: the backbone; its final norm, if any, is applied, as in DINO's script.
-        dtype: of autocast; float32 for none.
+        dtype: of autocast; float32 disables it.
         batch_size: frames per forward pass.
-        layer: block that the features are taken from; -1 is the last.
+        layer: block to take the features from; -1 is the last.
     """
 
     def __init__(self, model: Backbone, device: torch.device | str = "cpu",
@@ -37,17 +37,21 @@ class PatchFeatures:
         self.statistics = (MEAN, STD) if own == (IMAGENET_MEAN, IMAGENET_STD) else own
 
     def forward(self, frames: np.ndarray) -> torch.Tensor:
-        """What __call__ does, in one batch."""
+        """Compute __call__ in a single batch."""
         images = normalise(torch.from_numpy(frames).to(self.device).permute(0, 3, 1, 2), self.statistics)
         shape = [n * self.model.patch_size for n in self.model.grid_size(images)]
-        if list(images.shape[2:]) != shape:  # patches of 14: labels cover the whole frame, so the patches must too
+        if list(images.shape[2:]) != shape:  # patches of 14: they must cover the whole frame, as labels do
             images = F.interpolate(images, shape, mode="bilinear", align_corners=False)
         with autocast(self.device, self.dtype):
             features = self.model.features(images, self.layer).patches
         return F.normalize(features.float(), dim=-1).unflatten(1, self.model.grid_size(images))
 
     def __call__(self, frames: np.ndarray) -> torch.Tensor:
-        """RGB, uint8 [B, H, W, 3] -> features of unit length, float32 [B, h, w, D]."""
+        """RGB, uint8 [B, H, W, 3] -> features of unit length, float32 [B, h, w, D].
+
+        Raises:
+            DataError: out of memory with a single frame.
+        """
         features, start = [], 0
         while start < len(frames):
             try:
@@ -66,7 +70,7 @@ class PatchFeatures:
 
 
 def prefetch(executor: Executor, function: Callable, items: Iterable, depth: int) -> Iterator:
-    """function(item) of every item in order, computing up to depth items ahead in other threads."""
+    """Yield function(item) for every item in order, computing up to depth items ahead in other threads."""
     pending = deque()
     try:
         for item in items:
@@ -82,12 +86,11 @@ def prefetch(executor: Executor, function: Callable, items: Iterable, depth: int
 
 def frame_features(sequence: Sequence, extract: PatchFeatures, shape: tuple[int, int],
                    executor: Executor) -> Iterator[torch.Tensor]:
-    """Features [h, w, D] of a video's frames, one by one.
-
-    The first orientation tag is reported.
+    """Yield the features [h, w, D] of each frame of a video; report the first EXIF orientation tag.
 
     Args:
-        shape: (height, width) that every frame must have.
+        shape: required (height, width) of every frame.
+        executor: threads to read frames with.
     """
     batch, noted = [], False
     loaded = prefetch(executor, partial(load_frame, shape=shape), sequence.frames, 2 * extract.batch_size)

@@ -3,8 +3,8 @@
 The protocol of Jabri et al. (2020, Space-Time Correspondence as a Contrastive Random Walk) as used by DINO (Caron et
 al. 2021): a patch takes the labels of the topk most similar patches, in a window, of the first frame and the last few.
 
-plain_label_propagation is the formula, to be read and changed. label_propagation gives the same a few rows of patches
-at a time, without holding the similarities of all patches; propagation_bounds.py skips most products on CPUs.
+plain_label_propagation is the formula, to be read and changed. label_propagation computes the same for a few rows of
+patches at a time, to save memory; propagation_bounds.py skips most of the products on CPUs.
 """
 from collections.abc import Iterator
 from functools import lru_cache
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 TEMPERATURE = 0.1
-MAX_SIMILARITIES = {"cpu": 2**21, "cuda": 2**24}  # of one tile: what fits a CPU's cache; 64 MB on a GPU
+MAX_SIMILARITIES = {"cpu": 2**21, "cuda": 2**24}  # per tile: fits a CPU's cache; 64 MB on a GPU
 
 
 def to_one_hot(labels: torch.Tensor) -> torch.Tensor:
@@ -26,12 +26,12 @@ def to_one_hot(labels: torch.Tensor) -> torch.Tensor:
 
 def restrict_neighborhood(height: int, width: int, size_mask_neighborhood: int, rows: slice = slice(None),
                           context_rows: slice = slice(None), device: torch.device | str = "cpu") -> torch.Tensor:
-    """Which context patches are in the square window around each target patch, bool [targets, contexts].
+    """Mask of the context patches in a square window around each target patch, bool [targets, contexts].
 
     Args:
         height, width: grid of patches of both frames, row-major.
         size_mask_neighborhood: the window reaches this many patches in each direction.
-        rows, context_rows: restrict targets and contexts to some rows of the grid.
+        rows, context_rows: rows of the grid to take targets and contexts from; default: all.
     """
     y, x = torch.arange(height, device=device), torch.arange(width, device=device)
     near_rows = (y[rows, None] - y[context_rows]).abs() <= size_mask_neighborhood
@@ -41,9 +41,9 @@ def restrict_neighborhood(height: int, width: int, size_mask_neighborhood: int, 
 
 def plain_label_propagation(target: torch.Tensor, contexts: torch.Tensor, labels: torch.Tensor,
                             size_mask_neighborhood: int = 12, topk: int = 5) -> torch.Tensor:
-    """The formula: affinity exp(cos / 0.1) in the window, all but the topk set to 0, normalised, times the labels.
+    """The formula: affinity exp(cos / 0.1) within the window, top-k, normalised, times the labels.
 
-    Arguments and result are label_propagation's. Entries equal to the k-th largest are all kept.
+    Arguments and result are those of label_propagation. All entries equal to the k-th largest are kept.
     """
     height, width, num_contexts = *target.shape[:2], len(contexts)
     cosine = target.flatten(0, 1) @ contexts.flatten(0, 2).T  # [targets, contexts]
@@ -60,15 +60,14 @@ def plain_label_propagation(target: torch.Tensor, contexts: torch.Tensor, labels
 # ---------------------------------------------------------------- a tile of target patches
 
 def best_matches(similarity: torch.Tensor, best: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The count largest similarities of each of m targets, and their indices into T·n, both [m, count] or fewer.
+    """Find the count largest similarities of each target, and their indices into T·n: both [m, count], or fewer.
 
-    A position is one of the n patches that the T contexts have in common. The count largest similarities are at the
-    count positions where the best of the T is largest: a value anywhere else is at most as large as the best at each of
-    those. So the search is over n instead of T·n.
+    The count largest are found at the count positions (of n) whose maximum over the T contexts is largest, since any
+    value elsewhere is at most as large as each of these maxima. So top-k searches n values instead of T·n.
 
     Args:
-        similarity: [T, m, n].
-        best: its maximum over T, [m, n], -inf outside the window.
+        similarity: of m targets with n positions in each of T contexts, [T, m, n].
+        best: maximum of similarity over T, [m, n], -inf outside the window.
     """
     contexts, _, positions = similarity.shape
     maximum, position = best.topk(min(count, positions))
@@ -80,23 +79,23 @@ def best_matches(similarity: torch.Tensor, best: torch.Tensor, count: int) -> tu
 
 def mix_labels(similarity: torch.Tensor, window_bias: torch.Tensor | None, labels: torch.Tensor,
                topk: int) -> torch.Tensor:
-    """Labels of m targets: the mean over their topk most similar context patches, weighted by exp(cos / 0.1).
+    """Average the labels of each target's topk most similar context patches, weighted by exp(cos / 0.1).
 
     Args:
-        similarity: cosines [T, m, n] with the patches at n positions in each of T contexts.
+        similarity: cosines of m targets with n positions in each of T contexts, [T, m, n].
         window_bias: [m, n], 0 inside the window and -inf outside; None for no window.
         labels: [T, n, C].
 
     Returns:
-        [m, C]. Patches as similar as the k-th are all included.
+        [m, C]. All patches as similar as the k-th are included.
     """
     k, labels = min(topk, similarity.shape[0] * similarity.shape[2]), labels.flatten(0, 1)
     best = similarity.amax(0) if window_bias is None else similarity.amax(0).add_(window_bias)
-    values, index = best_matches(similarity, best, k + 1)  # one more shows whether others equal the k-th
+    values, index = best_matches(similarity, best, k + 1)  # one more, to detect ties with the k-th
     weights = torch.exp(values[:, :k] / TEMPERATURE)
     mixed = (weights[..., None] * labels[index[:, :k]]).sum(1) / weights.sum(1, keepdim=True)
     if values.shape[1] > k:
-        # ties are rare: for these targets alone, compare all context patches with the k-th value
+        # rare: compare all context patches with the k-th value, for these targets only
         tied = ((values[:, k] == values[:, k - 1]) & values[:, k].isfinite()).nonzero()[:, 0]
         if len(tied):
             every = similarity[:, tied] if window_bias is None else similarity[:, tied] + window_bias[tied]
@@ -109,7 +108,7 @@ def mix_labels(similarity: torch.Tensor, window_bias: torch.Tensor | None, label
 # ---------------------------------------------------------------- a frame, tile by tile
 
 class Tile(NamedTuple):
-    """Some rows of a frame's patches, and the rows of its contexts that their windows reach; ends are excluded."""
+    """Rows of target patches, top to bottom - 1, and the rows of context patches within reach of their windows."""
     top: int
     bottom: int
     context_top: int
@@ -117,10 +116,10 @@ class Tile(NamedTuple):
 
 
 def tiles(height: int, width: int, radius: int, max_contexts: int, device: torch.device) -> Iterator[Tile]:
-    """Split a frame so that the similarities of one tile with its contexts number at most MAX_SIMILARITIES.
+    """Split a frame into tiles with at most MAX_SIMILARITIES similarities each.
 
-    The split depends on max_contexts, not on the contexts at hand, so that all frames of a video have the same tiles
-    and the masks of their windows are computed once. Radius 0: no window.
+    The split depends on max_contexts, not on the number of contexts so far, so that all frames of a video share their
+    tiles, and the window masks are computed once. Radius 0: no window.
     """
     reach = radius or height
     limit = MAX_SIMILARITIES.get(device.type, MAX_SIMILARITIES["cuda"]) // (max_contexts * width**2)
@@ -131,7 +130,7 @@ def tiles(height: int, width: int, radius: int, max_contexts: int, device: torch
 
 @lru_cache(maxsize=256)
 def window_bias(tile: Tile, height: int, width: int, radius: int, device: torch.device) -> torch.Tensor | None:
-    """0 for context patches in a target's window, -inf for others, [targets, contexts]; None for no window."""
+    """Additive mask of the window, [targets, contexts]: 0 inside, -inf outside; None for no window."""
     if not radius:
         return None
     window = restrict_neighborhood(height, width, radius, slice(tile.top, tile.bottom),
@@ -140,10 +139,7 @@ def window_bias(tile: Tile, height: int, width: int, radius: int, device: torch.
 
 
 def products(target: torch.Tensor, contexts: torch.Tensor, tile: Tile) -> torch.Tensor:
-    """Inner products of a tile of target [h, w, D] with the context rows it reaches, of contexts [T, h, w, D].
-
-    Returns [T, m, n].
-    """
+    """Inner products of a tile's targets and contexts: target [h, w, D], contexts [T, h, w, D] -> [T, m, n]."""
     target = target[tile.top:tile.bottom].flatten(0, 1).expand(len(contexts), -1, -1)
     return torch.bmm(target, contexts[:, tile.context_top:tile.context_bottom].flatten(1, 2).transpose(1, 2))
 
@@ -151,15 +147,15 @@ def products(target: torch.Tensor, contexts: torch.Tensor, tile: Tile) -> torch.
 def label_propagation(target: torch.Tensor, contexts: torch.Tensor, labels: torch.Tensor,
                       size_mask_neighborhood: int = 12, topk: int = 5,
                       max_contexts: int | None = None) -> torch.Tensor:
-    """Soft labels of a frame from those of its context frames.
+    """Propagate soft labels from the context frames to a frame.
 
     Args:
         target: features [h, w, D], of unit length.
         contexts: features [T, h, w, D], of unit length.
         labels: [T, h, w, C].
         size_mask_neighborhood: a window of ± this many patches; 0 for none.
-        topk: how many context patches a label is taken from.
-        max_contexts: largest T of the video; T itself if None.
+        topk: number of context patches to average the labels of.
+        max_contexts: largest T in the video; default: T.
 
     Returns:
         [h, w, C].
@@ -175,21 +171,21 @@ def label_propagation(target: torch.Tensor, contexts: torch.Tensor, labels: torc
 # ---------------------------------------------------------------- masks
 
 def norm_mask(mask: torch.Tensor) -> torch.Tensor:
-    """Scale each channel of [C, H, W] to 0 … 1, unless it has no positive value or is constant."""
+    """Scale each channel of [C, H, W] to 0 … 1, except constant ones and those without a positive value."""
     low, high = mask.amin((1, 2), keepdim=True), mask.amax((1, 2), keepdim=True)
-    scaled = (high > 0) & (high - low > 1e-6 * high)  # constant except for rounding counts as constant
+    scaled = (high > 0) & (high - low > 1e-6 * high)  # constant up to rounding is constant
     return mask.sub(low.where(scaled, 0)).div_((high - low).where(scaled, 1))
 
 
 @lru_cache(maxsize=64)
 def nearest(source: int, size: int) -> np.ndarray:
-    """Indices [size] of the nearest of source pixels in a row, by pixel centres and rounded as PIL does."""
+    """Indices [size] that resize a row of source pixels as PIL's NEAREST does."""
     row = Image.fromarray(np.arange(source, dtype=np.int32)[None])
     return np.array(row.resize((size, 1), Image.Resampling.NEAREST))[0].astype(np.int64)
 
 
 def to_mask(labels: torch.Tensor, patch_size: int, height: int, width: int) -> torch.Tensor:
-    """Soft labels of patches [C, h, w] -> ids, uint8 [height, width]."""
+    """Upsample soft labels of patches [C, h, w] to ids, uint8 [height, width]."""
     labels = F.interpolate(labels[None].contiguous(), scale_factor=patch_size, mode="bilinear", align_corners=False)[0]
     ids = norm_mask(labels).max(0).indices.to(torch.uint8)  # argmax, much faster on CPUs
     rows, columns = (torch.from_numpy(nearest(source, size)).to(ids.device)

@@ -1,7 +1,7 @@
 """Label propagation through a video. On CPUs, upper bounds rule out most context patches before the full comparison.
 
-A product over a quarter of the dimensions bounds every cosine from above; only patches whose bound reaches the cosine
-of the k-th best are compared in full. The selected patches, ties included, are those of label_propagation.
+A product over a quarter of the dimensions bounds every cosine from above. Only patches whose bound reaches the k-th
+best cosine are compared in full, which selects the same patches as label_propagation, ties included.
 """
 from collections.abc import Iterable, Iterator
 
@@ -9,23 +9,23 @@ import torch
 
 from selfpatch.video.label_propagation import TEMPERATURE, best_matches, label_propagation, products, tiles, window_bias
 
-SKETCH_SHARE = 1 / 4  # of the features' dimensions, from which similarities are bounded
-MAX_LOOKUPS = 5  # full comparisons per target and context, above which the whole product is faster
-PAIRS_PER_CHUNK = 512  # so that their features fit in a CPU's cache
+SKETCH_SHARE = 1 / 4  # of the features' dimensions are used for the bounds
+MAX_LOOKUPS = 5  # full comparisons per target and context; with more, the whole product is faster
+PAIRS_PER_CHUNK = 512  # their features fit in a CPU's cache
 
 
 def leading_axes(features: torch.Tensor) -> torch.Tensor:
-    """The principal axes [D, K] of features [h, w, D], a share of SKETCH_SHARE of all."""
+    """The leading SKETCH_SHARE of the principal axes of features [h, w, D]: [D, K]."""
     features = features.flatten(0, 1).nan_to_num()
     axes = torch.linalg.eigh(features.T @ features).eigenvectors  # ascending eigenvalues
     return axes[:, -max(1, int(SKETCH_SHARE * len(axes))):].contiguous()
 
 
 def sketch(features: torch.Tensor, axes: torch.Tensor) -> torch.Tensor:
-    """Features of unit length [..., D] -> [..., K + 1]: their components along K axes, and the length of the rest.
+    """Reduce unit features [..., D] to their components along K axes and the length of the remainder: [..., K + 1].
 
-    With x = a + r and y = b + s, split into the axes' subspace and the rest, x·y = a·b + r·s ≤ a·b + |r||s| by
-    Cauchy-Schwarz, which is the product of the two sketches.
+    The product of two sketches bounds the cosine from above: split x = a + r and y = b + s into the axes' subspace and
+    the remainder, then x·y = a·b + r·s ≤ a·b + |r||s| by Cauchy-Schwarz.
     """
     components = features @ axes
     rest = 1 - components.square().sum(-1, keepdim=True)
@@ -33,26 +33,26 @@ def sketch(features: torch.Tensor, axes: torch.Tensor) -> torch.Tensor:
 
 
 def cosines(target: torch.Tensor, row: torch.Tensor, contexts: torch.Tensor, patch: torch.Tensor) -> torch.Tensor:
-    """Inner products [P] of the pairs target[row] and contexts[patch], from [m, D] and [N, D], a chunk at a time."""
+    """Inner products [P] of the pairs target[row], contexts[patch], from [m, D] and [N, D], in chunks."""
     pairs = zip(row.split(PAIRS_PER_CHUNK), patch.split(PAIRS_PER_CHUNK), strict=True)
     return torch.cat([torch.linalg.vecdot(target.index_select(0, r), contexts.index_select(0, p)) for r, p in pairs])
 
 
 def find_lookups(bound: torch.Tensor, bias: torch.Tensor | None, target: torch.Tensor, contexts: torch.Tensor,
                  first: int, topk: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The pairs that have to be compared in full, sorted by target.
+    """Find the pairs that need a full comparison, sorted by target.
 
-    The topk patches with the largest bounds are compared first. The least of their cosines is a threshold that the
-    true topk all reach, so a patch whose bound is lower cannot be among them.
+    The topk patches with the largest bounds are compared first. Their smallest cosine is a threshold: the true topk all
+    reach it, so patches whose bound is lower are ruled out.
 
     Args:
         bound: upper bounds of the cosines, [T, m, n].
         bias: [m, n], 0 inside the window and -inf outside; None for no window.
         target, contexts: features [m, D] and [T, N, D].
-        first: index among N of the first of the n positions.
+        first: index of the first of the n positions, among N.
 
     Returns:
-        indices of targets, and of context patches among T·N, both [P].
+        Indices of the targets, and of the context patches among T·N, both [P].
     """
     patches, positions = contexts.shape[1], bound.shape[2]
     best = bound.amax(0) if bias is None else bound.amax(0).add_(bias)
@@ -61,7 +61,7 @@ def find_lookups(bound: torch.Tensor, bias: torch.Tensor | None, target: torch.T
     rows = torch.arange(len(target), device=target.device).repeat_interleave(candidate.shape[1])
     threshold = cosines(target, rows, contexts.flatten(0, 1), candidate.flatten()).view_as(candidate)
     threshold = threshold.amin(1, keepdim=True)
-    # first by position, with the best bound of its T patches, then by patch: few positions are left for the second
+    # filter positions by their best bound over T first; few remain whose T patches must be checked one by one
     row, position = (best >= threshold).nonzero(as_tuple=True)
     pair, context = (bound[:, row, position].T >= threshold[row]).nonzero(as_tuple=True)
     return row[pair], context * patches + first + position[pair]
@@ -69,9 +69,9 @@ def find_lookups(bound: torch.Tensor, bias: torch.Tensor | None, target: torch.T
 
 def mix_pairs(row: torch.Tensor, cosine: torch.Tensor, labels: torch.Tensor, num_targets: int,
               topk: int) -> torch.Tensor:
-    """mix_labels from pairs sorted by target: row and cosine [P], labels [P, C] -> [num_targets, C]."""
+    """mix_labels for pairs sorted by target: row and cosine [P], labels [P, C] -> [num_targets, C]."""
     count = row.bincount(minlength=num_targets)
-    # pad each target's cosines to a row of a table, to find its k-th largest
+    # one row per target, padded with -inf, to find its k-th largest
     table = cosine.new_full((num_targets, max(1, count.max())), -torch.inf)
     table[row, torch.arange(len(row), device=row.device) - (count.cumsum(0) - count)[row]] = cosine
     kth = table.topk(min(topk, table.shape[1])).values[:, -1]
@@ -83,7 +83,11 @@ def mix_pairs(row: torch.Tensor, cosine: torch.Tensor, labels: torch.Tensor, num
 def propagation_by_bounds(target: torch.Tensor, contexts: torch.Tensor, labels: torch.Tensor,
                           sketches: tuple[torch.Tensor, torch.Tensor], radius: int, topk: int,
                           max_contexts: int) -> torch.Tensor | None:
-    """label_propagation from sketches of the target and of its contexts; None if too many pairs remain."""
+    """label_propagation by bounds; None if they leave too many pairs to compare.
+
+    Args:
+        sketches: of the target [h, w, K + 1], and of the contexts [T, h, w, K + 1].
+    """
     (height, width, _), limit, mixed = target.shape, MAX_LOOKUPS * len(contexts), []
     if topk > limit:
         return None
@@ -99,17 +103,16 @@ def propagation_by_bounds(target: torch.Tensor, contexts: torch.Tensor, labels: 
 
 
 class ContextFrames:
-    """Features and labels of frame 0 and of the last n frames, and their sketches while bounds are in use.
+    """Features and labels of frame 0 and the last n_last_frames, with sketches as long as bounds are in use.
 
     Args:
-        first, labels: of frame 0, [h, w, D] and [h, w, C].
-        n_last_frames: n.
+        first, labels: features [h, w, D] and labels [h, w, C] of frame 0.
     """
 
     def __init__(self, first: torch.Tensor, labels: torch.Tensor, n_last_frames: int):
         self.n_last_frames, self.num_frames, slots = n_last_frames, 0, n_last_frames + 1
         self.features, self.labels = first.new_empty(slots, *first.shape), labels.new_empty(slots, *labels.shape)
-        # a GPU computes the whole product faster, and the sketches' margin is for float32
+        # not on GPUs, where the whole product is faster; the sketches' margin is made for float32
         self.axes = None
         if first.device.type == "cpu" and first.dtype == labels.dtype == torch.float32:
             self.axes = leading_axes(first)
@@ -117,7 +120,7 @@ class ContextFrames:
         self.add(first, labels)
 
     def add(self, features: torch.Tensor, labels: torch.Tensor) -> None:
-        """Keep a frame: the first in slot 0, later ones in a ring of the others."""
+        """Store a frame: the first in slot 0, later ones in a ring buffer of the other slots."""
         slot = 1 + (self.num_frames - 1) % self.n_last_frames if self.num_frames and self.n_last_frames else 0
         if slot or not self.num_frames:
             self.features[slot], self.labels[slot] = features, labels
@@ -126,7 +129,7 @@ class ContextFrames:
         self.num_frames += 1
 
     def propagate(self, target: torch.Tensor, size_mask_neighborhood: int, topk: int) -> torch.Tensor:
-        """Soft labels [h, w, C] of the next frame, of features [h, w, D]."""
+        """Soft labels [h, w, C] of the next frame, from its features [h, w, D]."""
         slots = len(self.features)
         contexts, labels = self.features[:self.num_frames], self.labels[:self.num_frames]
         if self.axes is not None and self.num_frames >= slots:  # with fewer contexts the whole product is small
@@ -140,16 +143,16 @@ class ContextFrames:
 
 def propagate(features: Iterable[torch.Tensor], labels: torch.Tensor, n_last_frames: int = 7,
               size_mask_neighborhood: int = 12, topk: int = 5) -> Iterator[torch.Tensor]:
-    """Soft labels [C, h, w] of each frame after the first, from the first and the n_last_frames before.
+    """Yield the soft labels [C, h, w] of each frame after the first, from the first and the n_last_frames before.
 
     Args:
-        features: [h, w, D] of unit length, frame by frame.
+        features: of each frame, [h, w, D], of unit length.
         labels: of the first frame, [C, h, w].
         size_mask_neighborhood, topk: see label_propagation.
     """
     features, labels = iter(features), labels.permute(1, 2, 0)
     first = next(features)
-    # with rows along the longer side, a window reaches a smaller share of the rows, and so does a tile
+    # rows along the longer side: windows and tiles then span a smaller share of the rows
     transposed = first.shape[1] > first.shape[0]
     first, labels = (x.transpose(0, 1) if transposed else x for x in (first, labels))
     contexts = ContextFrames(first, labels, n_last_frames)

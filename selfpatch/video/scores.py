@@ -1,4 +1,4 @@
-"""J & F of DAVIS 2017, semi-supervised: how well masks of a video agree with its annotation (Perazzi et al. 2016)."""
+"""J & F of DAVIS 2017, semi-supervised: region and contour agreement of masks and annotations (Perazzi et al. 2016)."""
 import math
 import multiprocessing
 from collections.abc import Iterable, Iterator
@@ -32,9 +32,9 @@ def boundary_map(mask: np.ndarray) -> np.ndarray:
 
 
 def to_bits(mask: np.ndarray, stride: int) -> int:
-    """A 0/1 mask, uint8 [H, W], as an integer whose bit y·stride + x is a pixel, so that a bit shift moves the mask.
+    """Pack a 0/1 mask, uint8 [H, W], into an integer: pixel (y, x) is bit y·stride + x, and a bit shift moves the mask.
 
-    One operation on Python's big integers then handles all pixels at once, 64 of them per machine word.
+    An operation on Python's big integers handles all pixels at once, 64 per machine word.
     """
     rows = cv2.copyMakeBorder(mask, 0, 0, 0, stride - mask.shape[1], cv2.BORDER_CONSTANT)
     return int.from_bytes(np.packbits(rows, bitorder="little").tobytes(), "little")
@@ -43,7 +43,7 @@ def to_bits(mask: np.ndarray, stride: int) -> int:
 def dilate(bits: int, stride: int, radius: int) -> int:
     """Dilate by the disk x² + y² ≤ radius². stride is width + radius, so that shifts never reach the next row."""
     row, reach, dilated = bits, 0, 0
-    for y in range(radius, -1, -1):  # from the disk's narrow top row to its centre, each wider than the one before
+    for y in range(radius, -1, -1):  # from the disk's narrow top row to its wide centre
         while (reach + 1) ** 2 + y**2 <= radius**2:
             reach += 1
             row |= bits << reach | bits >> reach
@@ -52,7 +52,7 @@ def dilate(bits: int, stride: int, radius: int) -> int:
 
 
 def tolerance(shape: tuple[int, ...]) -> int:
-    """Distance in pixels up to which boundary points of an H×W frame match."""
+    """Largest distance in pixels of matching boundary points in an H×W frame."""
     return math.ceil(0.008 * math.hypot(*shape))
 
 
@@ -71,10 +71,10 @@ def jaccard(annotation: np.ndarray, result: np.ndarray) -> float:
 
 
 def boundary_f(annotation: np.ndarray, result: np.ndarray, radius: int | None = None) -> float:
-    """Contour accuracy F of two 0/1 masks, uint8 [H, W]: the share of boundary points that match the other's.
+    """Contour accuracy F of two 0/1 masks, uint8 [H, W]: harmonic mean of boundary precision and recall.
 
     Args:
-        radius: the tolerance of the whole frame if the masks are cropped from it; that of their own size if None.
+        radius: tolerance in pixels, of the whole frame if the masks are cropped; default: that of their own size.
     """
     radius = tolerance(annotation.shape) if radius is None else radius
     truth, predicted = boundary_map(annotation), boundary_map(result)
@@ -95,9 +95,9 @@ def num_objects(annotation: np.ndarray) -> int:
 
 
 def absent_objects(annotation: np.ndarray) -> list[int]:
-    """Ids from 1 to num_objects that have no pixel in the first frame's annotation.
+    """Ids from 1 to num_objects without a pixel in the first frame's annotation.
 
-    The official figures count them as objects, whose empty masks are perfect.
+    The official figures count them as objects with perfect, empty masks.
     """
     present = np.unique(annotation)
     return [i for i in range(1, num_objects(annotation) + 1) if i not in present]
@@ -109,7 +109,7 @@ def score_frame(annotation: np.ndarray, result: np.ndarray, objects: int) -> tup
     js, fs = [], []
     for i in range(1, objects + 1):
         pair = [(ids == i).view(np.uint8) for ids in (annotation, result)]
-        crop = box(pair[0] | pair[1], 1)  # contains all boundaries
+        crop = box(pair[0] | pair[1], 1)  # includes all boundaries
         pair = [mask[crop] for mask in pair]
         js.append(jaccard(*pair) if pair[0].size else 1.0)
         fs.append(boundary_f(*pair, radius) if pair[0].size else 1.0)
@@ -117,13 +117,13 @@ def score_frame(annotation: np.ndarray, result: np.ndarray, objects: int) -> tup
 
 
 def score_sequence(annotations: np.ndarray, results: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """J and F, [objects, T - 2], of all frames except the first and the last.
+    """J and F of all frames but the first and the last, both [objects, T - 2].
 
     Args:
         annotations, results: ids, uint8 [T, H, W].
 
     Raises:
-        DataError: fewer than 3 frames, no object, different shapes, or an id above those of the first annotation.
+        DataError: fewer than 3 frames, no object, different shapes, or results with an unknown id.
     """
     if annotations.shape != results.shape:
         raise DataError(f"results are {list(results.shape)}, annotations {list(annotations.shape)} (T, H, W)")
@@ -149,10 +149,11 @@ def statistics(values: np.ndarray) -> tuple[float, float, float]:
 
 def summarise(scores: dict[str, tuple[np.ndarray, np.ndarray]],
               absent: dict[str, list[int]] | None = None) -> tuple[dict[str, float], dict[str, tuple]]:
-    """Scores by sequence -> the seven official measures, and (J-Mean, F-Mean) by "<sequence>_<object>".
+    """Summarise scores by sequence: the seven official measures, and (J-Mean, F-Mean) by "<sequence>_<object>".
 
     Args:
-        absent: ids to leave out, by sequence; None for the official figures.
+        scores: J and F of each sequence, [objects, T - 2].
+        absent: ids to leave out, by sequence; default: none, as in the official figures.
     """
     if not scores:
         raise DataError("no sequence to score")
@@ -164,7 +165,14 @@ def summarise(scores: dict[str, tuple[np.ndarray, np.ndarray]],
 
 
 def score_files(annotation_folder: Path, result_folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """J and F of one sequence from two folders of PNGs; the result's first and last frames are not needed."""
+    """J and F of one sequence, [objects, T - 2], from two folders of PNGs.
+
+    The results may lack the first and last frame, which are not scored.
+
+    Raises:
+        DataError: a frame is missing, or the masks cannot be scored.
+        UnreadableImage: a PNG cannot be read.
+    """
     cv2.setNumThreads(1)
     annotation_paths = numbered_files(annotation_folder, (".png",), "annotations")
     result_paths = [result_folder / path.name for path in annotation_paths]
@@ -189,10 +197,10 @@ def score_files(annotation_folder: Path, result_folder: Path) -> tuple[np.ndarra
 
 def score_folder(davis_path: str | Path, results_path: str | Path, set_name: str = "val",
                  processes: int = 1) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """J and F by sequence for a folder of results, with the sequences distributed over processes.
+    """Score a folder of results: J and F [objects, T - 2] by sequence, computed in several processes.
 
     Raises:
-        DataError: one line for every sequence that cannot be scored; the others are not scored either.
+        DataError: a sequence cannot be scored; the message has one line for each.
     """
     names = read_set(davis_path, set_name)
     for name in names:
@@ -220,21 +228,21 @@ def attempt_score(folders: tuple[Path, Path]) -> tuple[np.ndarray, np.ndarray] |
 
 
 def first_annotations(davis_path: str | Path, names: Iterable[str]) -> dict[str, tuple[Path, Mask]]:
-    """The first annotation of each sequence, as a file and as read."""
+    """Read the first annotation of each sequence: (file, mask) by name."""
     folders = {name: Path(davis_path) / "Annotations" / "480p" / name for name in names}
     paths = {name: numbered_files(folder, (".png",), "annotations")[0] for name, folder in folders.items()}
     return {name: (path, read_mask(path)) for name, path in paths.items()}
 
 
 def find_absent(annotations: dict[str, np.ndarray]) -> dict[str, list[int]]:
-    """absent_objects of each sequence that has any, from its first annotation, ids [H, W]."""
+    """absent_objects by sequence, from first annotations [H, W]; sequences without any are left out."""
     absent = {name: absent_objects(ids) for name, ids in annotations.items()}
     return {name: ids for name, ids in absent.items() if ids}
 
 
 def score_notes(annotations: dict[str, tuple[Path, Mask]], scores: dict[str, tuple[np.ndarray, np.ndarray]],
                 absent: dict[str, list[int]], present_objects: bool) -> Iterator[str]:
-    """What there is to say about first annotations: masks of DAVIS 2016, and ids without a pixel."""
+    """Notes on first annotations for the user: masks of DAVIS 2016, and ids without a pixel."""
     yield from filter(None, (binary_note(*annotation) for annotation in annotations.values()))
     if absent:
         yield absence_note(scores, absent, present_objects)
@@ -242,7 +250,7 @@ def score_notes(annotations: dict[str, tuple[Path, Mask]], scores: dict[str, tup
 
 def absence_note(scores: dict[str, tuple[np.ndarray, np.ndarray]], absent: dict[str, list[int]],
                  present_objects: bool) -> str:
-    """One line that says which ids have no pixel, and what the mean is with or without them."""
+    """A line on ids without a pixel, with the mean that the figures do not show."""
     listed = "; ".join(f"{name}: {', '.join(map(str, ids))}" for name, ids in absent.items())
     official, present = (summarise(scores, ids)[0]["J&F-Mean"] for ids in (None, absent))
     if present_objects:
@@ -254,11 +262,11 @@ def absence_note(scores: dict[str, tuple[np.ndarray, np.ndarray]], absent: dict[
 
 def format_scores(scores: dict[str, tuple[np.ndarray, np.ndarray]], absent: dict[str, list[int]] | None = None,
                   present_objects: bool = False) -> str:
-    """The figures as text: the seven measures and then a line for each object.
+    """Format the seven measures, and below them a line for each object.
 
     Args:
-        absent: ids without a pixel in the first annotation, by sequence (find_absent); they are marked.
-        present_objects: leave them out.
+        absent: ids without a pixel in the first annotation, by sequence (find_absent), to mark.
+        present_objects: leave these ids out.
     """
     absent = {name: ids for name, ids in (absent or {}).items() if name in scores}
     measures, objects = summarise(scores, absent if present_objects else None)
@@ -273,10 +281,10 @@ def format_scores(scores: dict[str, tuple[np.ndarray, np.ndarray]], absent: dict
 
 def write_csv(scores: dict[str, tuple[np.ndarray, np.ndarray]], folder: str | Path, set_name: str = "val",
               absent: dict[str, list[int]] | None = None) -> None:
-    """The official tool's two files, global_results-<set>.csv and per-sequence_results-<set>.csv.
+    """Write the official tool's two files, global_results-<set>.csv and per-sequence_results-<set>.csv.
 
     Args:
-        absent: ids to leave out, by sequence; None for the official figures.
+        absent: ids to leave out, by sequence; default: none, as in the official figures.
     """
     measures, objects = summarise(scores, absent)
     write_text(Path(folder) / f"global_results-{set_name}.csv",

@@ -1,4 +1,4 @@
-"""An evaluation of videos that was killed: which ones it had finished, and what it left behind."""
+"""Continuing an evaluation that was killed: keep the videos it finished, remove the temporary folders it left."""
 import contextlib
 import json
 import os
@@ -15,13 +15,13 @@ LEFTOVER = re.compile(r"\.(.+)\.(\d+)\.(tmp|old)")  # of whole_files.py
 
 
 class Unfinished:
-    """The marker of a call that is under way, .unfinished.json in the folder of its results.
+    """Marks a run in progress, by .unfinished.json in its output folder.
 
-    A call with the same settings that finds it takes over the videos that the earlier one has finished. It is removed
-    at the end, so that a call after a whole one computes everything anew.
+    A later run with the same settings keeps the videos that were finished. A run that ends removes the marker, so that
+    the next one computes everything again.
 
     Args:
-        settings: everything that decides what the masks are, as JSON has it.
+        settings: everything that determines the masks; JSON, or converted with str.
     """
 
     def __init__(self, output_dir: str | Path, settings: dict):
@@ -29,7 +29,7 @@ class Unfinished:
         self.path = self.folder / ".unfinished.json"
 
     def begin(self) -> None:
-        """Clear up after processes that were killed, and write the marker unless one with these settings is there.
+        """Remove what killed processes left, and write the marker unless one with these settings exists.
 
         Raises:
             ConfigError: the folder cannot be written to.
@@ -42,13 +42,14 @@ class Unfinished:
             raise ConfigError(f"--output_dir {self.folder}: {error.strerror}") from None
 
     def continues(self) -> bool:
+        """Whether a run with these settings was interrupted."""
         try:
             return json.loads(self.path.read_text()) == self.settings
         except (OSError, ValueError):
             return False
 
     def masks(self, sequence: Sequence) -> np.ndarray | None:
-        """The masks [T, H, W] of a video that the earlier call finished, None if it did not."""
+        """Masks of a video that the interrupted run finished, uint8 [T, H, W]; None if it did not."""
         folder = self.folder / sequence.name
         with contextlib.suppress(OSError, DataError, ConfigError):
             if self.continues() and folder.stat().st_mtime_ns >= self.path.stat().st_mtime_ns:
@@ -64,13 +65,13 @@ def is_running(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:  # somebody else's
+    except PermissionError:  # another user's
         pass
     return True
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove the temporary folders of processes that no longer run; results that were being replaced are put back."""
+    """Remove the temporary folders of dead processes, and restore results that one of them was replacing."""
     for path in folder.glob(".*.*.*"):
         match = LEFTOVER.fullmatch(path.name)
         if match and path.is_dir() and not is_running(int(match[2])):

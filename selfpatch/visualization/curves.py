@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from selfpatch.errors import ConfigError
-from selfpatch.pretraining.logs import parse_row
-from selfpatch.pretraining.step_log import rows_until
+from selfpatch.pretraining.logs import parse_row, rows_until
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -1,11 +1,11 @@
-"""The demo's data: faintly coloured scenes of patterned objects on a patterned ground, drawn with their labels.
+"""Synthetic scenes for the demo: faintly coloured, patterned objects on a patterned ground, with labels.
 
-    clip = draw_scene(np.random.default_rng(0), 96, 96)         # frames, materials and objects of a still scene
-    clip = draw_scene(rng, 320, 240, objects=(2, 3), radius=(34, 52), frames=12, speed=5)
+    scene = draw_scene(np.random.default_rng(0), 96, 96)        # frames, materials and objects of a still image
+    scene = draw_scene(rng, 320, 240, objects=(2, 3), radius=(34, 52), frames=12, speed=5)      # of a video
 
 A material is one of eight patterns, of random direction, scale, phase and contrast, slightly bent, with a faint tint.
-Objects overlap, are darker towards their rims and cast shadows. All materials of a scene have nearly the same two
-greys, so brightness does not tell them apart. Pattern and tint do, once changes of brightness are looked through.
+Objects overlap, darken towards their rims and cast shadows. All materials of a scene have nearly the same two greys, so
+that pattern and tint tell them apart, and brightness does not.
 """
 import math
 from collections.abc import Callable
@@ -21,7 +21,7 @@ TINT = 0.12  # largest relative difference of a channel from grey
 # ---------------------------------------------------------------- materials: [size, size] of 0 … 1
 
 def noise(rng: np.random.Generator, size: int, scale: float) -> np.ndarray:
-    """Smooth noise whose lumps are about so many pixels wide, float32 [size, size]."""
+    """Smooth noise with lumps of about `scale` pixels, float32 [size, size]."""
     cells = int(size / scale) + 4
     side = max(round(cells * scale), size)
     lumps = cv2.resize(rng.random((cells, cells), dtype=np.float32), (side, side), interpolation=cv2.INTER_CUBIC)
@@ -76,7 +76,7 @@ def spots(rng: np.random.Generator, size: int, wave: float) -> np.ndarray:
 
 
 def cells(rng: np.random.Generator, size: int, wave: float) -> np.ndarray:
-    """Distance to the nearest of scattered points."""
+    """Distance to the nearest of scattered points, as in a Voronoi diagram."""
     wave, margin = 1.3 * wave, 2 * int(wave)
     count = (size + 2 * margin) // int(wave) + 1
     points = np.indices((count, count)).reshape(2, -1) * wave + rng.uniform(0, 0.8 * wave, (2, count * count))
@@ -99,7 +99,7 @@ NAMES = tuple(material.__name__ for material in MATERIALS)
 # ---------------------------------------------------------------- scenes
 
 def surface(rng: np.random.Generator, size: int, material: int, greys: tuple[float, float]) -> np.ndarray:
-    """A square of a material in about these two greys, lit from one side, float32 [size, size] of 0 … 255."""
+    """A square of a material in roughly two greys, lit from one side, float32 [size, size] in 0 … 255."""
     pattern = MATERIALS[material](rng, size, rng.uniform(*WAVELENGTHS))
     low, high = rng.permutation(greys) + rng.uniform(-12, 12, 2)
     y, x = np.mgrid[:size, :size] / size - 0.5
@@ -109,13 +109,13 @@ def surface(rng: np.random.Generator, size: int, material: int, greys: tuple[flo
 
 
 def draw_tints(rng: np.random.Generator) -> np.ndarray:
-    """Factors of red, green and blue for each material in one scene, float32 [materials, 3]."""
+    """Factors on red, green and blue for each material of a scene, float32 [materials, 3]."""
     hues = 2 * math.pi * np.arange(len(MATERIALS)) / len(MATERIALS) + rng.uniform(-0.15, 0.15, len(MATERIALS))
     return np.float32(1 + TINT * np.cos(hues[:, None] - 2 * math.pi / 3 * np.arange(3)))
 
 
 class Scene(NamedTuple):
-    """Frames [T, H, W, 3], and for each pixel its material, an index of NAMES, and its object, 0 the ground; uint8."""
+    """Frames [T, H, W, 3]; each pixel's material, an index of NAMES, and object, 0 for the ground [T, H, W]; uint8."""
     frames: np.ndarray
     materials: np.ndarray
     objects: np.ndarray
@@ -125,8 +125,8 @@ class Blob:
     """An object with a wavy outline, a material, a position, a speed and a spin.
 
     Args:
-        radius: least and largest mean radius in pixels.
-        speed: most pixels per frame in each direction.
+        radius: smallest and largest mean radius in pixels.
+        speed: highest speed in pixels per frame, in each direction.
     """
 
     def __init__(self, rng: np.random.Generator, frame_size: tuple[int, int], radius: tuple[float, float],
@@ -145,7 +145,7 @@ class Blob:
         self.surface = surface(rng, size, material, greys) * (0.65 + 0.35 * (2.5 * from_rim).clip(0, 1))
 
     def paint(self, frame: np.ndarray, materials: np.ndarray, objects: np.ndarray, number: int, time: int) -> None:
-        """Draw the object with its shadow into a frame, float32 [H, W], and into the frame's labels."""
+        """Draw the object and its shadow into a frame, float32 [H, W], and the object into the frame's labels."""
         height, width = frame.shape
         middle = len(self.stencil) / 2
         move = cv2.getRotationMatrix2D((middle, middle), self.angle + self.spin * time, 1)
@@ -161,14 +161,15 @@ class Blob:
 def draw_scene(rng: np.random.Generator, width: int, height: int, objects: tuple[int, int] = (1, 3),
                radius: tuple[float, float] = (16, 32), frames: int = 1, speed: float = 0, light: float = 0,
                ground: int | None = None) -> Scene:
-    """A scene, and what moves in it.
+    """Draw a scene of one or several frames.
 
     Args:
-        objects: least and largest number of objects.
-        radius: theirs, in pixels.
-        speed: most pixels per frame by which an object moves in each direction.
-        light: by how many radians a frame the light's brightness changes.
-        ground: material of the ground; None draws one. The objects' materials differ from it, and from each other.
+        width, height: of the frames in pixels.
+        objects: smallest and largest number of objects.
+        radius: smallest and largest mean radius of an object in pixels.
+        speed: highest speed of an object in pixels per frame, in each direction.
+        light: phase in radians by which the brightness of the light advances with each frame.
+        ground: material of the ground; default: a random one. Objects have materials of their own.
     """
     middle, contrast = rng.uniform(95, 160), rng.uniform(30, 60)
     greys = middle - contrast, middle + contrast

@@ -3,7 +3,6 @@
     pictures = overlay_frames(frames, [masks], ["ours"], width=427)      # frames and masks: lists of paths
     write_video(pictures, Path("overlay.gif"), fps=12)
 """
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,10 +12,11 @@ import numpy as np
 from PIL import Image
 
 from selfpatch.data.files import load_rgb
+from selfpatch.errors import ConfigError
 from selfpatch.video.davis import DAVIS_PALETTE, VOID, DataError, read_mask
 from selfpatch.video.scores import summarise
 from selfpatch.visualization.features import labelled_panels
-from selfpatch.whole_files import whole_folder
+from selfpatch.whole_files import whole_file, whole_folder
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -82,23 +82,20 @@ def write_video(pictures: Iterable[Image.Image], output: Path, fps: float) -> No
     """Write pictures of one size as .gif or .mp4, or as numbered PNGs in a folder; all of them or nothing.
 
     Raises:
-        OSError: this OpenCV cannot write MP4, or the disk is full.
+        ConfigError: this OpenCV cannot write MP4.
+        WriteError: the disk is full or cannot be written.
     """
-    temporary = output.with_name(f".{output.stem}.{os.getpid()}.tmp{output.suffix}")
-    try:
+    if output.suffix.lower() not in (".gif", ".mp4"):
+        with whole_folder(output) as folder:
+            for i, picture in enumerate(pictures):
+                picture.save(folder / f"{i:05d}.png")
+        return
+    with whole_file(output, suffix=output.suffix) as temporary:
         if output.suffix.lower() == ".gif":
             first, *others = with_one_palette(list(pictures))
             first.save(temporary, save_all=True, append_images=others, duration=round(1000 / fps), loop=0)
-        elif output.suffix.lower() == ".mp4":
-            write_mp4(pictures, temporary, fps)
         else:
-            with whole_folder(output) as folder:
-                for i, picture in enumerate(pictures):
-                    picture.save(folder / f"{i:05d}.png")
-            return
-        os.replace(temporary, output)
-    finally:
-        temporary.unlink(missing_ok=True)
+            write_mp4(pictures, temporary, fps)
 
 
 def with_one_palette(pictures: list[Image.Image]) -> list[Image.Image]:
@@ -115,7 +112,7 @@ def write_mp4(pictures: Iterable[Image.Image], path: Path, fps: float) -> None:
         even = picture.crop((0, 0, picture.width // 2 * 2, picture.height // 2 * 2))  # the codec needs even sides
         writer = writer or cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), fps, even.size)
         if not writer.isOpened():
-            raise OSError(f"{path.name}: this OpenCV cannot write MP4; give a .gif or a folder")
+            raise ConfigError("this OpenCV cannot write MP4; give a .gif or a folder")
         writer.write(cv2.cvtColor(np.asarray(even), cv2.COLOR_RGB2BGR))
     writer.release()
 

@@ -8,7 +8,7 @@ from PIL import Image
 
 import visualize
 from selfpatch.checkpoints import backbones
-from selfpatch.checkpoints.backbones import load_any_backbone
+from selfpatch.checkpoints.loading import load_backbone
 from selfpatch.errors import ConfigError
 from selfpatch.method.vision_transformer import VisionTransformer, vit_tiny
 from selfpatch.video.davis import read_mask
@@ -30,7 +30,7 @@ NETWORKS = {
 
 def network(name, **kwargs):
     """Untrained, two blocks, every parameter drawn so that none is 0 or 1: LayerScale and biases take part."""
-    model = load_any_backbone(f"timm:{name}", "", random_weights=True, depth=2, **NETWORKS[name], **kwargs)
+    model = load_backbone("", arch=f"timm:{name}", random_weights=True, depth=2, **NETWORKS[name], **kwargs)
     set_weights(model.network, 0)
     return model
 
@@ -93,7 +93,7 @@ def test_sizes_are_rounded_to_whole_patches_and_layers_come_in_any_order():
 def test_ours_in_timm_is_the_same():
     """A plain ViT of 224 pixels, one set of weights in both."""
     ours = set_weights(vit_tiny(class_token=True, final_norm=True), 0).eval()
-    theirs = load_any_backbone("timm:vit_tiny_patch16_224", "", random_weights=True)
+    theirs = load_backbone("", arch="timm:vit_tiny_patch16_224", random_weights=True)
     theirs.network.load_state_dict(ours.state_dict())
     x = torch.randn(1, 3, 224, 224)
     for one, other in zip(ours.features(x, -2, keys=True), theirs.features(x, -2, keys=True), strict=True):
@@ -111,7 +111,7 @@ def test_weights_from_a_file(wrap, tmp_path, capsys):
     source = timm.create_model("vit_tiny_patch16_224", num_classes=5, depth=2, img_size=64)
     set_weights(source, 1).eval()
     torch.save(wrap(source.state_dict()), tmp_path / "weights.pth")
-    model = load_any_backbone("timm:vit_tiny_patch16_224", tmp_path / "weights.pth", depth=2)
+    model = load_backbone(tmp_path / "weights.pth", arch="timm:vit_tiny_patch16_224", depth=2)
     line = capsys.readouterr().out
     assert line.startswith("loaded ") and "ignored head" in line and line.count("\n") == 1
     for name, tensor in source.state_dict().items():
@@ -129,7 +129,7 @@ def test_weights_in_the_original_names(tmp_path):
     state["pos_embed"] = torch.cat([torch.zeros(1, 1, 384), state["pos_embed"]], dim=1)
     cls = state["cls_token"].clone()
     torch.save(state, tmp_path / "dinov2.pth")
-    model = load_any_backbone("timm:vit_small_patch14_reg4_dinov2", tmp_path / "dinov2.pth", depth=2, img_size=56)
+    model = load_backbone(tmp_path / "dinov2.pth", arch="timm:vit_small_patch14_reg4_dinov2", depth=2, img_size=56)
     x = torch.randn(1, 3, 56, 70)
     torch.testing.assert_close(model(x), source(x))
     assert torch.equal(model.network.cls_token, cls)
@@ -140,7 +140,7 @@ def test_weights_in_the_original_names(tmp_path):
     ("timm:resnet18", {"random_weights": True}, "resnet18 is not a plain Vision Transformer"),
     ("timm:swin_tiny_patch4_window7_224", {"random_weights": True}, "not a plain Vision Transformer"),
     ("timm:vit_tiny_patch16_224.nonsense", {"random_weights": True}, "Invalid pretrained tag"),
-    ("timm:vit_tiny_patch16_224", {}, "give either --pretrained_weights"),
+    ("timm:vit_tiny_patch16_224", {}, "--pretrained_weights is empty"),
     ("timm:vit_tiny_patch16_224", {"random_weights": True, "patch_size": 8}, "--patch_size 8 contradicts"),
     ("timm:vit_small_patch14_dinov2", {"weights": "own.pth"}, "patches of 8×8, the network of --arch of 14×14"),
     ("timm:vit_tiny_patch16_224", {"weights": "deep.pth"}, "does not fit timm:vit_tiny_patch16_224: missing"),
@@ -154,7 +154,7 @@ def test_what_does_not_fit_is_one_line(arch, options, says, tmp_path):
     options = dict(options)
     weights = options.pop("weights", "")
     with pytest.raises(ConfigError) as error:
-        load_any_backbone(arch, tmp_path / weights if weights else "", **options)
+        load_backbone(tmp_path / weights if weights else "", arch=arch, **options)
     assert says in str(error.value) and "\n" not in str(error.value)
 
 

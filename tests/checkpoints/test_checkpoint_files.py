@@ -11,6 +11,7 @@ import torch
 from repository import ROOT
 
 from selfpatch.checkpoints.files import CheckpointError, printable, read_checkpoint, read_metadata, write_checkpoint
+from selfpatch.whole_files import WriteError
 
 
 def test_fifo_device_and_folder_are_refused_at_once(tmp_path):
@@ -32,7 +33,7 @@ def test_real_disk_limit(tmp_path, suffix):
     code = (f"import torch; from selfpatch.checkpoints import files; path = {str(path)!r}\n"
             "files.write_checkpoint({'a': torch.zeros(10)}, path)\n"
             "try: files.write_checkpoint({'a': torch.zeros(100_000)}, path)\n"
-            "except files.CheckpointError as error: print(error)")
+            "except files.ConfigError as error: print(error)")
 
     def limit():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -53,14 +54,14 @@ def test_full_disk_is_one_line(tmp_path, monkeypatch, number, function):
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(os, function, fail)
-    with pytest.raises(CheckpointError) as error:
+    with pytest.raises(WriteError) as error:
         write_checkpoint({"epoch": 1}, path)
     assert str(error.value) == f"{path} cannot be written: {os.strerror(number)}"
     monkeypatch.undo()
     assert list(tmp_path.iterdir()) == []
     write_checkpoint({"epoch": 1}, path)
     monkeypatch.setattr(os, function, fail)
-    with pytest.raises(CheckpointError, match="kept$"):
+    with pytest.raises(WriteError, match="kept$"):
         write_checkpoint({"epoch": 2}, path)
     monkeypatch.undo()
     assert read_checkpoint(path) == {"epoch": 1} and list(tmp_path.iterdir()) == [path]
@@ -83,7 +84,7 @@ def test_interrupted_write_keeps_the_old_file(tmp_path, monkeypatch):
 def test_what_cannot_be_pickled_is_not_a_full_disk(tmp_path):
     with pytest.raises((AttributeError, RuntimeError, TypeError), match="pickle"):
         write_checkpoint({"function": lambda: None}, tmp_path / "run.pth")
-    with pytest.raises(CheckpointError, match="no/run.pth cannot be written: No such file or directory$"):
+    with pytest.raises(WriteError, match="no/run.pth cannot be written: No such file or directory$"):
         write_checkpoint({}, tmp_path / "no" / "run.pth")
     assert list(tmp_path.iterdir()) == []
 

@@ -253,5 +253,5 @@ def test_names_with_escape_codes(tmp_path, sd):
 
 
 def test_page_is_what_the_command_prints(capsys):
-    runpy.run_path(str(ROOT / "selfpatch/checkpoints/layouts.py"), run_name="__main__")
+    runpy.run_module("docs.checkpoints_page", run_name="__main__")
     assert capsys.readouterr().out == (ROOT / "docs" / "CHECKPOINTS.md").read_text(encoding="utf-8")

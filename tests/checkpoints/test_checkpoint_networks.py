@@ -168,6 +168,9 @@ def test_endless_nesting(tmp_path, sd, name):
         read_backbone(saved(tmp_path, content))
     content["vit"] = sd
     assert_is(saved(tmp_path, content), sd)
+
+
+def test_very_many_entries():
     many = {}
     for _ in range(6):
         many = {str(i): many for i in range(1000)}

@@ -20,6 +20,7 @@ from selfpatch.checkpoints.files import CheckpointError
 from selfpatch.checkpoints.info import CheckpointInfo
 from selfpatch.checkpoints.timm_folder import CARD, CONFIG, WEIGHTS, card_options, model_card
 from selfpatch.method.vision_transformer import vit_small, vit_tiny
+from selfpatch.whole_files import WriteError
 
 needs_local_dir = pytest.mark.skipif("local-dir" not in Path(_factory.__file__).read_text(),
                                      reason="timm reads local-dir: from 1.0.16 on")
@@ -181,7 +182,7 @@ def test_a_failure_leaves_the_folder_as_it_was(tmp_path, monkeypatch, run_file, 
     else:
         monkeypatch.setattr(timm_folder, step, no_space)
     for folder in ("vit", "new"):
-        with pytest.raises(CheckpointError, match=f"{folder} cannot be written: No space left on device"):
+        with pytest.raises(WriteError, match=f"{folder} cannot be written: No space left on device"):
             convert_file(run_file, tmp_path / folder, "timm", overwrite=True)
     assert sorted(os.listdir(tmp_path)) == ["checkpoint.pth", "vit"]
     assert {path.name: path.read_bytes() for path in (tmp_path / "vit").iterdir()} == before

@@ -10,8 +10,8 @@ from PIL import Image, ImageFilter
 from torchvision.transforms import RandomResizedCrop
 
 from selfpatch.data import device_augmentations as ours
-from selfpatch.data.augmentations import IMAGENET_MEAN, IMAGENET_STD
 from selfpatch.data.device_augmentations import DeviceAugmentation, Draws, RandomCrops, apply, draw, draw_boxes
+from selfpatch.data.normalisation import IMAGENET_MEAN, IMAGENET_STD
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")
 HAS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

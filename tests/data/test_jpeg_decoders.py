@@ -10,11 +10,10 @@ from PIL import Image
 from repository import ROOT
 
 from selfpatch.data import files as image_files
-from selfpatch.data import jpeg_decoders
 from selfpatch.data.files import load_rgb, load_uint8
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")
-DECODERS = jpeg_decoders.installed_decoders()
+DECODERS = image_files.installed_decoders()
 NAMES = [pytest.param(name, marks=pytest.mark.skipif(name not in DECODERS, reason=f"{name} has no decoder here"))
          for name in ("torchcodec", "torchvision")]
 
@@ -60,8 +59,8 @@ def test_torchcodec_comes_first_and_what_cannot_be_loaded_is_passed_over(monkeyp
         raise RuntimeError("built for another torch")
 
     assert list(DECODERS) == [name for name in ("torchcodec", "torchvision") if name in DECODERS]
-    monkeypatch.setattr(jpeg_decoders, "torchcodec_decoder", broken)
-    assert "torchcodec" not in jpeg_decoders.installed_decoders()
+    monkeypatch.setattr(image_files, "torchcodec_decoder", broken)
+    assert "torchcodec" not in image_files.installed_decoders()
 
 
 WORKERS = """
@@ -71,7 +70,6 @@ from selfpatch.data.dataset import build_dataset
 from selfpatch.data.loader import CropLoader
 torch.manual_seed(0)
 if __name__ == "__main__":
-    from selfpatch.data import files, jpeg_decoders
     dataset = build_dataset(sys.argv[1], local_crops_number=0, global_crops_size=16)
     loader = CropLoader(dataset, 4, num_workers=2)
     loader.batches.multiprocessing_context = sys.argv[2]

@@ -5,18 +5,19 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from dense_data import make_folders, run_job
+from dense_data import make_folders
+from evaluation_jobs import run_job
 
 import discover_objects
 import eval_dense_retrieval
 import eval_knn
 import eval_linear
 import eval_linear_segmentation
-from selfpatch.errors import ConfigError, run_main
+from selfpatch.errors import ConfigError
 from selfpatch.evaluation.box_data import unique_names
-from selfpatch.evaluation.common import Machine, evaluate_each
+from selfpatch.evaluation.common import evaluate_each
 from selfpatch.evaluation.dense_retrieval import PatchMemory
-from selfpatch.evaluation.image_features import check_finite
+from selfpatch.evaluation.image_features import PatchFeature, check_finite
 from selfpatch.evaluation.knn import class_ranks, classify
 from selfpatch.evaluation.linear_segmentation import LinearHead, window_starts
 from selfpatch.evaluation.model_options import Candidate, row_names
@@ -57,7 +58,7 @@ def test_a_dense_job_whose_features_are_not_finite(job, tmp_path, monkeypatch, c
     if job is not discover_objects:
         words += ["--num_classes", 3]
     if job is eval_linear_segmentation:  # training would find it by the loss
-        monkeypatch.setattr(job, "train", lambda model, data, *_: LinearHead(model.embed_dim, data.num_classes).eval())
+        monkeypatch.setattr(job, "train", lambda feature, data, *_: LinearHead(feature.dim, data.num_classes).eval())
     assert run_job(job, *words) == 2
     err = capsys.readouterr().err
     assert "some features are NaN or infinite" in err
@@ -67,8 +68,8 @@ def test_a_dense_job_whose_features_are_not_finite(job, tmp_path, monkeypatch, c
 def test_an_image_of_too_many_patches_is_named(monkeypatch):
     monkeypatch.setattr(discover_objects, "MAX_PATCHES", 5)
     with pytest.raises(ConfigError, match="^photos/a.jpg: an image of 96×64 has 6 patches of 32, more than 5"):
-        discover_objects.discover(vit_tiny(32), torch.zeros(3, 64, 96, dtype=torch.uint8), None,
-                                  Machine(0, 1, torch.device("cpu"), torch.float32), "photos/a.jpg")
+        discover_objects.discover(PatchFeature(vit_tiny(32)), torch.zeros(3, 64, 96, dtype=torch.uint8), None,
+                                  torch.device("cpu"), "photos/a.jpg")
 
 
 def test_votes_at_a_low_temperature():
@@ -81,9 +82,9 @@ def test_a_lost_connection_is_one_line(monkeypatch):
     network = Candidate("a", torch.nn.Linear(1, 1), None)
 
     def lose(message):
-        def evaluate(candidate):
+        def fail(candidate):
             raise RuntimeError(message)
-        return evaluate_each([network], evaluate, torch.device("cpu"))
+        return evaluate_each([network], fail, torch.device("cpu"))
 
     closed = "[third_party/gloo/gloo/transport/tcp/pair.cc:561] Connection closed by peer"
     with pytest.raises(RuntimeError, match="Connection closed"):
@@ -137,15 +138,13 @@ def test_the_stride_of_windows_is_the_published_one(monkeypatch):
 
 
 @pytest.mark.parametrize("job, words, says", [
-    (eval_linear, ["--lr", "0.1", "nan"], "--lr nan"), (eval_knn, ["--seed", "-1"], "--seed -1"),
+    (eval_linear, ["--lr", "0.1", "nan"], "--lr: nan"), (eval_knn, ["--seed", "-1"], "--seed: -1"),
     (eval_knn, ["--image_size", "16", "--patch_size", "32"], "--image_size 16 is smaller than a patch"),
-    (eval_dense_retrieval, ["--seed", "-1"], "--seed -1")])
-def test_options(image_folder, tmp_path, monkeypatch, capsys, job, words, says):
+    (eval_dense_retrieval, ["--seed", "-1"], "--seed: -1")])
+def test_options(image_folder, tmp_path, capsys, job, words, says):
     for part in ("train", "val"):
         shutil.copytree(image_folder, tmp_path / part)
     data = ["--data", f"folders:{tmp_path},{tmp_path}"] if job is eval_dense_retrieval else ["--data_path", tmp_path]
-    monkeypatch.setattr("sys.argv", ["job.py", *map(str, data), "--random_weights", "--arch", "vit_tiny", *words])
-    with pytest.raises(SystemExit) as stop:
-        run_main(job.main, job.get_args_parser().parse_args())
+    assert run_job(job, *data, "--random_weights", "--arch", "vit_tiny", *words) == 2
     err = capsys.readouterr().err
-    assert stop.value.code == 2 and err.count("\n") == 1 and says in err
+    assert err.count("\n") == 1 and says in err

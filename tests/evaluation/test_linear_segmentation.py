@@ -1,20 +1,18 @@
 """Linear segmentation: the head, the loss, the windows, the crops, and the job on images that colours tell apart."""
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from dense_data import UNTRAINED, make_folders, run_job
+from dense_data import UNTRAINED, make_folders
+from evaluation_jobs import run_job, run_two
 from PIL import Image
-from repository import ROOT
 
 import eval_linear_segmentation as job
 from selfpatch.evaluation.linear_segmentation import (
     LinearHead,
-    build_head,
+    build_linear_head,
     full_size_prediction,
     kept_channels,
     segmentation_loss,
@@ -37,8 +35,8 @@ def test_head_normalises_and_maps():
 
 
 def test_dropout_is_the_same_for_the_same_step():
-    head = build_head(400, 3, torch.device("cpu"))
-    assert torch.equal(head.linear.weight, build_head(400, 3, torch.device("cpu")).linear.weight)
+    head = build_linear_head(400, 3, torch.device("cpu"))
+    assert torch.equal(head.linear.weight, build_linear_head(400, 3, torch.device("cpu")).linear.weight)
     kept = kept_channels(head, 50, 1)
     assert torch.equal(kept, kept_channels(head, 50, 1)) and not torch.equal(kept, kept_channels(head, 50, 2))
     assert kept.float().mean() == pytest.approx(0.9, abs=0.01)
@@ -103,7 +101,7 @@ def options(folders, output, *more):
 
 def test_job_learns_colours(folders, tmp_path, small_network, capsys):
     output = tmp_path / "out.json"
-    assert run_job(job, *options(folders, output, "--iterations", 25)) is None
+    assert run_job(job, *options(folders, output, "--iterations", 25)) == 0
     assert "linear segmentation, images" in capsys.readouterr().out
     (network,) = json.loads(output.read_text())["networks"]
     assert network["figures"]["mean IoU, all classes"] > 0.6  # class 0 alone: under 0.3
@@ -111,7 +109,7 @@ def test_job_learns_colours(folders, tmp_path, small_network, capsys):
 
 def test_keys(folders, tmp_path, small_network):
     output = tmp_path / "out.json"
-    assert run_job(job, *options(folders, output, "--iterations", 25, "--feature", "keys")) is None
+    assert run_job(job, *options(folders, output, "--iterations", 25, "--feature", "keys")) == 0
     (network,) = json.loads(output.read_text())["networks"]
     assert network["figures"]["mean IoU, all classes"] > 0.6
 
@@ -120,16 +118,16 @@ def test_workers_change_nothing(folders, tmp_path, small_network):
     found = []
     for workers in (0, 2):
         output = tmp_path / f"{workers}.json"
-        assert run_job(job, *options(folders, output, "--iterations", 3, "--num_workers", workers)) is None
+        assert run_job(job, *options(folders, output, "--iterations", 3, "--num_workers", workers)) == 0
         found.append(json.loads(output.read_text())["networks"])
     assert found[0] == found[1]
 
 
-@pytest.mark.parametrize("more, says", [(["--iterations", 0], "--iterations 0: give 1 or more"),
-                                        (["--lr", 0], "--lr 0 --weight_decay 0.001"),
-                                        (["--weight_decay", "nan"], "--weight_decay nan --warmup None: give"),
+@pytest.mark.parametrize("more, says", [(["--iterations", 0], "--iterations: 0: give 1 or more"),
+                                        (["--lr", 0], "--lr: 0: give more than 0"),
+                                        (["--weight_decay", "nan"], "--weight_decay: nan: give 0 or more"),
                                         (["--iterations", 5, "--warmup", 6], "--warmup 6 is more than --iterations 5"),
-                                        (["--batch_size", 1], "--batch_size 1: give 2 or more")])
+                                        (["--batch_size", 1], "--batch_size: 1: give 2 or more")])
 def test_refusals(folders, tmp_path, capsys, more, says):
     assert run_job(job, *options(folders, tmp_path / "out.json", *more)) == 2
     assert says in capsys.readouterr().err
@@ -138,11 +136,9 @@ def test_refusals(folders, tmp_path, capsys, more, says):
 @pytest.mark.long
 def test_two_processes_train_the_same_head(folders, tmp_path):
     names = ["one.json", "two.json"]
-    for name, launcher in zip(names, ([], ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]),
-                              strict=True):
-        words = [sys.executable, *launcher, "eval_linear_segmentation.py",
-                 *options(folders, tmp_path / name, "--patch_size", 32, "--iterations", 3)]
-        subprocess.run(list(map(str, words)), cwd=ROOT, check=True, capture_output=True,
-                       timeout=300)
+    words = options(folders, tmp_path / names[0], "--patch_size", 32, "--iterations", 3)
+    assert run_job(job, *words) == 0
+    found = run_two(job, *words, "--output", tmp_path / names[1])
+    assert [status for status, *_ in found] == [0, 0], found
     one, two = (json.loads((tmp_path / name).read_text())["networks"][0]["figures"] for name in names)
     assert two == pytest.approx(one, abs=2e-3)

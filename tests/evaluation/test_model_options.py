@@ -13,10 +13,13 @@ from selfpatch.method.selfpatch_head import MultiCropWrapper, SelfPatchHead
 from selfpatch.method.vision_transformer import DINOHead, vit_small, vit_tiny
 
 
-def options(*words):
+def load(*words, **more):
+    """load_candidates by the words of a command."""
     parser = argparse.ArgumentParser()
     add_model_options(parser, several=True)
-    return parser.parse_args(list(map(str, words)))
+    args = parser.parse_args(list(map(str, words)))
+    return load_candidates(args.pretrained_weights, args.arch, args.checkpoint_key, args.patch_size, args.layer,
+                           0 if args.random_weights else None, **more)
 
 
 @pytest.fixture
@@ -28,16 +31,16 @@ def files(tmp_path):
     return tmp_path
 
 
-def test_several_files_and_a_baseline(files, capsys):
-    found = load_candidates(options("--pretrained_weights", files / "a/model.pth", files / "b/model.pth",
-                                    "--random_weights"))
+def test_several_files_and_a_baseline(files, capsys, monkeypatch):
+    found = load("--pretrained_weights", files / "a/model.pth", files / "b/model.pth", "--random_weights")
     assert [(one.name, one.arch, one.model.patch_size) for one in found] == [
         ("a/model.pth", "vit_tiny", 8), ("b/model.pth", "vit_small", 16), ("random", "vit_tiny", 8)]
     assert capsys.readouterr().out.count("\n") == 3
-    again = load_candidates(options("--pretrained_weights", files / "a/model.pth", "--random_weights"), quiet=True)
+    monkeypatch.setattr("selfpatch.evaluation.model_options.is_main_process", lambda: False)
+    again = load("--pretrained_weights", files / "a/model.pth", "--random_weights")
     assert capsys.readouterr().out == ""
     assert torch.equal(again[1].model.pos_embed, found[2].model.pos_embed)  # the same untrained network every time
-    same, = load_candidates(options("--pretrained_weights", files / "b/model.pth", "--random_weights"))[1:]
+    same, = load("--pretrained_weights", files / "b/model.pth", "--random_weights")[1:]
     assert same.model.has_class_token and isinstance(same.model.norm, torch.nn.LayerNorm)
 
 
@@ -47,8 +50,8 @@ def test_the_baseline_of_a_selfpatch_run_has_a_head_too(files):
     wrapper = MultiCropWrapper(backbone, SelfPatchHead(192, 6, 2), DINOHead(192, 8), DINOHead(192, 8))
     torch.save({"teacher": wrapper.state_dict(), "args": argparse.Namespace(k_num=2), "meta": {"num_heads": 6}},
                files / "run.pth")
-    words = options("--pretrained_weights", files / "b/model.pth", files / "run.pth", "--random_weights")
-    plain, run, random = load_candidates(words, with_heads=True)
+    words = ("--pretrained_weights", files / "b/model.pth", files / "run.pth", "--random_weights")
+    plain, run, random = load(*words, with_heads=True)
     assert plain.head is None and run.head.k_num == random.head.k_num == 2
     assert torch.equal(run.head.norm.weight, wrapper.ca_head.norm.weight)
     assert random.arch == "vit_tiny" and not random.model.has_class_token
@@ -56,15 +59,15 @@ def test_the_baseline_of_a_selfpatch_run_has_a_head_too(files):
     assert run.model.pos_embed.shape == random.model.pos_embed.shape == (1, 16, 192)
     shapes = [{name: value.shape for name, value in one.head.state_dict().items()} for one in (run, random)]
     assert shapes[0] == shapes[1] and not random.head.training
-    assert [one.head for one in load_candidates(words)] == [None] * 3  # the dense jobs have no use for heads
+    assert [one.head for one in load(*words)] == [None] * 3  # the dense jobs have no use for heads
 
 
 def test_an_arch_for_each_file(files):
     words = ["--pretrained_weights", files / "a/model.pth", files / "timm.pth", "--arch", "vit_tiny"]
-    found = load_candidates(options(*words, "timm:vit_tiny_patch16_224"))
+    found = load(*words, "timm:vit_tiny_patch16_224")
     assert [one.summary()["arch"] for one in found] == ["vit_tiny", "timm:vit_tiny_patch16_224"]
     assert found[0].info is not None and found[1].info is None
-    alone, = load_candidates(options("--random_weights", "--arch", "timm:vit_tiny_patch16_224"))
+    alone, = load("--random_weights", "--arch", "timm:vit_tiny_patch16_224")
     assert alone.name == "random" and alone.model.num_prefix_tokens == 1
 
 
@@ -76,12 +79,12 @@ def test_an_arch_for_each_file(files):
 ])
 def test_refused(words, says):
     with pytest.raises(ConfigError, match=says):
-        load_candidates(options(*words))
+        load(*words)
 
 
 def test_unknown_arch_is_refused_by_the_parser(capsys):
     with pytest.raises(SystemExit):
-        options("--random_weights", "--arch", "resnet50")
+        load("--random_weights", "--arch", "resnet50")
     assert "'resnet50' is neither vit_pico, " in capsys.readouterr().err
 
 

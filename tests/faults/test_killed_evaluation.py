@@ -1,4 +1,4 @@
-"""An evaluation that is killed: what it has finished is kept by the same command, what it left is removed."""
+"""A killed evaluation: the same command keeps the videos that it finished, and removes its temporary folders."""
 import shutil
 
 import numpy as np
@@ -17,7 +17,7 @@ def data(tmp_path):
 
 
 def interrupt_at(monkeypatch, name):
-    """End the job when it comes to a video; the videos that it segments."""
+    """Interrupt the job at a video; return the list of videos that it segments."""
     segment, done = job.segment, []
 
     def interrupted(sequence, *args, **kwargs):
@@ -50,7 +50,7 @@ def test_the_same_command_goes_on(data, tmp_path, monkeypatch, capsys):
     ours, other = masks_of(output), masks_of(whole)
     assert ours.keys() == other.keys() and all(np.array_equal(ours[name], other[name]) for name in ours)
     assert not list(output.glob(".*"))
-    run(data, output, *UNTRAINED)  # a whole call is followed by a whole one
+    run(data, output, *UNTRAINED)  # after a run that ended, everything is computed again
     assert done == ["c", "a", "b", "c"]
 
 
@@ -66,7 +66,7 @@ def test_with_other_options_everything_is_done_anew(data, tmp_path, monkeypatch,
 
 
 def test_older_results_are_not_taken_for_finished_ones(data, tmp_path, monkeypatch):
-    """Masks of a whole call with other options, then one that is interrupted at its first video."""
+    """A whole run with other options, then one that is interrupted at its first video."""
     run(data, tmp_path / "masks", *UNTRAINED, "--seed", "1")
     with monkeypatch.context() as patch:
         interrupt_at(patch, "a")
@@ -80,7 +80,7 @@ def test_older_results_are_not_taken_for_finished_ones(data, tmp_path, monkeypat
 def test_leftovers_of_a_killed_process_are_removed_or_put_back(data, tmp_path):
     output = tmp_path / "masks"
     assert run(data, output, *UNTRAINED) == 0
-    (output / "a").rename(output / f".a.{DEAD_PID}.old")  # killed between taking the old away and putting the new there
+    (output / "a").rename(output / f".a.{DEAD_PID}.old")  # killed between the two renames
     shutil.copytree(output / "b", output / f".b.{DEAD_PID}.tmp")
     job.Unfinished(output, {}).begin()
     assert sorted(path.name for path in output.iterdir()) == [".unfinished.json", "a", "b", "c"]

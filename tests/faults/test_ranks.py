@@ -2,14 +2,11 @@
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
-from forked import free_port
+from forked import free_port, ranks, run_program
 from processes import Job, run
-from repository import ROOT
 
 from selfpatch.data.loader import RankSampler
 
@@ -113,18 +110,11 @@ with RankWatch(rank, 2, timedelta(minutes=30), notice_after=6):
 
 @pytest.mark.parametrize("failing", [0, 1])
 def test_a_blocked_rank_is_ended_when_another_has_told_its_error(failing):
-    env = {**os.environ, "WORLD_SIZE": "2", "MASTER_PORT": free_port(), "MASTER_ADDR": "127.0.0.1"}
-    ranks = [subprocess.Popen([sys.executable, "-c", BLOCKED, str(failing)], cwd=ROOT, text=True,
-                              stderr=subprocess.PIPE, env=env | {"RANK": rank, "LOCAL_RANK": rank})
-             for rank in ("0", "1")]
-    try:
-        errors = ranks[1 - failing].communicate(timeout=50)[1]
-    finally:
-        for process in ranks:
-            process.kill()
+    outputs = run_program(BLOCKED, failing, envs=ranks(), seconds=50)
+    status, _, errors = outputs[1 - failing]
     if failing:  # of a machine, the first rank speaks
         assert f"error: rank {failing} (process" in errors and "no more images" in errors
-    assert ranks[1 - failing].returncode == 1
+    assert status == 1
 
 
 @pytest.mark.long
@@ -179,13 +169,6 @@ run_main(main)
 
 
 def test_ranks_that_fail_alike_do_not_wait_for_each_other():
-    env = {**os.environ, "WORLD_SIZE": "2", "MASTER_PORT": free_port(), "MASTER_ADDR": "127.0.0.1"}
     start = time.monotonic()
-    ranks = [subprocess.Popen([sys.executable, "-c", BOTH], cwd=ROOT, text=True, stderr=subprocess.PIPE,
-                              env=env | {"RANK": rank, "LOCAL_RANK": rank}) for rank in ("0", "1")]
-    try:
-        assert all("the loss is not finite" in process.communicate(timeout=60)[1] for process in ranks)
-    finally:
-        for process in ranks:
-            process.kill()
+    assert all("the loss is not finite" in stderr for _, _, stderr in run_program(BOTH, envs=ranks(), seconds=60))
     assert time.monotonic() - start < 25  # half of the 60 s after which a silent rank is named would be 30

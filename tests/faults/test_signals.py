@@ -6,9 +6,10 @@ import signal
 import time
 
 import pytest
+from forked import ranks, run_program
 from networks import assert_same
-from processes import Job, run
-from small_job import load
+from processes import SCRIPT, Job, run
+from small_job import SMALL, load
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")]
 
@@ -64,8 +65,9 @@ def test_two_ranks_whose_launcher_ends(long_options, tmp_path, number):
     assert len(job.errors()) == 1 and "the same command continues from there" in job.errors()[0]
     state = load(tmp_path / "stopped" / "checkpoint.pth")
     assert state["epoch"] < 5 and len(state.get("ranks", "12")) == 2
-    for output in ("stopped", "whole"):
-        assert run(tmp_path / f"{output}_output", *words, "--output_dir", tmp_path / output, ranks=2)[0] == 0
+    assert run(tmp_path / "output", *words, "--output_dir", tmp_path / "stopped", ranks=2)[0] == 0
+    whole = run_program(SCRIPT, *SMALL, *words, "--output_dir", tmp_path / "whole", envs=ranks())
+    assert [status for status, *_ in whole] == [0, 0], whole
     assert_same_run(tmp_path / "stopped", tmp_path / "whole")
 
 

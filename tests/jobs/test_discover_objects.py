@@ -3,12 +3,12 @@ import json
 
 import pytest
 import torch
-from dense_data import UNTRAINED, make_folders, make_voc, run_job
-from forked import ranks, run_program
+from dense_data import UNTRAINED, make_folders, make_voc
+from evaluation_jobs import run_job, run_two
 from PIL import Image
 
 import discover_objects as job
-from selfpatch.data.augmentations import IMAGENET_MEAN, IMAGENET_STD
+from selfpatch.data.normalisation import IMAGENET_MEAN, IMAGENET_STD
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def test_images_are_padded_with_zeros_after_normalisation():
 def test_job_scores_and_draws(voc, tmp_path, small_network, capsys):
     output, pictures = tmp_path / "out.json", tmp_path / "pictures"
     words = ("--data", f"voc:{voc}", *UNTRAINED, "--output", output, "--pictures", pictures)
-    assert run_job(job, *words) is None
+    assert run_job(job, *words) == 0
     printed = capsys.readouterr().out
     assert "LOST, CorLoc" in printed and "TokenCut, CorLoc" in printed
     content = json.loads(output.read_text())
@@ -37,7 +37,7 @@ def test_job_scores_and_draws(voc, tmp_path, small_network, capsys):
     drawn = sorted(path.name for path in (pictures / name).iterdir())
     assert drawn == [f"{i:06}.png" for i in range(3)]
     assert Image.open(pictures / name / drawn[0]).width == 96
-    assert run_job(job, *words, "--overwrite", "--num_workers", 2) is None
+    assert run_job(job, *words, "--overwrite", "--num_workers", 2) == 0
     again = json.loads(output.read_text())  # of images that worker processes read
     assert again["boxes"] == content["boxes"] and again["networks"] == content["networks"]
     assert run_job(job, *words[:-4], "--pictures", pictures) == 2
@@ -46,19 +46,20 @@ def test_job_scores_and_draws(voc, tmp_path, small_network, capsys):
 
 def test_network_of_timm_with_registers(voc, capsys):
     """Patches of 14: 64×96 pixels are padded to 5 × 7 of them."""
-    assert run_job(job, "--data", f"voc:{voc}", *UNTRAINED, "--arch", "timm:vit_small_patch14_reg4_dinov2") is None
+    assert run_job(job, "--data", f"voc:{voc}", *UNTRAINED, "--arch", "timm:vit_small_patch14_reg4_dinov2") == 0
     assert "TokenCut, CorLoc" in capsys.readouterr().out
 
 
 def test_images_without_boxes(tmp_path, small_network, capsys):
     folder = make_folders(tmp_path, 1).split(",")[0]
     for feature in ("keys", "patches"):
-        assert run_job(job, "--data", f"images:{folder}", *UNTRAINED, "--feature", feature, "--method", "lost") is None
+        assert run_job(job, "--data", f"images:{folder}", *UNTRAINED, "--feature", feature, "--method", "lost") == 0
         printed = capsys.readouterr().out
         assert "CorLoc" not in printed and "of them scored" in printed
 
 
-@pytest.mark.parametrize("more, says", [(["--tau", 2], "--tau 2"), (["--layer", -13], "--layer -13"),
+@pytest.mark.parametrize("more, says", [(["--tau", 2], "--tau: 2: give more than -1 and less than 1"),
+                                        (["--layer", -13], "--layer -13"),
                                         (["--pictures", __file__], "is not a folder: give another name"),
                                         (["--pictures", f"{__file__}/below"], "test_discover_objects.py cannot be")])
 def test_refusals(voc, capsys, more, says):
@@ -70,9 +71,9 @@ def test_refusals(voc, capsys, more, says):
 @pytest.mark.slow
 def test_two_processes_find_the_same_boxes(voc, tmp_path):
     names = ["one.json", "two.json"]
-    for name, envs in zip(names, ([{}], ranks()), strict=True):
-        outputs = run_program(job.__file__, "--data", f"voc:{voc}", *UNTRAINED, "--output", tmp_path / name,
-                              envs=envs)
-        assert not any(status for status, *_ in outputs), outputs
+    words = ["--data", f"voc:{voc}", *UNTRAINED]
+    assert run_job(job, *words, "--output", tmp_path / names[0]) == 0
+    found = run_two(job, *words, "--output", tmp_path / names[1])
+    assert [status for status, *_ in found] == [0, 0], found
     one, two = (json.loads((tmp_path / name).read_text()) for name in names)
     assert one["boxes"] == two["boxes"] and one["networks"] == two["networks"]

@@ -4,13 +4,14 @@ import json
 import numpy as np
 import pytest
 import torch
-from dense_data import UNTRAINED, make_ade20k, make_folders, run_job
-from forked import ranks, run_program
+from dense_data import UNTRAINED, make_ade20k, make_folders
+from evaluation_jobs import run_job, run_two
 from PIL import Image
 
 import eval_dense_retrieval as job
-from selfpatch.data.augmentations import IMAGENET_MEAN
+from selfpatch.data.normalisation import IMAGENET_MEAN
 from selfpatch.evaluation.dense_retrieval import PatchMemory
+from selfpatch.evaluation.image_features import PatchFeature
 from selfpatch.evaluation.nearest_neighbours import QUERY_ROWS
 from selfpatch.evaluation.segmentation import find_segmentation_data
 from selfpatch.method.vision_transformer import vit_tiny
@@ -33,14 +34,14 @@ def test_untrained_features_tell_colours_apart(folders, tmp_path, small_network,
     """Far above a map of class 0 alone, whose mean IoU is under 0.3."""
     output = tmp_path / "out.json"
     assert run_job(job, "--data", f"folders:{folders}", "--num_classes", 3, *UNTRAINED, "--memory_size", 4000,
-                   "--hungarian", "--output", output) is None
+                   "--hungarian", "--output", output) == 0
     printed = capsys.readouterr().out
     assert "dense retrieval, images" in printed and "mean IoU, all classes" in printed
     (column,) = figures(output).values()
     assert column["mean IoU, all classes"] > 0.6
     assert column["mean IoU, matched (Hungarian)"] == pytest.approx(column["mean IoU, all classes"])
     assert run_job(job, "--data", f"folders:{folders}", "--num_classes", 3, *UNTRAINED, "--memory_size", 4000,
-                   "--hungarian", "--output", output, "--overwrite", "--num_workers", 2) is None
+                   "--hungarian", "--output", output, "--overwrite", "--num_workers", 2) == 0
     assert list(figures(output).values()) == [column]  # images that worker processes read
     assert run_job(job, "--data", f"folders:{folders}", "--num_classes", 3, *UNTRAINED, "--output", output) == 2
     assert "exists: give another name, or --overwrite" in capsys.readouterr().err
@@ -51,7 +52,7 @@ def test_keys(folders, tmp_path, small_network):
     words = ("--data", f"folders:{folders}", "--num_classes", 3, *UNTRAINED, "--memory_size", 4000, "--output", output)
     found = []
     for feature in ("keys", "patches"):
-        assert run_job(job, *words, "--overwrite", "--feature", feature) is None
+        assert run_job(job, *words, "--overwrite", "--feature", feature) == 0
         found += figures(output).values()
     assert found[0] != found[1] and found[0]["mean IoU, all classes"] > 0.6
 
@@ -105,8 +106,7 @@ def test_ignored_pixels_are_class_0_in_the_memory(tmp_path, small_network, monke
     monkeypatch.setattr(job.PatchMemory, "add", lambda self, features, labels: added.append(labels))
     data = find_segmentation_data(f"ade20k:{make_ade20k(tmp_path)}")
     args = job.get_args_parser().parse_args(["--data", "x", "--memory_size", "600", "--num_workers", "0"])
-    machine = job.Machine(0, 1, torch.device("cpu"), torch.float32)
-    job.build_memory(vit_tiny(64).eval(), data, args, machine, STATISTICS)
+    job.build_memory(PatchFeature(vit_tiny(64).eval()), data, args, torch.device("cpu"), STATISTICS)
     labels = torch.cat(added)
     assert len(added) == 6 and labels.shape == (6 * 64, 150)  # 100 rows an image, of which there are 64 patches
     torch.testing.assert_close(labels.sum(1), torch.ones(len(labels)))
@@ -115,9 +115,9 @@ def test_ignored_pixels_are_class_0_in_the_memory(tmp_path, small_network, monke
 
 @pytest.mark.parametrize("options, says", [
     (["--memory_size", 7], "--memory_size 7 is less than one patch of each of 4 images in --passes 2: give 8 or more"),
-    (["--temperature", 0], "--temperature 0: give more than 0"),
-    (["--temperature", "inf"], "--temperature inf: give more than 0, and finite"),
-    (["--neighbours", 0], "--neighbours 0: give 1 or more"),
+    (["--temperature", 0], "--temperature: 0: give more than 0"),
+    (["--temperature", "inf"], "--temperature: inf: give more than 0, and finite"),
+    (["--neighbours", 0], "--neighbours: 0: give 1 or more"),
     (["--layer", 99], "--layer 99"), (["--output", "nowhere/x.json"], "nowhere is not a folder")])
 def test_refusals(folders, capsys, options, says):
     assert run_job(job, "--data", f"folders:{folders}", "--num_classes", 3, *UNTRAINED, *options) == 2
@@ -128,9 +128,9 @@ def test_refusals(folders, capsys, options, says):
 @pytest.mark.slow
 def test_two_processes_give_the_figures_of_one(folders, tmp_path):
     names = ["one.json", "two.json"]
-    for name, envs in zip(names, ([{}], ranks()), strict=True):
-        outputs = run_program(job.__file__, "--data", f"folders:{folders}", "--num_classes", 3, *UNTRAINED,
-                              "--patch_size", 32, "--memory_size", 999, "--output", tmp_path / name, envs=envs)
-        assert not any(status for status, *_ in outputs), outputs
+    words = ["--data", f"folders:{folders}", "--num_classes", 3, *UNTRAINED, "--patch_size", 32, "--memory_size", 999]
+    assert run_job(job, *words, "--output", tmp_path / names[0]) == 0
+    found = run_two(job, *words, "--output", tmp_path / names[1])
+    assert [status for status, *_ in found] == [0, 0], found
     one, two = (list(figures(tmp_path / name).values())[0] for name in names)
     assert two == pytest.approx(one, abs=1e-4)

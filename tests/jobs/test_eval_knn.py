@@ -2,46 +2,27 @@
 import argparse
 import json
 import time
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from forked import ranks, run_program
+from evaluation_jobs import SMALL, make_class_folders, run_job, run_two
 from golden_rules import set_weights
 from networks import small_wrapper
 from PIL import Image
 
 import eval_knn as job
-from selfpatch.checkpoints.backbones import normalise
-from selfpatch.errors import ConfigError, report
+from selfpatch.data.normalisation import normalise
 from selfpatch.evaluation import image_features
-from selfpatch.evaluation.image_features import ImageFeature, open_images, share_loader
+from selfpatch.evaluation.image_features import ImageFeature, open_labelled, share_loader
 from selfpatch.evaluation.knn import knn_accuracy
 from selfpatch.method.selfpatch_head import MultiCropWrapper, SelfPatchHead
 from selfpatch.method.vision_transformer import ARCHS, DINOHead, vit_tiny
 
-COLOURS = {"blue": (0, 0, 255), "green": (0, 200, 0), "red": (220, 0, 0)}
-SMALL = ("--device", "cpu", "--num_workers", "0", "--image_size", "32")
-
-
-def make_folder(root: Path, **counts: int) -> Path:
-    """train/ and val/ of three colours with noise, which any network tells apart."""
-    rng = np.random.default_rng(0)
-    for part, count in counts.items():
-        for name, colour in COLOURS.items():
-            folder = root / part / name
-            folder.mkdir(parents=True)
-            for i in range(count):
-                pixels = np.clip(rng.normal(colour, 60, (40, 48, 3)), 0, 255).astype(np.uint8)
-                Image.fromarray(pixels).save(folder / f"{i:02}.png")
-    return root
-
 
 @pytest.fixture(scope="module")
 def colours(tmp_path_factory):
-    return make_folder(tmp_path_factory.mktemp("colours"), train=5, val=3)
+    return make_class_folders(tmp_path_factory.mktemp("colours"), train=5, val=3)
 
 
 @pytest.fixture(scope="module")
@@ -54,15 +35,7 @@ def run_file(tmp_path_factory):
 
 def run(*words):
     """Exit status of the job on small images."""
-    try:
-        return job.main(job.get_args_parser().parse_args([*SMALL, *map(str, words)])) or 0
-    except ConfigError as error:
-        return report(error)
-
-
-def run_two(*words):
-    """Exit status, stdout and stderr of two processes of the job on small images."""
-    return run_program(job.__file__, *SMALL, *words, envs=ranks())
+    return run_job(job, *SMALL, *words)
 
 
 def test_table_and_json(colours, run_file, tmp_path, capsys):
@@ -106,7 +79,7 @@ def test_two_processes_give_the_figures_of_one(colours, run_file, tmp_path):
     """15 and 9 images do not divide by two, and a share of the bank is smaller than k."""
     words = ["--data_path", colours, "--pretrained_weights", run_file, "--nb_knn", 2, 9, 12, "--feature", "mean"]
     assert run(*words, "--output", tmp_path / "one.json") == 0
-    first, second = run_two(*words, "--output", tmp_path / "two.json")
+    first, second = run_two(job, *SMALL, *words, "--output", tmp_path / "two.json")
     assert first[0] == second[0] == 0, (first, second)
     one, two = (json.loads((tmp_path / name).read_text()) for name in ("one.json", "two.json"))
     assert one == two and "k = 12" in first[1] and "k = 12" not in second[1]
@@ -118,7 +91,7 @@ def test_two_processes_end_when_one_cannot_write(colours, run_file, tmp_path):
     (tmp_path / "trainfeat.pth").mkdir()
     words = ["--data_path", colours, "--pretrained_weights", run_file, "--nb_knn", 3, "--dump_features", tmp_path]
     start = time.monotonic()
-    first, second = run_two(*words, "--overwrite")
+    first, second = run_two(job, *SMALL, *words, "--overwrite")
     assert first[0] == second[0] == 2 and time.monotonic() - start < 60
     assert "trainfeat.pth cannot be written" in first[2] and "Traceback" not in first[2] + second[2]
     assert "error:" not in second[2]
@@ -138,7 +111,7 @@ def test_accuracy_while_training(colours):
     """Callable with a network in training, which stays in training."""
     wrapper = set_weights(small_wrapper(), 0).train()
     feature = ImageFeature(wrapper.backbone, head=wrapper.ca_head)
-    loaders = [share_loader(open_images(colours / part, "--knn_data", image_features.eval_transform(32)), 4)
+    loaders = [share_loader(open_labelled(colours / part, "--knn_data", image_features.eval_transform(32)), 4)
                for part in ("train", "val")]
     found = knn_accuracy(feature, *loaders, ks=(5,))
     bank, queries = (F.normalize(torch.cat([feature(images) for images, *_ in loader]), dim=1) for loader in loaders)
@@ -152,13 +125,13 @@ def test_accuracy_while_training(colours):
 def test_a_share_of_one_folder(colours, capsys):
     assert run("--data_path", colours / "train", "--val_share", 0.4, "--random_weights", "--arch", "vit_tiny") == 0
     assert "9 training and 6 test images" in capsys.readouterr().out
-    images = open_images(colours / "train", "--data_path")
+    images = open_labelled(colours / "train", "--data_path")
     train, val = image_features.hold_out(images, 0.4)
     assert sorted(train.indices.tolist() + val.indices.tolist()) == list(range(len(images)))
 
 
 def test_unreadable_images_are_left_out(colours, tmp_path, capsys):
-    make_folder(tmp_path, train=3, val=2)
+    make_class_folders(tmp_path, train=3, val=2)
     (tmp_path / "val" / "red" / "00.png").write_bytes(b"no image")
     assert run("--data_path", tmp_path, "--random_weights", "--arch", "vit_tiny", "--nb_knn", 3) == 0
     assert "left out: cannot read the image" in capsys.readouterr().err
@@ -175,8 +148,8 @@ def test_unreadable_images_are_left_out(colours, tmp_path, capsys):
     (["--data_path", "{t}/empty", "--val_share", "0.5", "--random_weights"],
      "has class folders, but no images in them"),
     (["--data_path", "{c}"], "--pretrained_weights is empty"),
-    (["--data_path", "{c}", "--random_weights", "--nb_knn", "0"], "--nb_knn 0: give 1 or more"),
-    (["--data_path", "{c}", "--random_weights", "--temperature", "0"], "--temperature 0: give more than 0"),
+    (["--data_path", "{c}", "--random_weights", "--nb_knn", "0"], "--nb_knn: 0: give 1 or more"),
+    (["--data_path", "{c}", "--random_weights", "--temperature", "0"], "--temperature: 0: give more than 0"),
     (["--data_path", "{c}", "--random_weights", "--layer", "12"], "--layer 12: the network has 12 blocks"),
     (["--data_path", "{c}", "--random_weights", "--feature", "cls"],
      "--feature cls: the network has none; it offers mean"),

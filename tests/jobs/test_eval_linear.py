@@ -3,19 +3,17 @@ import json
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from forked import ranks, run_program
+from evaluation_jobs import CLASSES, SMALL, make_class_folders, run_job, run_two
 from golden_rules import set_weights
 from networks import small_wrapper
-from PIL import Image
 
 import eval_linear as job
-from selfpatch.checkpoints.backbones import normalise
-from selfpatch.errors import ConfigError, report
-from selfpatch.evaluation.image_features import ImageFeature, open_images
+from selfpatch.data.normalisation import normalise
+from selfpatch.errors import ConfigError
+from selfpatch.evaluation.image_features import ImageFeature, open_labelled
 from selfpatch.evaluation.linear_probe import (
     CachedTokens,
     CropBatches,
@@ -28,29 +26,15 @@ from selfpatch.evaluation.linear_probe import (
 )
 from selfpatch.method.vision_transformer import VisionTransformer
 
-COLOURS = {"blue": (0, 0, 255), "green": (0, 200, 0), "red": (220, 0, 0)}
-
 
 @pytest.fixture(scope="module")
 def colours(tmp_path_factory):
-    """train/ of 5 and val/ of 3 images of each of three colours with noise."""
-    root, rng = tmp_path_factory.mktemp("colours"), np.random.default_rng(0)
-    for part, count in (("train", 5), ("val", 3)):
-        for name, colour in COLOURS.items():
-            (root / part / name).mkdir(parents=True)
-            for i in range(count):
-                pixels = np.clip(rng.normal(colour, 40, (40, 48, 3)), 0, 255).astype(np.uint8)
-                Image.fromarray(pixels).save(root / part / name / f"{i:02}.png")
-    return root
+    return make_class_folders(tmp_path_factory.mktemp("colours"), train=5, val=3)
 
 
 def run(*words):
     """Exit status of the job on small images."""
-    try:
-        return job.main(job.get_args_parser().parse_args(
-            [*map(str, words), "--device", "cpu", "--num_workers", "0", "--image_size", "32"])) or 0
-    except ConfigError as error:
-        return report(error)
+    return run_job(job, *SMALL, *words)
 
 
 @pytest.mark.parametrize("inputs", [Inputs(1, False), Inputs(2, True)])
@@ -81,7 +65,7 @@ def test_grid_of_inputs_and_learning_rates():
     assert input_grid("cls", [4, 1]) == [(1, False), (1, True), (4, False), (4, True)]
     assert input_grid("mean", [1, 4]) == [(1, False), (4, False)]  # without class token, the mean is all there is
     assert input_grid("head", [1, 4]) == [(1, False), (1, True)]
-    heads = build_heads("cls", 384, 100, [1, 4], 1024)
+    heads = build_heads(input_grid("cls", [1, 4]), 384, 100, 1024)
     assert [one.weight.shape[2] // 384 for one in heads] == [1, 2, 4, 5] and len(heads[0].lrs) == 13
     assert heads[0].lrs[-1].item() == pytest.approx(0.4)  # 0.1 · 1024 / 256
     assert heads[0].weight.std().item() == pytest.approx(0.01, rel=0.01)
@@ -117,7 +101,7 @@ def be_rank(monkeypatch, rank, world_size=2):
 
 def test_crops_depend_on_seed_epoch_and_image_alone(colours, monkeypatch):
     """So that two processes train on the images and crops of one."""
-    images = open_images(colours / "train", "--data_path", train_transform(16))
+    images = open_labelled(colours / "train", "--data_path", train_transform(16))
     one = [(crops, labels) for crops, labels, _ in CropBatches(images, 4).epoch(1)]
     assert [len(labels) for _, labels in one] == [4, 4, 4]  # the incomplete step is left out
     shares = []
@@ -132,7 +116,7 @@ def test_crops_depend_on_seed_epoch_and_image_alone(colours, monkeypatch):
 
 def test_fewer_images_than_a_step_takes(colours, monkeypatch):
     """A step then has all of them, however many processes there are: none are left out, and no rate is another one."""
-    images = open_images(colours / "train", "--data_path", train_transform(16))
+    images = open_labelled(colours / "train", "--data_path", train_transform(16))
     for world_size in (1, 2, 7):
         be_rank(monkeypatch, 0, world_size)
         batches = CropBatches(images, 100)
@@ -147,7 +131,7 @@ def test_fewer_images_than_a_step_takes(colours, monkeypatch):
 def test_kept_crops_come_in_one_order_for_all_processes(colours, tmp_path, monkeypatch):
     """Two processes have together, in every step, the tokens of one; a file that cannot be read is in no step."""
     shutil.copytree(colours / "train", tmp_path / "bad")
-    images = open_images(tmp_path / "bad", "--data_path", train_transform(16))
+    images = open_labelled(tmp_path / "bad", "--data_path", train_transform(16))
     Path(images.images.location(6)).write_bytes(b"no image")
     model = set_weights(VisionTransformer(16, 8, embed_dim=24, depth=1, num_heads=3), 0).eval()
     feature, found = TokenFeature(ImageFeature(model), 1), {}
@@ -187,16 +171,15 @@ def test_two_processes_give_the_figures_of_one(more, colours, tmp_path):
     words = ["--data_path", colours, "--random_weights", "--arch", "vit_tiny", "--epochs", 3, "--lr", 1e-5, 1e-3, 0.1,
              *more]
     assert run(*words, "--batch_size_per_gpu", 4, "--output", tmp_path / "one.json") == 0
-    outputs = run_program(job.__file__, *words, "--batch_size_per_gpu", 2, "--device", "cpu", "--num_workers", 0,
-                          "--image_size", 32, "--output", tmp_path / "two.json", envs=ranks())
-    assert [status for status, *_ in outputs] == [0, 0], outputs
+    found = run_two(job, *SMALL, *words, "--batch_size_per_gpu", 2, "--output", tmp_path / "two.json")
+    assert [status for status, *_ in found] == [0, 0], found
     one, two = (json.loads((tmp_path / name).read_text()) for name in ("one.json", "two.json"))
     assert one == two
 
 
 def test_unreadable_images_are_left_out(colours, tmp_path, capsys):
     for part in ("train", "val"):
-        for name in COLOURS:
+        for name in CLASSES:
             (tmp_path / part / name).mkdir(parents=True)
             (tmp_path / part / name / "0.png").symlink_to(colours / part / name / "00.png")
         (tmp_path / part / "red" / "1.png").write_bytes(b"no image")
@@ -206,7 +189,7 @@ def test_unreadable_images_are_left_out(colours, tmp_path, capsys):
 
 
 def test_no_readable_training_image(colours, tmp_path, capsys):
-    for name in COLOURS:
+    for name in CLASSES:
         (tmp_path / "train" / name).mkdir(parents=True)
         (tmp_path / "train" / name / "0.png").write_bytes(b"no image")
     (tmp_path / "val").symlink_to(colours / "val")
@@ -217,10 +200,10 @@ def test_no_readable_training_image(colours, tmp_path, capsys):
 
 @pytest.mark.parametrize("words, says", [
     (["--random_weights"], "give either --data_path"),
-    (["--data_path", "{c}", "--random_weights", "--lr", "0.1", "0"], "--lr 0: give more than 0"),
-    (["--data_path", "{c}", "--random_weights", "--epochs", "0"], "--epochs 0: give 1 or more"),
+    (["--data_path", "{c}", "--random_weights", "--lr", "0.1", "0"], "--lr: 0: give more than 0"),
+    (["--data_path", "{c}", "--random_weights", "--epochs", "0"], "--epochs: 0: give 1 or more"),
     (["--data_path", "{c}", "--random_weights", "--n_last_blocks", "13"], "there are 12 blocks up to --layer -1"),
-    (["--data_path", "{c}", "--random_weights", "--batch_size_per_gpu", "0"], "--batch_size_per_gpu 0: give 1 or more"),
+    (["--data_path", "{c}", "--random_weights", "--batch_size_per_gpu", "0"], "_per_gpu: 0: give 1 or more"),
 ])
 def test_refused_in_one_line(words, says, colours, capsys):
     assert run(*(word.format(c=colours) for word in words)) == 2

@@ -110,6 +110,12 @@ def test_batches_are_halved_when_memory_runs_out(capsys):
 
 # ---------------------------------------------------------------- the command
 
+def test_dinos_names_are_in_dinos_place():
+    for name in ("read_frame", "read_seg", "to_one_hot", "norm_mask", "restrict_neighborhood", "label_propagation",
+                 "imwrite_indexed"):
+        assert callable(getattr(job, name)), name
+
+
 def rgb(path: Path) -> None:
     Image.open(path).convert("RGB").save(path)
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from forked import free_port, run_ranks
+from forked import free_port, run_program, run_ranks
 from golden_rules import set_weights
 from networks import constant_run, small_wrapper
 from repository import ROOT
@@ -14,7 +14,7 @@ from torch import nn
 
 from main_selfpatch import share_gradients
 from selfpatch.checkpoints.loading import load_backbone
-from selfpatch.distributed.batchnorm import sync_batchnorms
+from selfpatch.distributed.collectives import sync_batchnorms
 from selfpatch.method.fused_loss import FusedDINOLoss
 from selfpatch.method.losses import DINOLoss
 from selfpatch.method.optim import get_params_groups
@@ -119,6 +119,14 @@ def command(image_folder, output, *words):
             "--device", "cpu", *words]
 
 
+@pytest.fixture
+def another(tmp_path):
+    """A folder with a package of the same name, as if installed: jobs of a checkout must not take that one."""
+    (tmp_path / "installed" / "selfpatch").mkdir(parents=True)
+    (tmp_path / "installed" / "selfpatch" / "__init__.py").write_text("raise SystemExit('another selfpatch')\n")
+    return tmp_path / "installed"
+
+
 def environment(**extra):
     kept = {k: v for k, v in os.environ.items()
             if not k.startswith("SLURM_") and k not in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
@@ -140,33 +148,31 @@ def check_run(output, processes, text):
     ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"],  # what torchrun runs
     pytest.param(["-m", "torch.distributed.launch", "--nproc_per_node=2", "--master_port={port}"],
                  marks=pytest.mark.long),
-    []], ids=["torchrun", "launch", "python"])
-def test_launchers(image_folder, tmp_path, launcher):
+    pytest.param([], marks=pytest.mark.long)], ids=["torchrun", "launch", "python"])
+def test_launchers(image_folder, tmp_path, another, launcher):
     launcher = [word.format(port=free_port()) for word in launcher]
     result = subprocess.run([sys.executable, *launcher, str(ROOT / "main_selfpatch.py"),
-                             *command(image_folder, tmp_path)], cwd=tmp_path, env=environment(),
-                            capture_output=True, text=True, timeout=180)
+                             *command(image_folder, tmp_path)], cwd=tmp_path,
+                            env=environment(PYTHONPATH=another), capture_output=True, text=True, timeout=180)
     assert result.returncode == 0, result.stderr
     check_run(tmp_path, 2 if launcher else 1, result.stdout)
 
 
 def test_srun(image_folder, tmp_path):
     """Two tasks with the environment that srun gives them; MASTER_ADDR comes from the list of nodes."""
-    words, port = command(image_folder, tmp_path), free_port()
-    tasks = [subprocess.Popen([sys.executable, str(ROOT / "main_selfpatch.py"), *words, "--port", port], text=True,
-                              env=environment(SLURM_PROCID=rank, SLURM_LOCALID=rank, SLURM_STEP_NUM_TASKS=2,
-                                              SLURM_NTASKS=8, SLURM_STEP_NODELIST="localhost"),
-                              stdout=subprocess.PIPE, stderr=subprocess.PIPE) for rank in (0, 1)]
-    outputs = [task.communicate(timeout=180) for task in tasks]
-    assert [task.returncode for task in tasks] == [0, 0], outputs
-    check_run(tmp_path, 2, "".join(stdout for stdout, _ in outputs))
+    tasks = [{"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), "SLURM_STEP_NUM_TASKS": "2", "SLURM_NTASKS": "8",
+              "SLURM_STEP_NODELIST": "localhost"} for rank in (0, 1)]
+    outputs = run_program(ROOT / "main_selfpatch.py", *command(image_folder, tmp_path), "--port", free_port(),
+                          envs=tasks, seconds=180)
+    assert [status for status, *_ in outputs] == [0, 0], outputs
+    check_run(tmp_path, 2, "".join(stdout for _, stdout, _ in outputs))
 
 
-def test_submitit_job_runs(image_folder, tmp_path):
+def test_submitit_job_runs(image_folder, tmp_path, another):
     """run_with_submitit.py, with submitit's own local executor in Slurm's place."""
     pytest.importorskip("submitit", reason="submitit is optional: pip install submitit")
     result = subprocess.run([sys.executable, str(ROOT / "run_with_submitit.py"), "--cluster", "local", "--ngpus", "0",
                              "--timeout", "5", "--wait", *command(image_folder, tmp_path)], cwd=tmp_path,
-                            env=environment(), capture_output=True, text=True, timeout=180)
+                            env=environment(PYTHONPATH=another), capture_output=True, text=True, timeout=180)
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "checkpoint.pth").is_file()

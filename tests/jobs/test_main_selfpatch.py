@@ -1,17 +1,19 @@
 """The job as a user runs it: the files it writes, DINO as the special case, other options, bad images."""
 import gc
 import json
+import os
 import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
-from networks import assert_same, small_wrapper
+from networks import assert_same, shrink_job, small_wrapper
 from small_job import SMALL, load, options
 
 import main_selfpatch
 from main_selfpatch import train_dino
 from selfpatch.data.augmentations import DataAugmentationDINO
+from selfpatch.data.loader import DataWait
 from selfpatch.distributed.processes import Processes
 from selfpatch.errors import run_main
 from selfpatch.method.fused_loss import FusedDINOLoss
@@ -21,6 +23,8 @@ from selfpatch.method.training_run import Schedules, TrainingRun
 from selfpatch.pretraining import engine, resuming
 from selfpatch.pretraining import loop as training_loop
 from selfpatch.pretraining.engine import health_warnings
+from selfpatch.pretraining.logs import RunLog
+from selfpatch.pretraining.run_folder import RunFolder
 
 pytestmark = [pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning"),
               pytest.mark.usefixtures("small_network")]
@@ -34,7 +38,7 @@ def test_names_that_people_import():
 
 def test_run_writes_checkpoints_and_log(two_epochs):
     state = load(two_epochs / "checkpoint.pth")
-    assert set(state) == {"student", "teacher", "optimizer", "epoch", "args", "dino_loss", "fp16_scaler", "log"}
+    assert set(state) == {"student", "teacher", "optimizer", "epoch", "args", "dino_loss", "fp16_scaler"}
     assert state["epoch"] == 2 and type(state["args"]) is dict and state["args"]["out_dim"] == 64
     assert state["dino_loss"]["center"].shape == (1, 1, 64)
     assert state["dino_loss"]["patch_center"].shape == (1, 32) and state["dino_loss"]["patch_center"].any()
@@ -91,6 +95,7 @@ def test_other_options_train(image_folder, tmp_path, words):
 @pytest.mark.parametrize("extra", [(), ("--pack_crops", "on", "--checkpoint_activations", "mlp")], ids=["", "packed"])
 def test_compiled_run_is_the_plain_run(image_folder, tmp_path, monkeypatch, extra):
     """The same names in the checkpoint and, to rounding, the same weights; test_train_step.py has the real compiler."""
+    shrink_job(monkeypatch, depth=1)
     compile_ = torch.compile
     monkeypatch.setattr(torch, "compile", lambda *args, **kwargs: compile_(*args, **kwargs, backend="aot_eager"))
     words = ["--epochs", 1, "--data_path", image_folder, "--optimizer", "sgd", "--drop_path_rate", 0]
@@ -107,7 +112,7 @@ def test_garbage_is_collected_at_the_same_steps_of_all_ranks(monkeypatch):
     """And, whatever ends the training, as usual after it."""
     steps, run = [], SimpleNamespace(step=0)
     monkeypatch.setattr(training_loop.gc, "collect", lambda: steps.append(run.step))
-    saver = training_loop.Saver(run, None, None, None, {}, SimpleNamespace(agree=lambda: 0))
+    saver = training_loop.TrainingLoop(run, None, None, None, {}, SimpleNamespace(agree=lambda: 0))
     with pytest.raises(KeyboardInterrupt), training_loop.rare_collection():
         assert not gc.isenabled() and gc.get_freeze_count() > 1000
         for run.step in range(1, 301):
@@ -130,7 +135,7 @@ def test_schedules_over_a_run():
     args = options("--epochs", 10, "--warmup_epochs", 2, "--lr", 0.004, "--batch_size_per_gpu", 16, "--accum_steps", 2)
     assert main_selfpatch.images_per_step(args, world_size=8) == 256
     run = main_selfpatch.build_run(args, Processes(), steps_per_epoch=50)
-    lr, weight_decay, momentum = run.schedules[2:]
+    lr, weight_decay, momentum = run.schedules.lr, run.schedules.weight_decay, run.schedules.momentum
     assert max(map(lr, range(500))) == lr(99) == lr(100) == pytest.approx(0.004 * 32 / 256)
     assert lr(0) == 0 and lr(499) == pytest.approx(1e-6, rel=0.1)
     assert (weight_decay(0), weight_decay(499)) == pytest.approx((0.04, 0.4), rel=1e-4)
@@ -265,25 +270,84 @@ def test_full_disk_is_one_line_and_the_good_file_stays(image_folder, two_epochs,
         "checkpoint.pth", "checkpoint0000.pth", "log.txt", "steps.jsonl"]  # the copy was due when the run was killed
 
 
+def log_of(folder, epoch, older=None):
+    """The RunLog of a run that has done so many epochs of two steps."""
+    run = SimpleNamespace(step=2 * epoch, epoch=epoch, steps_per_epoch=2)
+    return RunLog(folder, run, SimpleNamespace(wait=DataWait(torch.device("cpu"))), 8, older)
+
+
 @pytest.mark.parametrize("text, expected", [
-    ("", ['{"epoch": 0}']), ('{"epoch": 0}\n', ['{"epoch": 0}']), ('{"epoch": 0}\n{"ep', ['{"epoch": 0}']),
+    ("", []), ('{"epoch": 0}\n', ['{"epoch": 0}']), ('{"epoch": 0}\n{"ep', ['{"epoch": 0}']),
+    ('{"epoch": 0}', ['{"epoch": 0}']),
     ('hello\n{"epoch": 0}\n{"epoch": 0}\n{"epoch": 3}\n', ["hello", '{"epoch": 0}'])])
-def test_a_log_holds_what_the_checkpoint_does(tmp_path, text, expected):
-    """Rows that are missing, doubled, half written or to be done again; lines of other kinds stay."""
+def test_a_resumed_run_drops_the_rows_after_its_checkpoint(tmp_path, text, expected):
+    """And rows that are doubled or half written; lines of other kinds stay."""
     (tmp_path / "log.txt").write_text(text)
-    log = main_selfpatch.RunLog(tmp_path, resumed=True, start_epoch=1, rows=[{"epoch": 0}])
-    log.rows.append({"train_loss": 2.0, "epoch": 1})
-    log.write()
+    log_of(tmp_path, 1, (0, 0)).log_epoch({"train_loss": 2.0, "epoch": 1})
     assert (tmp_path / "log.txt").read_text().splitlines() == [*expected, '{"train_loss": 2.0, "epoch": 1}']
 
 
 def test_a_new_run_adds_to_an_older_log(tmp_path):
+    """Also when it is killed between its first row and its first checkpoint, and begins again."""
     (tmp_path / "log.txt").write_text('{"epoch": 0}\n{"ep')
-    log = main_selfpatch.RunLog(tmp_path)
-    log.rows.append({"train_loss": 2.0, "epoch": 0})
-    log.write()
-    assert (tmp_path / "log.txt").read_text().splitlines() == [
-        '{"epoch": 0}', '{"ep', '{"train_loss": 2.0, "epoch": 0}']
+    for _ in range(3):
+        log = log_of(tmp_path, 0)
+        log.log_epoch({"train_loss": 2.0, "epoch": 0})
+        assert (tmp_path / "log.txt").read_text().splitlines() == [
+            '{"epoch": 0}', '{"ep', '{"train_loss": 2.0, "epoch": 0}']
+    log.saved()
+    log = log_of(tmp_path, 1, log.state_dict()["older_log"])
+    log.amend_epoch({"knn_top1": 50.0})
+    rows = ['{"epoch": 0}', '{"ep', '{"train_loss": 2.0, "epoch": 0, "knn_top1": 50.0}']
+    assert (tmp_path / "log.txt").read_text().splitlines() == rows
+    (tmp_path / "log.txt").write_text("\n".join(["a note", *rows]))  # which moves the mark
+    assert log_of(tmp_path, 1, log.state_dict()["older_log"]).last_row["train_loss"] == 2.0
+    assert (tmp_path / "log.txt").read_text().splitlines() == ["a note", *rows]
+
+
+def test_rows_are_written_when_a_full_disk_has_room_again(tmp_path, monkeypatch, capsys):
+    log, replace = log_of(tmp_path, 0), os.replace
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    log.log_epoch({"epoch": 0})
+    monkeypatch.setattr(os, "replace", full)
+    log.amend_epoch({"knn_top1": 50.0})
+    assert "log.txt (No space left on device); training goes on" in capsys.readouterr().out
+    log.log_epoch({"epoch": 1})
+    log.amend_epoch({"knn_top1": 60.0})
+    monkeypatch.setattr(os, "replace", replace)
+    log.flush()
+    assert [json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()] == [
+        {"epoch": 0, "knn_top1": 50.0}, {"epoch": 1, "knn_top1": 60.0}]
+
+
+@pytest.mark.parametrize("moment", ["try_save", "saved"])
+def test_killed_beside_the_first_checkpoint(image_folder, two_epochs, tmp_path, monkeypatch, moment):
+    """The row is there before the checkpoint: a run that begins again, or goes on, does not double it."""
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    words = ["--epochs", 2, "--data_path", image_folder, "--output_dir", tmp_path]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(RunFolder if moment == "try_save" else RunLog, moment, killed)
+        train_dino(options(*words))
+    assert (tmp_path / "unsaved.txt").exists() and len((tmp_path / "log.txt").read_text().splitlines()) == 1
+    train_dino(options(*words))
+    for name in ("log.txt", "checkpoint.pth"):
+        assert (tmp_path / name).exists() and not (tmp_path / "unsaved.txt").exists()
+    assert (tmp_path / "log.txt").read_bytes() == (two_epochs / "log.txt").read_bytes()
+
+
+def test_the_log_of_a_run_whose_checkpoint_has_the_rows_is_kept(image_folder, two_epochs, tmp_path):
+    """As commit d8b5475 wrote them."""
+    rows = [json.loads(line) for line in (two_epochs / "log.txt").read_text().splitlines()]
+    torch.save(load(two_epochs / "checkpoint0000.pth") | {"log": rows[:1]}, tmp_path / "checkpoint.pth")
+    shutil.copy(two_epochs / "log.txt", tmp_path)
+    train_dino(options("--epochs", 2, "--data_path", image_folder, "--output_dir", tmp_path))
+    assert (tmp_path / "log.txt").read_bytes() == (two_epochs / "log.txt").read_bytes()
+    assert "log" not in load(tmp_path / "checkpoint.pth")
 
 
 def test_an_older_log_outlives_resuming(image_folder, two_epochs, tmp_path):
@@ -300,22 +364,21 @@ def test_an_older_log_outlives_resuming(image_folder, two_epochs, tmp_path):
     assert (tmp_path / "log.txt").read_text().splitlines() == rows
 
 
-def test_a_log_that_is_no_text_any_more_does_not_end_the_run(tmp_path, capsys):
-    log = main_selfpatch.RunLog(tmp_path)
-    log.path.write_bytes(b"\xff\xfe")
-    log.rows.append({"epoch": 0})
-    log.write()
-    assert "it is not text any more" in capsys.readouterr().out and log.path.read_bytes() == b"\xff\xfe"
+def test_a_log_that_is_no_text_any_more_does_not_end_the_run(tmp_path):
+    log = log_of(tmp_path, 0)
+    log.epochs.path.write_bytes(b"\xff\xfe\n")
+    log.log_epoch({"epoch": 0})
+    assert log.epochs.path.read_bytes() == b'\xff\xfe\n{"epoch": 0}\n'
 
 
 def test_log_that_cannot_be_written_is_one_line(image_folder, tmp_path, monkeypatch, capsys):
-    write = main_selfpatch.RunLog.write
+    log_epoch = RunLog.log_epoch
 
-    def folder_in_the_way(log):
-        log.path.unlink()
-        log.path.mkdir()
-        write(log)
+    def folder_in_the_way(log, row):
+        log.epochs.path.unlink()
+        log.epochs.path.mkdir()
+        log_epoch(log, row)
 
-    monkeypatch.setattr(main_selfpatch.RunLog, "write", folder_in_the_way)
+    monkeypatch.setattr(RunLog, "log_epoch", folder_in_the_way)
     status, err = end_of_job(monkeypatch, capsys, image_folder, tmp_path)
     assert (status, err.count("\n")) == (1, 1) and f"cannot write to {tmp_path / 'log.txt'}" in err

@@ -52,9 +52,13 @@ def test_where_the_number_cannot_be_known(tmp_path, state):
     assert "attention heads" not in str(read_backbone(saved(tmp_path, run))[1])
 
 
-@pytest.mark.parametrize("to, name", [("backbone", "out.pth"), ("backbone", "out.safetensors"), ("timm", "out.pth"),
-                                      ("timm", "out.safetensors"), ("mmdet", "out.pth"), ("mmseg", "out.pth")])
-@pytest.mark.parametrize("known", [True, False])
+TARGETS = [("backbone", "out.pth"), ("backbone", "out.safetensors"), ("timm", "out.pth"), ("timm", "out.safetensors"),
+           ("mmdet", "out.pth"), ("mmseg", "out.pth")]
+
+
+@pytest.mark.parametrize("known, to, name", [
+    *((i % 2 == 0, *target) for i, target in enumerate(TARGETS)),
+    *(pytest.param(i % 2 == 1, *target, marks=pytest.mark.long) for i, target in enumerate(TARGETS))])
 def test_conversions_record_the_number(tmp_path, source, to, name, known, capsys):
     prefix = "module.momentum_encoder." if known else "module."
     path, output = saved(tmp_path, {"state_dict": under(prefix, source.state_dict())}), tmp_path / name

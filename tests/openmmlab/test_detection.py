@@ -4,9 +4,9 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from forked import free_port
 from openmmlab_data import (
     check_stored_pixels,
-    free_port,
     script_error,
     skip_without_packages,
     start,
@@ -18,7 +18,6 @@ skip_without_packages()
 
 from mmdet.datasets import CocoDataset  # noqa: E402
 from mmdet.registry import MODELS, TRANSFORMS  # noqa: E402
-from mmdet.utils import register_all_modules  # noqa: E402
 from mmengine.config import Config  # noqa: E402
 from mmengine.logging import HistoryBuffer  # noqa: E402
 
@@ -33,11 +32,6 @@ from selfpatch.openmmlab.config import load_config  # noqa: E402
 CONFIGS = ROOT / "detection" / "configs"
 RECIPE = CONFIGS / "mask-rcnn_vit-small-16_1x_coco.py"
 TINY = {"embed_dim": 192, "num_heads": 3}
-
-
-@pytest.fixture(autouse=True)
-def scope():
-    register_all_modules()
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ from repository import ROOT
 skip_without_packages()
 
 from mmdet.registry import MODELS, TRANSFORMS  # noqa: E402
-from mmdet.utils import register_all_modules  # noqa: E402
 from mmengine.config import Config  # noqa: E402
 from mmengine.optim import build_optim_wrapper  # noqa: E402
 from mmengine.registry import PARAM_SCHEDULERS  # noqa: E402
@@ -19,11 +18,6 @@ from selfpatch.openmmlab.config import load_config  # noqa: E402
 
 CONFIGS = ROOT / "detection" / "configs"
 RECIPE = CONFIGS / "mask-rcnn_vit-small-16_1x_coco.py"
-
-
-@pytest.fixture(autouse=True)
-def scope():
-    register_all_modules()
 
 
 def test_recipe_is_the_published_one():

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from forked import free_port
 from golden_rules import set_weights
 from image_cases import write_damaged_png
 from openmmlab_data import (
     check_stored_pixels,
-    free_port,
     script_error,
     skip_without_packages,
     start,
@@ -39,11 +39,6 @@ from selfpatch.openmmlab.config import load_config  # noqa: E402
 CONFIGS = ROOT / "segmentation" / "configs"
 SEMANTIC_FPN = CONFIGS / "semantic-fpn_vit-small-16_40k_ade20k.py"
 TINY = {"model.backbone.embed_dim": 192, "model.backbone.num_heads": 3, "model.neck.in_channels": [192] * 4}
-
-
-@pytest.fixture(autouse=True)
-def scope():
-    register_all_modules()
 
 
 @pytest.fixture

@@ -14,7 +14,6 @@ from mmengine.registry import PARAM_SCHEDULERS  # noqa: E402
 from mmengine.structures import PixelData  # noqa: E402
 from mmseg.registry import DATASETS, MODELS  # noqa: E402
 from mmseg.structures import SegDataSample  # noqa: E402
-from mmseg.utils import register_all_modules  # noqa: E402
 
 import segmentation.backbone  # noqa: E402, F401
 from selfpatch.openmmlab.config import replace_prefix  # noqa: E402
@@ -26,11 +25,6 @@ TINY = {"model.backbone.embed_dim": 192, "model.backbone.num_heads": 3, "model.n
 TINY_HEADS = {"model.neck.out_channels": 192, "model.decode_head.in_channels": [192] * 4,
               "model.decode_head.channels": 32, "model.auxiliary_head.in_channels": 192,
               "model.auxiliary_head.channels": 32}
-
-
-@pytest.fixture(autouse=True)
-def scope():
-    register_all_modules()
 
 
 def config(name, tiny=True):

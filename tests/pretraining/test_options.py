@@ -8,11 +8,12 @@ from small_job import SMALL, options
 import demo
 import main_selfpatch
 import run_with_submitit
-from main_selfpatch import get_args_parser
+from main_selfpatch import get_args_parser, train_dino
 from selfpatch.errors import ConfigError, run_main, user_path
 from selfpatch.method.fused_loss import FusedDINOLoss
 from selfpatch.method.losses import DINOLoss
 from selfpatch.pretraining import loop as training_loop
+from selfpatch.pretraining.options import small_grid_warning
 
 pytestmark = [pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning"),
               pytest.mark.usefixtures("small_network")]
@@ -106,8 +107,8 @@ def test_precision_by_device(monkeypatch, device, has_bf16, words, dtype):
     (["--data_path", "{empty}"], "has no images in it: files ending in .jpg"),
     (["--data_path", "{hollow}"], "no images"),
     (["--arch", "resnet50"], "invalid choice: 'resnet50'"),
-    (["--k_num", "9"], "--k_num is 9"),
-    (["--k_num", "0"], "--k_num is 0"),
+    (["--k_num", "9"], "argument --k_num: it is 9, and must be "),
+    (["--k_num", "0"], "argument --k_num: it is 0, and must be "),
     (["--global_crops_size", "50"], "not a multiple of --patch_size 16: try 48"),
     (["--local_crops_size", "40"], "not a multiple of --patch_size 16"),
     (["--local_crops_size", "32"], "under 3 patches a side"),
@@ -116,21 +117,25 @@ def test_precision_by_device(monkeypatch, device, has_bf16, words, dtype):
     (["--warmup_epochs", "3"], "longer than the run of --epochs 2"),
     (["--warmup_teacher_temp_epochs", "3"], "longer than the run of --epochs 2"),
     (["--output_dir", "{file}/run"], "cannot write to --output_dir"),
-    (["--epochs", "0", "--warmup_epochs", "0"], "--epochs is 0"),
+    (["--epochs", "0", "--warmup_epochs", "0"], "argument --epochs: it is 0, and must be "),
     (["--global_crops_scale", "0.5", "0.25"], "--global_crops_scale"),
     (["--use_fp16", "maybe"], "'maybe' is neither"),
-    (["--seed", "-1"], "--seed is -1"),
-    (["--dist_timeout", "0"], "--dist_timeout is 0.0"),
-    (["--dist_timeout", "inf"], "--dist_timeout is inf"),
-    (["--lr", "nan"], "--lr is nan"),
-    (["--teacher_temp", "0"], "--teacher_temp is 0.0"),
+    (["--seed", "-1"], "argument --seed: it is -1, and must be "),
+    (["--dist_timeout", "0"], "argument --dist_timeout: it is 0.0, and must be "),
+    (["--dist_timeout", "inf"], "argument --dist_timeout: it is inf, and must be "),
+    (["--lr", "nan"], "argument --lr: it is nan, and must be "),
+    (["--teacher_temp", "0"], "argument --teacher_temp: it is 0.0, and must be "),
     (["--init_weights", "nowhere.pth"], "there is no file nowhere.pth: give --init_weights"),
-    (["--freeze_backbone_epochs", "-1"], "--freeze_backbone_epochs is -1"),
-    (["--layer_decay", "0"], "--layer_decay is 0.0"),
-    (["--layer_decay", "1.5"], "--layer_decay is 1.5"),
-    (["--layer_decay", "nan"], "--layer_decay is nan"),
+    (["--freeze_backbone_epochs", "-1"], "argument --freeze_backbone_epochs: it is -1, and must be "),
+    (["--layer_decay", "0"], "argument --layer_decay: it is 0.0, and must be "),
+    (["--layer_decay", "1.5"], "argument --layer_decay: it is 1.5, and must be "),
+    (["--layer_decay", "nan"], "argument --layer_decay: it is nan, and must be "),
     (["--layer_decay", "0.5", "--output_dir", "{resumed}"], "2 groups of parameters, not 1"),
-    (["--drop_path_rate", "1"], "--drop_path_rate is 1.0"),
+    (["--peak_tflops", "-1"], "--peak_tflops: it is -1.0, and must be at least 0 (--help"),
+    (["--peak_tflops", "nan"], "--peak_tflops: it is nan, and must be at least 0"),
+    (["--knn_every", "0"], "--knn_every: it is 0, and must be at least 1"),
+    (["--port", "65536"], "--port: it is 65536, and must be at most 65535"),
+    (["--drop_path_rate", "1"], "argument --drop_path_rate: it is 1.0, and must be "),
     (["--optimizer", "sgd", "--output_dir", "{resumed}"], "another kind of optimizer, one with betas"),
     (["--out_dim", "63", "--output_dir", "{resumed}"], "does not fit this run's options")])
 def test_bad_input_is_one_line_and_status_2(image_folder, two_epochs, tmp_path, capsys, monkeypatch, words, says):
@@ -147,6 +152,18 @@ def test_bad_input_is_one_line_and_status_2(image_folder, two_epochs, tmp_path, 
     assert stop.value.code == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and says in err
+
+
+@pytest.mark.parametrize("name, value, says", [
+    ("seed", -1, "--seed is -1: it must be at least 0 and at most 9223372036854775807"), ("k_num", 9, "--k_num is 9"),
+    ("lr", float("nan"), "--lr is nan"), ("layer_decay", 0.0, "--layer_decay is 0.0: it must be above 0 and at most 1"),
+    ("local_crops_size", 40, "not a multiple of --patch_size 16")])
+def test_a_namespace_made_by_hand_is_checked_too(image_folder, tmp_path, name, value, says):
+    args = options("--data_path", image_folder, "--output_dir", tmp_path)
+    setattr(args, name, value)
+    with pytest.raises(ConfigError, match=says):
+        main_selfpatch.train_dino(args)
+    assert not list(tmp_path.iterdir())
 
 
 def make_obstacle(path, kind):
@@ -191,3 +208,22 @@ def test_which_loss(fused_loss, loss_class, expected):
 def test_a_loss_of_ones_own_has_no_fused_form():
     with pytest.raises(ConfigError, match="--fused_loss on: Variant has no fused form"):
         main_selfpatch.choose_loss("on", Variant)
+
+
+def test_small_grids_are_a_warning():
+    assert small_grid_warning({"global_crops_size": 224, "local_crops_size": 96}, 16) == ""
+    assert small_grid_warning({"global_crops_size": 40}, 8) == ""
+    assert small_grid_warning({"global_crops_size": 224, "local_crops_size": 48}, 16).startswith(
+        "warning: --local_crops_size 48 gives 3×3 patches, where a patch's 8 neighbours (the grid wraps around) are "
+        "100% of the other patches: ")
+    both = small_grid_warning({"global_crops_size": 32, "local_crops_size": 24}, 8)
+    assert both.endswith("For 5×5 patches give --global_crops_size 40 and --local_crops_size 40, or a smaller "
+                         "--patch_size")
+
+
+def test_a_run_with_small_grids_begins_with_the_warning(image_folder, tmp_path, capsys, small_network):
+    words = ["--epochs", 1, "--data_path", image_folder, "--output_dir"]
+    train_dino(options(*words, tmp_path / "selfpatch"))
+    assert capsys.readouterr().out.count("warning: --global_crops_size 48 gives 3×3") == 1
+    train_dino(options(*words, tmp_path / "dino", "--patch_loss_weight", 0))
+    assert "warning" not in capsys.readouterr().out

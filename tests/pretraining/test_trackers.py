@@ -78,10 +78,9 @@ def test_a_missing_package_is_one_line(image_folder, tmp_path, monkeypatch):
 
 
 def test_tensorboard_is_a_short_form(tmp_path):
-    assert chosen_trackers(options("--tensorboard")) == ["tensorboard"]
-    assert chosen_trackers(options("--log_with", "trackio", "tensorboard", "--tensorboard")) == ["trackio",
-                                                                                                 "tensorboard"]
-    assert chosen_trackers(options()) == []
+    assert chosen_trackers([], True) == ["tensorboard"]
+    assert chosen_trackers(["trackio", "tensorboard"], True) == ["trackio", "tensorboard"]
+    assert chosen_trackers(options().log_with, options().tensorboard) == []
     (tmp_path / "tensorboard").touch()
     check_trackers([], tmp_path)
     with pytest.raises(ConfigError, match="tensorboard is not a folder"):
