@@ -34,7 +34,7 @@ from selfpatch.video.label_propagation import to_mask, to_one_hot
 from selfpatch.video.propagation_bounds import propagate
 from selfpatch.video.scores import score_sequence
 from selfpatch.visualization.features import labelled_panels
-from selfpatch.visualization.scenes import NAMES, Scene, draw_scene
+from selfpatch.visualization.scenes import NAMES, Motion, Scene, draw_scene
 from selfpatch.visualization.videos import overlay, write_video
 
 ROOT = Path(__file__).resolve().parent
@@ -61,7 +61,7 @@ def unseen_scene(seed: int, number: int) -> Scene:
 def clip(seed: int, number: int) -> Scene:
     """Two or three moving objects in changing light."""
     return draw_scene(np.random.default_rng((seed, MOVING, number)), 320, 240, objects=(2, 3), radius=(34, 52),
-                      frames=FRAMES, speed=5, light=0.35)
+                      motion=Motion(FRAMES, speed=5, light=0.35))
 
 
 def make_images(folder: Path, count: int, seed: int) -> None:

@@ -1,7 +1,7 @@
 """Synthetic scenes for the demo: faintly coloured, patterned objects on a patterned ground, with labels.
 
     scene = draw_scene(np.random.default_rng(0), 96, 96)        # frames, materials and objects of a still image
-    scene = draw_scene(rng, 320, 240, objects=(2, 3), radius=(34, 52), frames=12, speed=5)      # of a video
+    scene = draw_scene(rng, 320, 240, objects=(2, 3), motion=Motion(frames=12, speed=5))        # of a video
 
 A material is one of eight patterns, of random direction, scale, phase and contrast, slightly bent, with a faint tint.
 Objects overlap, darken towards their rims and cast shadows. All materials of a scene have nearly the same two greys, so
@@ -121,6 +121,19 @@ class Scene(NamedTuple):
     objects: np.ndarray
 
 
+class Motion(NamedTuple):
+    """Number of frames; highest speed of an object in pixels per frame in each direction; change of light.
+
+    light is the phase in radians by which the brightness of the light advances with each frame; 0 keeps it constant.
+    """
+    frames: int = 1
+    speed: float = 0
+    light: float = 0
+
+
+STILL = Motion()
+
+
 class Blob:
     """An object with a wavy outline, a material, a position, a speed and a spin.
 
@@ -159,16 +172,13 @@ class Blob:
 
 
 def draw_scene(rng: np.random.Generator, width: int, height: int, objects: tuple[int, int] = (1, 3),
-               radius: tuple[float, float] = (16, 32), frames: int = 1, speed: float = 0, light: float = 0,
-               ground: int | None = None) -> Scene:
+               radius: tuple[float, float] = (16, 32), motion: Motion = STILL, ground: int | None = None) -> Scene:
     """Draw a scene of one or several frames.
 
     Args:
         width, height: of the frames in pixels.
         objects: smallest and largest number of objects.
         radius: smallest and largest mean radius of an object in pixels.
-        speed: highest speed of an object in pixels per frame, in each direction.
-        light: phase in radians by which the brightness of the light advances with each frame.
         ground: material of the ground; default: a random one. Objects have materials of their own.
     """
     middle, contrast = rng.uniform(95, 160), rng.uniform(30, 60)
@@ -177,16 +187,16 @@ def draw_scene(rng: np.random.Generator, width: int, height: int, objects: tuple
     if ground is not None:
         order = np.r_[ground, order[order != ground]]
     background = surface(rng, max(width, height), order[0], greys)[:height, :width]
-    blobs = [Blob(rng, (width, height), radius, material, greys, speed)
+    blobs = [Blob(rng, (width, height), radius, material, greys, motion.speed)
              for material in order[1:1 + rng.integers(objects[0], objects[1] + 1)]]
     phase, tints, drawn = rng.uniform(0, 2 * math.pi), draw_tints(rng), []
-    for time in range(frames):
+    for time in range(motion.frames):
         frame, labels = background.copy(), np.zeros((2, height, width), np.uint8)
         labels[0] = order[0]
         for number, blob in enumerate(blobs, 1):
             blob.paint(frame, *labels, number, time)
-        if light:
-            frame *= 0.8 + 0.2 * math.cos(phase + light * time)
+        if motion.light:
+            frame *= 0.8 + 0.2 * math.cos(phase + motion.light * time)
         frame += rng.normal(0, 6, frame.shape)
         coloured = frame[..., None] * tints[labels[0]]
         drawn.append((coloured.clip(0, 255).astype(np.uint8), *labels))

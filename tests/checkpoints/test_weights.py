@@ -16,7 +16,7 @@ from selfpatch.video.frame_features import PatchFeatures
 from selfpatch.video.label_propagation import to_mask, to_one_hot
 from selfpatch.video.propagation_bounds import propagate
 from selfpatch.video.scores import score_sequence
-from selfpatch.visualization.scenes import draw_scene
+from selfpatch.visualization.scenes import Motion, draw_scene
 
 WEIGHTS = ROOT / "weights"
 FILE = WEIGHTS / "vit_tiny_imagenette.safetensors"
@@ -25,8 +25,8 @@ FILE = WEIGHTS / "vit_tiny_imagenette.safetensors"
 @pytest.fixture(scope="module")
 def scene():
     """A drawn clip of 320×240 with moving objects."""
-    return draw_scene(np.random.default_rng(0), 320, 240, objects=(2, 3), radius=(34, 52), frames=6, speed=5,
-                      light=0.35)
+    return draw_scene(np.random.default_rng(0), 320, 240, objects=(2, 3), radius=(34, 52),
+                      motion=Motion(6, speed=5, light=0.35))
 
 
 def test_the_file_is_what_the_card_says():

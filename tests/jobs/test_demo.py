@@ -14,7 +14,7 @@ from selfpatch.checkpoints.loading import load_backbone
 from selfpatch.distributed.processes import Process
 from selfpatch.method.vision_transformer import vit_pico
 from selfpatch.pretraining.resuming import fix_random_seeds
-from selfpatch.visualization.scenes import MATERIALS, NAMES, draw_scene
+from selfpatch.visualization.scenes import MATERIALS, NAMES, Motion, draw_scene
 
 
 def rng(seed=0):
@@ -22,7 +22,7 @@ def rng(seed=0):
 
 
 def test_a_scene_moves_and_its_labels_fit():
-    scene = draw_scene(rng(), 160, 120, objects=(2, 3), radius=(20, 30), frames=4, speed=5, light=0.3)
+    scene = draw_scene(rng(), 160, 120, objects=(2, 3), radius=(20, 30), motion=Motion(4, speed=5, light=0.3))
     assert scene.frames.shape == (4, 120, 160, 3) and scene.materials.shape == scene.objects.shape == (4, 120, 160)
     assert np.ptp(scene.frames.astype(int), axis=-1).max() < 0.25 * 255  # colour would give objects away
     assert set(np.unique(scene.objects[0]).tolist()) in ({0, 1, 2}, {0, 1, 2, 3})
@@ -30,7 +30,7 @@ def test_a_scene_moves_and_its_labels_fit():
     for number in np.unique(scene.objects):  # an object has one material, which no other has
         materials = np.unique(scene.materials[scene.objects == number])
         assert len(materials) == 1 and set(np.unique(scene.objects[scene.materials == materials[0]])) == {number}
-    again = draw_scene(rng(), 160, 120, objects=(2, 3), radius=(20, 30), frames=4, speed=5, light=0.3)
+    again = draw_scene(rng(), 160, 120, objects=(2, 3), radius=(20, 30), motion=Motion(4, speed=5, light=0.3))
     assert all(np.array_equal(a, b) for a, b in zip(scene, again, strict=True))
 
 
