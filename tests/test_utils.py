@@ -13,11 +13,11 @@ from torch import nn
 import selfpatch_head
 import utils
 import vision_transformer
-from selfpatch.checkpoints.files import CheckpointError
 from selfpatch.errors import ConfigError
 from selfpatch.method.losses import DINOLoss
 from selfpatch.method.optim import update_teacher
 from selfpatch.method.schedules import cosine_schedule
+from selfpatch.whole_files import WriteError
 
 
 def test_names_that_users_of_dino_import():
@@ -148,7 +148,7 @@ def test_checkpoint_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
         raise OSError("no space left on device")
 
     monkeypatch.setattr(torch, "save", dies_halfway)
-    with pytest.raises(CheckpointError, match="no space"):
+    with pytest.raises(WriteError, match="no space"):
         utils.save_on_master({"epoch": 2}, path)
     assert torch.load(path, weights_only=True) == {"epoch": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pth"]

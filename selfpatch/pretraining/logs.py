@@ -19,7 +19,7 @@ from selfpatch.method.training_run import TrainingRun
 from selfpatch.pretraining.engine import prototypes
 from selfpatch.pretraining.meters import MetricLogger
 from selfpatch.pretraining.trackers import Trackers
-from selfpatch.whole_files import whole_file
+from selfpatch.whole_files import WriteError, whole_file
 
 FIRST_STEPS = 3  # of a process: slow because of compilation, caches and starting workers
 
@@ -135,7 +135,7 @@ class JsonLines:
     def attempt(self, action: Callable[[], None]) -> None:
         try:
             action()
-        except OSError as error:
+        except (OSError, WriteError) as error:
             message = f"cannot write to {self.path} ({error.strerror})"
             if error.errno not in PASSING_ERRORS:
                 raise TrainingError(f"{message}: the same command continues from the last checkpoint") from None
