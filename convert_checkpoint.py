@@ -38,6 +38,7 @@ FORMATS = {
 SUFFIXES = {"onnx": (".onnx",), "mmdet": (".pth", ".pt"), "mmseg": (".pth", ".pt"),
             "backbone": (".pth", ".pt", ".safetensors"), "selfpatch": (".pth", ".pt", ".safetensors"),
             "timm": (".pth", ".pt", ".safetensors")}
+FORMAT_OPTIONS = {"keep_heads": ("mmdet", "mmseg"), "half": ("backbone", "selfpatch"), "image_size": ("onnx",)}
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -62,15 +63,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def check_paths(source: Path, output: Path, to: str, keep_heads: bool = False, overwrite: bool = False) -> None:
-    """Reject an output that cannot or should not be written, before the input is read.
-
-    Raises:
-        CheckpointError: see the messages.
-    """
-    suffixes, with_wrapper = SUFFIXES[to], to in ("mmdet", "mmseg")
-    if keep_heads and not with_wrapper:
-        raise CheckpointError(f"--keep_heads requires --to mmdet or mmseg, not {to}")
+def check_paths(source: Path, output: Path, to: str, overwrite: bool = False) -> None:
+    """Raise CheckpointError if the output cannot or should not be written, before the input is read."""
+    suffixes = SUFFIXES[to]
     if output.suffix not in suffixes and not is_folder(output, to):
         folder = ", or without a suffix as a folder" if to == "timm" else ""
         raise CheckpointError(f"{output}: --to {to} is written as {' or '.join(suffixes)}{folder}")
@@ -88,7 +83,7 @@ def check_paths(source: Path, output: Path, to: str, keep_heads: bool = False, o
 
 
 def is_folder(output: str | Path, to: str) -> bool:
-    """Whether the output is a folder for timm, by its name."""
+    """Whether the output is a folder for timm: a name without a suffix is."""
     return to == "timm" and not Path(output).suffix
 
 
@@ -97,14 +92,14 @@ def convert(state: dict[str, torch.Tensor], info: CheckpointInfo, to: str, keep_
     """Convert a backbone to the content of a file in another format.
 
     Args:
-        state, info: as checkpoints.read_backbone returns them.
+        state, info: as loading.read_backbone returns them.
         to: one of FORMATS.
         keep_heads: with mmdet and mmseg, convert the whole detector or segmenter that contains the backbone.
-        with_metadata: the file has a header of its own for the number of attention heads. Without one, backbone and
-            timm hold the tensors under state_dict if there is such a number to record.
+        with_metadata: the file has a header for the number of attention heads. Without one, backbone and timm hold the
+            tensors under state_dict if there is such a number to record.
 
     Raises:
-        CheckpointError: keep_heads, but the file is neither a detector nor a segmenter.
+        CheckpointError: the file has no SelfPatch head to write, or no heads to keep.
     """
     if to == "mmseg":
         state = to_mmseg_names(state)
@@ -130,22 +125,22 @@ def convert(state: dict[str, torch.Tensor], info: CheckpointInfo, to: str, keep_
 
 
 def to_half(content: dict) -> dict:
-    """Its tensors of floats in float16, also those under state_dict.
+    """Convert floating-point tensors to float16, also those under state_dict.
 
     Raises:
-        CheckpointError: one has values that float16 has not.
+        CheckpointError: a tensor has values outside float16's range.
     """
     half = {name: to_half(value) if name == "state_dict" else
             value.half() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
             for name, value in content.items()}
     for name, value in half.items():
         if isinstance(value, torch.Tensor) and value.is_floating_point() and not value.isfinite().all():
-            raise CheckpointError(f"--half: {name} has values that float16 has not")
+            raise CheckpointError(f"--half: {name} has values outside float16's range")
     return half
 
 
 def loading_code(info: CheckpointInfo, to: str, keep_heads: bool, output: Path) -> str:
-    """The line of Python or of a config that loads the output."""
+    """Return the line of Python or of a config that loads the output."""
     path = str(output)
     if is_folder(output, to):
         return f"timm.create_model({f'local-dir:{path}'!r}, pretrained=True)"
@@ -155,9 +150,9 @@ def loading_code(info: CheckpointInfo, to: str, keep_heads: bool, output: Path) 
     if to == "onnx":
         return f"onnxruntime.InferenceSession({path!r}).run(None, {{{INPUT!r}: images}})"
     if to == "selfpatch":
-        return f"state, info = checkpoints.read_backbone({path!r}); head = checkpoints.build_head(info)"
+        return f"model, info = selfpatch.load_with_info({path!r}); head = selfpatch.build_head(info)"
     if to == "backbone":
-        return f"checkpoints.load_backbone({path!r})"
+        return f"selfpatch.load_backbone({path!r})"
     if keep_heads:
         heads = f"model = dict(backbone=dict(num_heads={info.num_heads})); " if info.num_heads else ""
         return f"{heads}load_from = {path!r}"
@@ -165,33 +160,31 @@ def loading_code(info: CheckpointInfo, to: str, keep_heads: bool, output: Path) 
     return f"backbone=dict({num_heads}init_cfg=dict(type='Pretrained', checkpoint={path!r}))"
 
 
-def convert_file(source: str | Path, output: str | Path, to: str, key: str = "teacher", keep_heads: bool = False,
-                 overwrite: bool = False, num_heads: int | None = None,
-                 image_size: tuple[int, int] | None = None, half: bool = False) -> None:
+def convert_file(source: str | Path, output: str | Path, to: str, key: str = "teacher", overwrite: bool = False,
+                 num_heads: int | None = None, **options) -> None:
     """Convert a file, verify the result, and print how to load it.
 
     Args:
-        source: any checkpoint, see checkpoints.read_backbone.
+        source: any checkpoint, see loading.read_backbone.
         output: file, or folder for timm, to write.
         to: one of FORMATS.
         key: network of a training run, teacher or student.
-        keep_heads: see convert.
         overwrite: replace an existing output.
         num_heads: attention heads; None for what the input says.
-        image_size: height and width of an ONNX file's images; None for what the position embedding is made for.
-        half: write a backbone, or one with its SelfPatch head, in float16.
+        options: of single formats (FORMAT_OPTIONS): keep_heads, see convert; half, to write float16; image_size, height
+            and width of an ONNX file's images, by default what the position embedding is made for.
 
     Raises:
         ConfigError: a package that --to onnx needs is not installed, or image_size does not fit.
-        CheckpointError: the input cannot be read, or the output cannot be written.
+        CheckpointError: the input cannot be read, the output should not be replaced, or an option is of other formats.
+        WriteError: the output cannot be written.
     """
     output = Path(output)
-    if image_size is not None and to != "onnx":
-        raise CheckpointError(f"--image_size requires --to onnx, not {to}")
-    if half and to not in ("backbone", "selfpatch"):
-        raise CheckpointError(f"--half requires --to backbone or selfpatch, not {to}")
+    for name, value in options.items():
+        if value and to not in (formats := FORMAT_OPTIONS[name]):
+            raise CheckpointError(f"--{name} requires --to {' or '.join(formats)}, not {to}")
     try:
-        check_paths(resolve_path(source), output, to, keep_heads, overwrite)
+        check_paths(resolve_path(source), output, to, overwrite)
     except OSError as error:  # a folder that may not be read
         raise CheckpointError(str(error)) from None
     if to == "onnx":
@@ -201,31 +194,31 @@ def convert_file(source: str | Path, output: str | Path, to: str, key: str = "te
         info = info.with_heads(num_heads, "--num_heads")
     print(f"loaded {info}")
     if to == "onnx":
-        convert_to_onnx(state, info, output, image_size or (info.grid * info.patch_size,) * 2)
+        write_onnx_file(state, info, output, options.get("image_size") or (info.grid * info.patch_size,) * 2)
     elif is_folder(output, to):
         write_timm_folder(state, info, output)
         print(f"wrote {read_back(state, info, output / WEIGHTS)}")
         print(f"complete {output / 'README.md'} before you upload the folder")
     else:
-        print(f"wrote {write_file(state, info, output, to, keep_heads, half)}")
-    print(f"load it with: {loading_code(info, to, keep_heads, output)}")
+        print(f"wrote {write_file(state, info, output, to, options)}")
+    print(f"load it with: {loading_code(info, to, options.get('keep_heads', False), output)}")
 
 
-def write_file(state: dict[str, torch.Tensor], info: CheckpointInfo, output: Path, to: str, keep_heads: bool,
-               half: bool) -> CheckpointInfo:
-    """Write a .pth or .safetensors file, and read it back; its metadata. Arguments are those of convert_file."""
+def write_file(state: dict[str, torch.Tensor], info: CheckpointInfo, output: Path, to: str,
+               options: dict) -> CheckpointInfo:
+    """Write a .pth or .safetensors file, read it back, and return its metadata; arguments as for convert_file."""
     header = output.suffix == ".safetensors"
     recorded = {"num_heads": info.num_heads, "k_num": info.k_num if to == "selfpatch" else None}
     metadata = {name: str(number) for name, number in recorded.items() if number} if header else None
-    content = convert(state, info, to, keep_heads, header)
-    if half:
+    content = convert(state, info, to, options.get("keep_heads", False), header)
+    if options.get("half"):
         content, state = to_half(content), {name: tensor.half().float() for name, tensor in state.items()}
     write_checkpoint(content, output, metadata=metadata)
     others = {name: tensor for name, tensor in content.get("state_dict", content).items() if name in info.other_tensors}
     return read_back(state, info, output, others)
 
 
-def convert_to_onnx(state: dict[str, torch.Tensor], info: CheckpointInfo, output: Path,
+def write_onnx_file(state: dict[str, torch.Tensor], info: CheckpointInfo, output: Path,
                     image_size: tuple[int, int]) -> None:
     """Write an ONNX file and print how far its features are from the network's."""
     check_image_size(image_size, info.patch_size)
@@ -238,7 +231,7 @@ def convert_to_onnx(state: dict[str, torch.Tensor], info: CheckpointInfo, output
 
 def read_back(state: dict[str, torch.Tensor], info: CheckpointInfo, path: Path,
               others: dict[str, torch.Tensor] | None = None) -> CheckpointInfo:
-    """The metadata of a file that was written.
+    """Return the metadata of a file that was written, after a comparison with what it should hold.
 
     Raises:
         CheckpointError: it does not hold the tensors of state, those of others beside them, or another number of
@@ -254,8 +247,8 @@ def read_back(state: dict[str, torch.Tensor], info: CheckpointInfo, path: Path,
 
 
 def main(args: argparse.Namespace) -> None:
-    convert_file(args.input, args.output, args.to, args.checkpoint_key, args.keep_heads, args.overwrite,
-                 args.num_heads, args.image_size, args.half)
+    convert_file(args.input, args.output, args.to, args.checkpoint_key, args.overwrite, args.num_heads,
+                 keep_heads=args.keep_heads, half=args.half, image_size=args.image_size)
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ from selfpatch.pretraining.initial_weights import read_initial_weights, set_init
 from selfpatch.pretraining.knn_probe import KnnProbe
 from selfpatch.pretraining.logs import RunLog
 from selfpatch.pretraining.loop import TrainingLoop, rare_collection
-from selfpatch.pretraining.options import check_args, get_args_parser
+from selfpatch.pretraining.options import check_args, get_args_parser, small_grid_warning
 from selfpatch.pretraining.resuming import compare_ranks, fix_random_seeds, plain_args, resume
 from selfpatch.pretraining.run_folder import RunFolder
 from selfpatch.pretraining.trackers import Trackers, chosen_trackers
@@ -254,7 +254,13 @@ def start_line(args: argparse.Namespace, processes: Processes, loader: CropLoade
                if run.step % run.steps_per_epoch else
                f"resuming after epoch {run.epoch - 1}" if run.epoch else
                f"starting from {args.init_weights or 'scratch'}")
-            + (f"\n{images.unread_summary()}" if images.unread_summary() else ""))
+            + "".join(f"\n{note}" for note in (images.unread_summary(), grid_note(args)) if note))
+
+
+def grid_note(args: argparse.Namespace) -> str:
+    sizes = {"global_crops_size": args.global_crops_size} | (
+        {"local_crops_size": args.local_crops_size} if args.local_crops_number else {})
+    return small_grid_warning(sizes, args.patch_size) if args.patch_loss_weight else ""
 
 
 def main(loss_class: type[DINOLoss] | None = None) -> None:

@@ -2,7 +2,7 @@
 
     python -m docs.checkpoints_page > docs/CHECKPOINTS.md
 """
-from selfpatch.checkpoints.foreign_files import FORMATS
+from selfpatch.checkpoints.foreign_files import FOREIGN_FORMATS
 from selfpatch.checkpoints.layouts import IGNORED, NETWORKS, PATCH_EMBEDDINGS, SMALL_HEADS, UNSUPPORTED, VISSL_STEPS
 
 
@@ -22,8 +22,8 @@ def heads_and_files() -> list[str]:
         "`convert_checkpoint.py --num_heads` records the right one.", "",
         "## What kind of file it is", "",
         "What torch.save or safetensors writes. Other formats are named, with what to do about them: "
-        f"{', '.join(what for _, _, what, _ in FORMATS)}, a zip archive, a .npz file, a TorchScript program, an ONNX "
-        "model.", "",
+        f"{', '.join(what for _, _, what, _ in FOREIGN_FORMATS)}, a zip archive, a .npz file, a TorchScript program, "
+        "an ONNX model.", "",
         "Beside the tensors, a file may have options and states of any class. Numbers, text, containers, dates, "
         "argparse's Namespace and NumPy's arrays and scalars are read as they are, paths as text, and everything else "
         "as an inert stand-in that keeps what the file says about it. Nothing of the file is called: names of modules "

@@ -6,24 +6,24 @@
 
 The names below are loaded when they are first asked for, so that importing the package is instant.
 """
-from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from selfpatch.checkpoints.loading import load_backbone, load_with_info
+    from selfpatch.checkpoints.loading import build_head, load_backbone, load_with_info
     from selfpatch.method.losses import DINOLoss
-    from selfpatch.method.selfpatch_head import SelfPatchHead
 
 __version__ = "0.1.0"
-__all__ = ["DINOLoss", "SelfPatchHead", "load_backbone", "load_with_info"]
-_MODULES = {"DINOLoss": "method.losses", "SelfPatchHead": "method.selfpatch_head",
-            "load_backbone": "checkpoints.loading", "load_with_info": "checkpoints.loading"}
+__all__ = ["DINOLoss", "build_head", "load_backbone", "load_with_info"]
 
 
 def __getattr__(name: str):
-    if name not in _MODULES:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    if name == "DINOLoss":
+        from selfpatch.method import losses as module
+    else:
+        from selfpatch.checkpoints import loading as module
+    return getattr(module, name)
 
 
 def __dir__() -> list[str]:

@@ -1,4 +1,4 @@
-"""Errors that a user can act on, and how a job ends with them.
+"""Errors that a user can act on, and how a job reports them.
 
 Library code raises; only a job's main ends the process:
 
@@ -17,15 +17,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-LONGEST_MESSAGE = 4000  # characters: a file chooses the names in a message, and their length
-# of a disk, and may well be gone at the next attempt
+LONGEST_MESSAGE = 4000  # characters: the names in a message, and their length, may come from an untrusted file
+# errors of a disk that may be gone at the next attempt
 PASSING_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EAGAIN, errno.ETIMEDOUT}
 GRACE_SECONDS = 3.0
 CONTINUE_STATUS = 75  # EX_TEMPFAIL of sysexits.h: start the same command again
 
 
 def printable(text: object) -> str:
-    """The text as one line for a terminal: control characters become ?, and a text of over 4000 characters is cut."""
+    """Return text as one line for a terminal: replace control characters by ? and cut it at 4000 characters."""
     text = str(text)
     line = "".join("?" if unicodedata.category(char) in ("Cc", "Cf", "Cs", "Zl", "Zp") else char
                    for char in text[:LONGEST_MESSAGE])
@@ -33,16 +33,17 @@ def printable(text: object) -> str:
 
 
 class ConfigError(ValueError):
-    """An option, a file or a machine that a job cannot work with.
+    """An option, a file or a machine does not fit.
 
-    The message is the one line that a user should read: it names the option or file and says what to do.
+    The message is one line for the user: it names the option or file and says what to do.
 
     Args:
         message: that line.
-        every_rank: print it from every process at once, since the first one of each machine cannot have met the error.
+        every_rank: print the message from every process at once; set where the first process of each machine cannot
+            have met the error.
 
     Attributes:
-        on_all_ranks: every process raises the same error, so that the first one of each machine speaks for all.
+        on_all_ranks: every process raises the same error, so only the first one of each machine prints it.
     """
 
     on_all_ranks = False
@@ -56,13 +57,13 @@ class ConfigError(ValueError):
 
 
 class TrainingError(RuntimeError):
-    """Training cannot continue, for a reason found on the way; the message says what to try. Exit status 1."""
+    """Training cannot continue; the message says why and what to try. Exit status 1."""
 
     every_rank, on_all_ranks, status = True, False, 1
 
 
 class RunStopped(TrainingError):
-    """A run was asked to end and has saved: the same command continues it. Exit status 75."""
+    """A run was asked to stop and has saved; the same command continues it. Exit status 75."""
 
     every_rank, on_all_ranks, status = False, True, CONTINUE_STATUS
 
@@ -72,9 +73,9 @@ class RunStopped(TrainingError):
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse's parser, reporting an error as one line without the page of usage before it.
+    """argparse's parser with errors of one line, without the usage.
 
-    Numbers of more than 64 bits and text that no path can be are errors in every job.
+    It also rejects numbers beyond 64 bits and text that cannot be a path.
     """
 
     def parse_known_args(self, args=None, namespace=None) -> tuple[argparse.Namespace, list[str]]:
@@ -91,7 +92,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def absurdity(value: object) -> str:
-    """Why an option's value cannot be meant, in words; empty if it can."""
+    """Say why no one can mean this value of an option; empty if it is plausible."""
     if isinstance(value, int) and not -2**63 <= value < 2**63:
         return f"{value} is beyond 64 bits"
     if isinstance(value, (str, Path)):
@@ -104,7 +105,7 @@ def absurdity(value: object) -> str:
 
 
 def user_path(text: str) -> Path:
-    """The type of a path option: ~ is the home folder, also in --option=~/x, which the shell leaves as it is."""
+    """Type of a path option: expand ~, also in --option=~/x, where the shell does not."""
     return Path(os.path.expanduser(text))
 
 
@@ -132,7 +133,7 @@ def number(kind: type, least: float = -math.inf, above: float = -math.inf,
 
 
 def describe(path: Path) -> str:
-    """What is at path that is no regular file, in words for a message."""
+    """Name what is at path instead of a regular file, for a message."""
     if path.is_dir():
         return "a folder"
     return "a broken link" if path.is_symlink() and not path.exists() else "no regular file"
@@ -143,15 +144,15 @@ def program_name() -> str:
 
 
 def is_first_of_machine() -> bool:
-    """Whether this is the first process of its machine, by the launcher's environment variables."""
+    """Whether this is the first process of its machine, according to the launcher's environment variables."""
     return os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0"
 
 
 def report(error: Exception) -> int:
     """Print an error as one line on stderr, and return the exit status.
 
-    Of several processes the first of each machine prints it. The others may not have met the same one: they wait a
-    little, in which a launcher ends them if the first has failed as well, and print it then.
+    Of several processes the first of each machine prints it. The others may have met another error: they first wait a
+    little, so that a launcher can end them if the first one has failed too, and then print theirs.
     """
     if not (error.every_rank or is_first_of_machine()):
         time.sleep(0 if error.on_all_ranks else GRACE_SECONDS)
@@ -171,7 +172,7 @@ def run_main(main: Callable[..., int | None], *args) -> NoReturn:
     except (ConfigError, TrainingError) as error:
         status = report(error)
     except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # nothing is left to interrupt
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the job is ending already
         if is_first_of_machine():
             print(f"{program_name()}: interrupted", file=sys.stderr, flush=True)
         status = 128 + signal.SIGINT

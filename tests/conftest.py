@@ -1,4 +1,5 @@
 """Shared fixtures: a tiny ImageFolder of photograph-like noise, the pretraining job made small, a run of it."""
+import contextlib
 import os
 import signal
 import sys
@@ -8,6 +9,9 @@ import pytest
 import torch
 from networks import shrink_job
 from PIL import Image, ImageFilter
+
+with contextlib.suppress(ImportError):  # torch's compiler imports it, which fails once distutils was imported alone
+    import setuptools  # noqa: F401
 
 # tensors here are small: on a busy machine threads cost more than they give, in the jobs that tests start too
 torch.set_num_threads(1)

@@ -23,7 +23,7 @@ def test_names_are_loaded_when_asked_for():
 
 
 def test_type_checkers_see_the_same_names():
-    imports = [node for node in ast.walk(ast.parse((ROOT / "selfpatch" / "__init__.py").read_text()))
-               if isinstance(node, ast.ImportFrom) and node.module.startswith("selfpatch.")]
-    found = {alias.name: node.module for node in imports for alias in node.names}
+    block = next(node for node in ast.parse((ROOT / "selfpatch" / "__init__.py").read_text()).body
+                 if isinstance(node, ast.If) and node.test.id == "TYPE_CHECKING")
+    found = {alias.name: node.module for node in block.body for alias in node.names}
     assert found == {name: getattr(selfpatch, name).__module__ for name in selfpatch.__all__}

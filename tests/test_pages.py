@@ -52,6 +52,15 @@ def test_options_exist(page):
         assert any(f'"{part}"' in SOURCES for part in parts), option
 
 
+def test_the_picture_names_what_there_is():
+    picture = (ROOT / "README.md").read_text().split("(pip install .)")[1].split("\n## ")[0]
+    rows = re.findall(r"^    (\w+)  +(.+)$", picture, re.MULTILINE)
+    assert {folder for folder, _ in rows} == {path.parent.name for path in ROOT.glob("selfpatch/*/__init__.py")}
+    for folder, names in rows:
+        for name in names.split(", "):
+            assert (ROOT / "selfpatch" / folder / f"{name}.py").is_file(), (folder, name)
+
+
 def commands():
     """(job, arguments) of every printed command that starts a job of the root."""
     found = []

@@ -73,6 +73,14 @@ def test_the_page_for_dinos_users_names_what_there_is():
         assert f'"{option}"' in (ROOT / "eval_video_segmentation.py").read_text()
 
 
+def test_parts_are_where_the_page_says():
+    table = PAGE.split("## What is where")[1].split("\n## ")[0]
+    for row in re.findall(r"^\| [\w.]+: (.+) \| (.+) \|$", table, re.MULTILINE):
+        sources = "".join((ROOT / name).read_text() for name in re.findall(r"[\w/]+\.py\b", row[1]))
+        for name in re.findall(r"`(\w+)`", row[0].replace("`load_pretrained_weights`", "")):  # which is load_backbone
+            assert re.search(rf"\b{name}\b", sources), name
+
+
 def test_the_oddities_are_where_the_page_says():
     for row in PAGE.split("## Oddities that are kept")[1].splitlines():
         for place in (row.split("|")[2].split(";") if row.startswith("|") else ()):

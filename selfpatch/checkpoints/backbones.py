@@ -23,13 +23,13 @@ PREFIX = "timm:"
 
 
 def project_queries_keys(attn: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Queries and keys [B, heads, N, d] of a timm attention for its input x [B, N, D].
+    """Project the input x [B, N, D] of a timm attention to queries and keys [B, heads, N, d].
 
-    They are after the norms of q and k, where it has these, and before a rotary position embedding.
+    Norms of q and k are applied, if any; a rotary position embedding is not.
     """
     if getattr(attn, "qkv", None) is not None:
         bias = attn.qkv.bias
-        if getattr(attn, "q_bias", None) is not None:  # EVA: none is learnt for k
+        if getattr(attn, "q_bias", None) is not None:  # EVA learns none for k
             bias = torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
         qkv = nn.functional.linear(x, attn.qkv.weight, bias).unflatten(-1, (3, attn.num_heads, -1))
         q, k = qkv.permute(2, 0, 3, 1, 4)[:2]
@@ -42,7 +42,7 @@ def project_queries_keys(attn: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor
 
 
 def rotate(tokens: torch.Tensor, rope: torch.Tensor | None, attn: nn.Module) -> torch.Tensor:
-    """Queries or keys [B, heads, N, d] after the rotary position embedding, which prefix tokens do not get."""
+    """Apply a rotary position embedding to queries or keys [B, heads, N, d], except to prefix tokens."""
     if rope is None:
         return tokens
     half = {"half": True} if getattr(attn, "rotate_half", False) else {}  # older timm knows one layout only
@@ -53,11 +53,11 @@ def rotate(tokens: torch.Tensor, rope: torch.Tensor | None, attn: nn.Module) -> 
 class TimmBackbone(nn.Module):
     """A timm Vision Transformer with the interface of vision_transformer.VisionTransformer.
 
-    Images may have any size: what is left over at the right and bottom of whole patches is not looked at, and positions
-    are timm's own, interpolated or rotary. Class token and registers are not among the patches.
+    Images may have any size: pixels beyond whole patches, at the right and bottom, are ignored, and positions are
+    timm's own, interpolated or rotary. Patch features exclude class token and registers.
 
     Args:
-        network: timm's VisionTransformer or Eva, made with dynamic_img_size.
+        network: timm's VisionTransformer or Eva, built with dynamic_img_size.
     """
 
     def __init__(self, network: nn.Module):
@@ -79,24 +79,21 @@ class TimmBackbone(nn.Module):
         return x.shape[-2] // self.patch_size, x.shape[-1] // self.patch_size
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Images [B, 3, H, W] -> patch features [B, N, D], row by row, as timm's forward_features has them."""
+        """Images [B, 3, H, W] -> patch features [B, N, D] of timm's forward_features, row by row."""
         return self.features(x).patches
 
     def get_intermediate_layers(self, x: torch.Tensor, n: int | Sequence[int] = 1) -> list[torch.Tensor]:
-        """Patch features [B, N, D] of the last n blocks, or of the blocks of the given indices; no final norm."""
+        """Patch features [B, N, D] of the last n blocks or of given block indices, without final norm."""
         depth = len(self.blocks)
         layers = range(max(depth - n, 0), depth) if isinstance(n, int) else n
         return [tokens[:, self.num_prefix_tokens:] for tokens in self._run(x, layers, norm=False)]
 
     def features(self, x: torch.Tensor, layer: int = -1, keys: bool = False) -> Features:
-        """Class token, patches and, on demand, keys of one block; see VisionTransformer.features."""
+        """Class token, patches and optionally keys of one block; see VisionTransformer.features."""
         return self.intermediate_features(x, [layer], keys)[0]
 
     def intermediate_features(self, x: torch.Tensor, layers: Sequence[int], keys: bool = False) -> list[Features]:
-        """features() of several blocks, from one pass.
-
-        Keys are after the norm of k, if there is one, and before a rotary position embedding.
-        """
+        """features() of several blocks in one pass; keys as in project_queries_keys."""
         wanted = [range(len(self.blocks))[layer] for layer in layers]
         found, start = {}, self.num_prefix_tokens
 
@@ -112,10 +109,7 @@ class TimmBackbone(nn.Module):
                 for i, tokens in zip(wanted, outputs, strict=True)]
 
     def queries_and_keys(self, x: torch.Tensor, layer: int = -1) -> tuple[torch.Tensor, torch.Tensor]:
-        """What a block's attention compares, of all tokens, prefix first: [B, heads, N, d] each.
-
-        After a rotary position embedding, where there is one.
-        """
+        """Queries and keys [B, heads, N, d] of all tokens, prefix first, after a rotary position embedding if any."""
         found = []
 
         def keep(attn: nn.Module, inputs: tuple, kwargs: dict) -> None:
@@ -128,7 +122,7 @@ class TimmBackbone(nn.Module):
 
     @contextlib.contextmanager
     def _watch(self, hooks: dict[int, Callable]):
-        """Call hooks[i] with the inputs of block i's attention: timm offers no other way to a rotary embedding."""
+        """Call hooks[i] with the inputs of block i's attention; only they contain the rotary embedding."""
         handles = [self.blocks[i].attn.register_forward_pre_hook(hook, with_kwargs=True) for i, hook in hooks.items()]
         try:
             yield
@@ -137,7 +131,7 @@ class TimmBackbone(nn.Module):
                 handle.remove()
 
     def _run(self, x: torch.Tensor, layers: Sequence[int], norm: bool) -> list[torch.Tensor]:
-        """All tokens [B, prefix + N, D] after the blocks of these numbers, and after the final norm if asked for."""
+        """All tokens [B, prefix + N, D] after the given blocks, with the final norm on request."""
         rows, columns = self.grid_size(x)
         x = x[..., :rows * self.patch_size, :columns * self.patch_size]
         numbers = [range(len(self.blocks))[layer] for layer in layers]
@@ -154,13 +148,13 @@ Backbone = VisionTransformer | TimmBackbone
 
 
 def build_timm(name: str, **kwargs) -> TimmBackbone:
-    """A timm Vision Transformer by its name (without "timm:"), untrained, in eval mode.
+    """Build an untrained Vision Transformer of timm by its name (without "timm:"), in eval mode.
 
     Args:
         kwargs: further arguments of timm's network, such as depth.
 
     Raises:
-        ConfigError: timm does not know the name, or the network is no plain Vision Transformer.
+        ConfigError: timm does not know the name, or the network is not a plain Vision Transformer.
     """
     base = name.split(".")[0]
     if not timm.is_model(base):
@@ -184,7 +178,7 @@ def build_timm(name: str, **kwargs) -> TimmBackbone:
 
 
 def check_layer(model: Backbone, layer: int) -> None:
-    """Raise ConfigError if the network has no block of that number, 0 being the first and -1 the last."""
+    """Raise ConfigError if the network has no block of this index (0 is the first, -1 the last)."""
     depth = len(model.blocks)
     if not -depth <= layer < depth:
         raise ConfigError(f"--layer {layer}: the network has {depth} blocks, so give {-depth} to {depth - 1}; -1 is "
@@ -192,6 +186,6 @@ def check_layer(model: Backbone, layer: int) -> None:
 
 
 def image_statistics(model: Backbone) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of RGB in 0 … 1 that the network's images are normalised with."""
+    """Return the RGB mean and standard deviation, in 0 … 1, that normalise the network's images."""
     config = getattr(model.network, "pretrained_cfg", None) or {} if isinstance(model, TimmBackbone) else {}
     return tuple(config.get("mean", IMAGENET_MEAN)), tuple(config.get("std", IMAGENET_STD))

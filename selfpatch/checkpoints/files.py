@@ -15,13 +15,13 @@ from selfpatch.checkpoints.pickled_classes import StandIn, allowed_classes, is_r
 from selfpatch.errors import ConfigError, printable
 from selfpatch.whole_files import whole_file
 
-LEGACY_TORCH_MAGIC = bytes.fromhex("6cfc9c46f9206aa85019")  # first number that torch.save wrote before torch 1.6
+LEGACY_TORCH_MAGIC = bytes.fromhex("6cfc9c46f9206aa85019")  # first number in a file of torch before 1.6
 FILE_TYPES = ((stat.S_ISFIFO, "a FIFO (named pipe)"), (stat.S_ISSOCK, "a socket"), (stat.S_ISCHR, "a device"),
               (stat.S_ISBLK, "a device"))
 
 
 class CheckpointError(ConfigError):
-    """A checkpoint that cannot be used; the message is one line for the user, without control characters."""
+    """A checkpoint cannot be used; the message is one line for the user, without control characters."""
 
     def __init__(self, message: str, every_rank: bool = False):
         super().__init__(printable(message), every_rank)
@@ -29,13 +29,13 @@ class CheckpointError(ConfigError):
 
 def write_checkpoint(state: dict, path: str | Path, previous: Path | None = None,
                      metadata: dict[str, str] | None = None) -> None:
-    """Save state atomically: after a crash at any moment, path is either the old file or the complete new one.
+    """Save state as a whole file, see whole_files.whole_file.
 
     Args:
         state: anything that torch.save takes; a flat dictionary of tensors if path ends in .safetensors.
-        path: file to write or replace; of a link, the file that it leads to.
-        previous: where the file that was there before is kept.
-        metadata: for .safetensors, texts that go into its header.
+        path: file to write or replace; a link is followed.
+        previous: keep under this name the file that is replaced.
+        metadata: texts for the header of a .safetensors file.
 
     Raises:
         WriteError: the disk is full or cannot be written; the old file is kept.
@@ -50,15 +50,14 @@ def write_checkpoint(state: dict, path: str | Path, previous: Path | None = None
 
 
 def read_checkpoint(path: str | Path) -> dict:
-    """Load a file that torch.save or safetensors wrote, onto the CPU.
+    """Load a file of torch.save or safetensors onto the CPU, without executing anything from it.
 
-    Besides tensors, plain containers and numbers there may be argparse's Namespace, dates, NumPy's arrays and scalars,
-    paths, which become strings, and objects of any other class, which become pickled_classes.StandIn.
+    Besides tensors, plain containers and numbers it may contain argparse's Namespace, dates, NumPy arrays and scalars,
+    paths (returned as strings) and objects of any other class (returned as pickled_classes.StandIn).
 
     Raises:
-        CheckpointError: the file is missing, empty, truncated, a FIFO or a device, not a checkpoint, larger than the
-            memory, or names functions that could run code, or its bytes do not have the checksums that torch.save
-            wrote beside them.
+        CheckpointError: the file is missing, empty, truncated, a FIFO or a device, not a checkpoint, larger than
+            memory, names functions that could run code, or does not match its checksums.
     """
     is_safetensors = _is_safetensors(path)
     try:
@@ -79,7 +78,7 @@ def read_checkpoint(path: str | Path) -> dict:
 
 
 def _unpickle(path: str | Path) -> object:
-    """torch.load, which calls only the classes in allowed_classes(); what other classes are named is made inert."""
+    """torch.load with allowed_classes() alone; StandIns replace all other classes that the file names."""
     def load(classes: list) -> object:
         with torch.serialization.safe_globals(classes), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # errors are reported in one line
@@ -96,7 +95,7 @@ def _unpickle(path: str | Path) -> object:
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
-    """The texts in the header of a .safetensors file that read_checkpoint can read; empty for other files."""
+    """Read the header texts of a .safetensors file; empty for other files."""
     if not _is_safetensors(path):
         return {}
     with safetensors.safe_open(path, "pt") as file:
@@ -104,9 +103,9 @@ def read_metadata(path: str | Path) -> dict[str, str]:
 
 
 def check_sums(path: str | Path) -> None:
-    """Compare the records of a torch.save file with their CRC-32, which torch.load does not look at.
+    """Compare the records of a torch.save file with their CRC-32, which torch.load ignores.
 
-    Files in other formats have no checksums, nor do those written under set_crc32_options(False): they pass.
+    Files without checksums pass: those of other formats, and those written under set_crc32_options(False).
 
     Raises:
         zipfile.BadZipFile: a record has changed since it was written.
@@ -132,7 +131,7 @@ def _explain(path: str | Path, error: Exception) -> CheckpointError:
     """Turn an error of torch's or safetensors' reader into one line."""
     text = str(error)
     match = re.search(r"GLOBAL (\S+)", text)
-    if match and "." in match[1] and not is_refused(match[1]):  # its end is missing, or it would have a stand-in
+    if match and "." in match[1] and not is_refused(match[1]):  # cut file: others have stand-ins
         return CheckpointError(f"{path} is truncated or damaged (at {match[1]}): download or copy it again")
     if match:
         return CheckpointError(f"{path} is refused: loading it would import {match[1]}, which could run code and which "
@@ -148,10 +147,10 @@ def _explain(path: str | Path, error: Exception) -> CheckpointError:
 
 
 def _is_safetensors(path: str | Path) -> bool:
-    """Whether the file is in safetensors' format rather than torch's, from its first 512 bytes.
+    """Tell safetensors' format from torch's by the first 512 bytes.
 
     Raises:
-        CheckpointError: those bytes show that it is in neither format, or there is no file to read.
+        CheckpointError: they belong to neither format, or there is no file to read.
     """
     try:
         mode = os.stat(path).st_mode  # before it is opened: opening a FIFO waits for a writer

@@ -1,4 +1,4 @@
-"""What a file is that holds no checkpoint, from its first bytes, and what to do about it."""
+"""Recognise files that are no checkpoints by their first bytes, and say what to do with them."""
 import bz2
 import contextlib
 import gzip
@@ -7,8 +7,8 @@ import zipfile
 from pathlib import Path
 
 CONVERT = "save its arrays by torch.save, as a dictionary of tensors"
-# (offset, bytes there, what the file is, what to do)
-FORMATS = (
+# (offset, bytes there, what the file is, what to do with it)
+FOREIGN_FORMATS = (
     (0, b"\x1f\x8b", "gzip-compressed", "run gunzip < FILE > NEW"),
     (0, b"BZh", "bzip2-compressed", "run bunzip2 < FILE > NEW"),
     (0, b"\xfd7zXZ\0", "xz-compressed", "run unxz < FILE > NEW"),
@@ -24,16 +24,16 @@ FORMATS = (
 )
 OPENERS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
 MARKUP = (b"<!doctype", b"<html", b"<head", b"<?xml", b"<!--")
-ONNX_FIELDS = b"\x12\x1a\x22\x2a\x3a\x42"  # tags that follow the version at the start of an ONNX model
+ONNX_FIELDS = b"\x12\x1a\x22\x2a\x3a\x42"  # tags that can follow the version in an ONNX model
 
 
 def what_instead(path: str | Path, start: bytes) -> str | None:
-    """What a file is and what to do about it, as the end of a sentence; None if it may be a checkpoint.
+    """Say what a file is and what to do with it, as the end of a sentence; None if it may be a checkpoint.
 
     Args:
         start: its first 512 bytes.
     """
-    for offset, magic, what, advice in FORMATS:
+    for offset, magic, what, advice in FOREIGN_FORMATS:
         if start[offset:offset + len(magic)] == magic:
             if magic in OPENERS and _holds_tar(path, OPENERS[magic]):
                 what, advice = f"a tar archive, {what}", "run tar -xf FILE, and give the file that it holds"

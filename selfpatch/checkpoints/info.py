@@ -1,4 +1,4 @@
-"""What a checkpoint's network is: its kind, architecture and options, and the line that jobs print about it."""
+"""Metadata of a checkpoint: its kind, architecture and options, and the line that jobs print about it."""
 import argparse
 from dataclasses import dataclass, field, replace
 from numbers import Integral
@@ -12,8 +12,8 @@ from selfpatch.checkpoints.networks import Network
 from selfpatch.checkpoints.pickled_classes import StandIn
 
 ARCH_OF_WIDTH = {96: "vit_pico", 192: "vit_tiny", 384: "vit_small", 768: "vit_base"}
-LARGEST_GRID = 512  # patches per side: images of 8192 pixels with patches of 16
-OWN_WORDS = {"teacher", "student"}  # dictionaries of a run, which its key names already
+LARGEST_GRID = 512  # patches per side, as in images of 8192 pixels with patches of 16
+OWN_WORDS = {"teacher", "student"}  # dictionaries of a run; the line names them as its key
 
 
 @dataclass
@@ -23,21 +23,19 @@ class CheckpointInfo:
     Attributes:
         path: the file.
         kind: its format, such as "SelfPatch run" or "mmdet detector".
-        key: which network of several it is (teacher, student, or the word that it was asked for by); None if the file
-            has a single one.
-        prefix: of the backbone's names in the file, after those of the dictionaries that lead there, without module.,
-            _orig_mod. and the like.
+        key: network of several (teacher, student, or the word it was asked for by); None if the file has one.
+        prefix: of the backbone's names in the file, with the dictionaries that lead there, without module., _orig_mod.
+            and the like.
         arch, patch_size, class_token, final_norm: arguments that rebuild the backbone.
-        grid: patches per side that the position embedding is made for.
+        grid: patches per side of the position embedding.
         num_tensors: number of tensors in the backbone.
-        epoch: as the file has it: this project counts completed epochs, others may count from 0.
-        num_heads: attention heads, where the file records them or its kind has another number than the arch;
-            otherwise None.
-        heads_from: where num_heads comes from, in words for the line; "recorded" or, for instance, "as published".
-        args: options of the training run, empty if the file has none.
-        other_tensors: heads and everything else beside the backbone, under the file's own names.
-        ignored: the modules of other_tensors that are in no other network.
-        also: other networks in the file, by their prefixes.
+        epoch: as recorded; this project counts completed epochs, others may count from 0.
+        num_heads: attention heads if the file records them or its kind differs from the arch, otherwise None.
+        heads_from: source of num_heads, for the line: "recorded", "as published", …
+        args: options of the training run; empty if the file has none.
+        other_tensors: everything beside the backbone, such as heads, under the file's own names.
+        ignored: modules of other_tensors that belong to no other network.
+        also: prefixes of the other networks in the file.
     """
     path: Path
     kind: str
@@ -63,7 +61,7 @@ class CheckpointInfo:
 
     @property
     def k_num(self) -> int:
-        """Number of positive patches that the run was trained with, 4 if unknown."""
+        """Number of positive patches in training, 4 if unknown."""
         k_num = self.args.get("k_num") or 4
         if not isinstance(k_num, int) or not 1 <= k_num <= 8:
             raise CheckpointError(f"{self.path} has k_num {k_num!r}, which is not an integer from 1 to 8")
@@ -71,7 +69,7 @@ class CheckpointInfo:
 
     @property
     def has_selfpatch_head(self) -> bool:
-        """Whether the file has a SelfPatch head (ca_head), see checkpoints.build_head."""
+        """Whether the file has a SelfPatch head (ca_head), see loading.build_head."""
         return any(name.startswith("ca_head.") for name in self.other_tensors)
 
     def __str__(self) -> str:
@@ -93,10 +91,10 @@ class CheckpointInfo:
         return [] if known else ["6 attention heads (assumed)"]
 
     def with_heads(self, num_heads: int, source: str) -> "CheckpointInfo":
-        """The same with another number of attention heads.
+        """Copy with another number of attention heads.
 
         Raises:
-            CheckpointError: the width cannot be divided by it.
+            CheckpointError: the number does not divide the width.
         """
         if not isinstance(num_heads, int) or num_heads < 1 or self.embed_dim % num_heads:
             raise CheckpointError(f"{self.path}: {num_heads!r} attention heads ({source}) do not divide the width "
@@ -105,21 +103,21 @@ class CheckpointInfo:
 
 
 def _recorded_k_num(meta: dict) -> dict[str, int]:
-    """The number of positives that convert_checkpoint.py has written to a release, as an option of the run."""
+    """Read the number of positives that convert_checkpoint.py records in a release, as an option of the run."""
     k_num = str(meta.get("k_num", ""))
     return {"k_num": int(k_num)} if k_num.isdecimal() and len(k_num) < 5 else {}
 
 
 def describe(content: dict, metadata: dict, network: Network, shapes: dict[str, torch.Tensor],
              path: Path) -> CheckpointInfo:
-    """The metadata of a network, from the shapes of its tensors and the entries of the file beside them.
+    """Derive the metadata of a network from the shapes of its tensors and the file's other entries.
 
     Args:
         content: of the file.
-        metadata: of its header, if it is a .safetensors file.
+        metadata: of its header, for .safetensors.
 
     Raises:
-        CheckpointError: the shapes are not those of a supported architecture.
+        CheckpointError: the shapes fit no supported architecture.
     """
     arch, patch_size, grid = _infer_architecture(shapes, path)
     kind = _kind(network)
@@ -142,14 +140,14 @@ def describe(content: dict, metadata: dict, network: Network, shapes: dict[str, 
 
 
 def _options(args: object) -> dict:
-    """The options of a run: argparse's, a dictionary, or a dictionary of a class of its own."""
+    """Options of a run as a dictionary: from argparse's Namespace, a dictionary, or one of an unknown class."""
     if isinstance(args, StandIn):
         return args.entries
     return vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, dict) else {}
 
 
 def _kind(network: Network) -> str:
-    """Classify a file by the names of its network and what is beside it."""
+    """Classify a file by the names in and beside its network."""
     names, prefix = network.tensors, network.prefix
     modules = {name.split(".")[0] for name in names}
     if "ca_head" in modules:
@@ -177,7 +175,7 @@ def _kind(network: Network) -> str:
 
 
 def _infer_architecture(state: dict[str, torch.Tensor], path: Path) -> tuple[str, int, int]:
-    """Arch, patch size and patches per side, from the shapes of a backbone's tensors."""
+    """Infer arch, patch size and patches per side from the shapes of a backbone's tensors."""
     if missing := [name for name in ("patch_embed.proj.weight", "pos_embed") if name not in state]:
         raise CheckpointError(f"{path} holds no Vision Transformer: missing {', '.join(missing)}; "
                               f"{summarise('it has', list(state))}")

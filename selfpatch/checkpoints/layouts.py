@@ -7,9 +7,9 @@ import re
 import torch
 
 VISSL_STEPS = ("classy_state_dict", "base_model", "model", "trunk")
-WRAPPERS = ("state_dict", "model", "module", *VISSL_STEPS)  # dictionaries that say nothing about the network in them
+WRAPPERS = ("state_dict", "model", "module", *VISSL_STEPS)  # dictionaries whose names do not describe the network
 
-# Two networks in one file: (the one that --checkpoint_key teacher takes, the one for student, kind, written by)
+# Two networks in one file: (word for --checkpoint_key teacher, word for student, kind, written by)
 NETWORKS = (
     ("teacher", "student", "run", "SelfPatch, DINO, iBOT, DINOv2"),
     ("momentum_encoder", "base_encoder", "MoCo v3 run", "MoCo v3 (its ViT-S has 12 attention heads)"),
@@ -20,10 +20,10 @@ NETWORKS = (
     ("teacher_backbone", "backbone", "Lightning run", "Lightly"),
     ("momentum_backbone", "backbone", "solo-learn run", "solo-learn"),
 )
-SMALL_HEADS = {"MoCo v3 run": 12}  # attention heads of a kind's ViT-S, where they are not 6
-GENERIC_STUDENTS = ("encoder", "backbone")  # a student only where its teacher is in the file too
+SMALL_HEADS = {"MoCo v3 run": 12}  # attention heads of a kind's ViT-S, if not 6
+GENERIC_STUDENTS = ("encoder", "backbone")  # mean a student only beside their teacher
 
-# (ours, theirs), replaced in this order when a file is read
+# (ours, theirs), applied in this order when reading
 MMSEG_NAMES = (("blocks.", "layers."), ("patch_embed.proj.", "patch_embed.projection."),
                (".norm1.", ".ln1."), (".norm2.", ".ln2."),
                (".attn.qkv.", ".attn.attn.in_proj_"), (".attn.proj.", ".attn.attn.out_proj."),
@@ -46,7 +46,7 @@ TORCHVISION_NAMES = (
     (".mlp.fc1.", ".mlp.linear_1."), (".mlp.fc2.", ".mlp.linear_2."), (".mlp.fc1.", ".mlp.0."),
     (".mlp.fc2.", ".mlp.3."), ("norm.", "encoder.ln."))
 
-# A Vision Transformer is where one of these tensors is: (name, written by, what its names become)
+# Tensors that reveal a Vision Transformer: (name, written by, what its names become)
 PATCH_EMBEDDINGS = (
     ("patch_embed.proj.weight", "SelfPatch, DINO, timm, DeiT, MAE, MoCo v3, MSN", "taken as they are"),
     ("patch_embed.projection.weight", "mmseg", "`layers.{i}.ln1`, … become `blocks.{i}.norm1`, …"),
@@ -58,7 +58,7 @@ PATCH_EMBEDDINGS = (
     ("ln_pre.weight", "CLIP, OpenCLIP", "refused, see below"),
 )
 
-# Left out of the backbone and named in the line: (starts of names, what they are)
+# Not part of the backbone; the line names them: (starts of names, what they are)
 IGNORED = (
     (("head.", "heads.", "fc.", "classifier.", "fc_norm.", "pre_logits.", "pooler."),
      "heads, and the norm after pooling"),
@@ -68,7 +68,7 @@ IGNORED = (
     (("n_averaged",), "the counter of an averaged model (SWA, EMA)"),
 )
 
-# What the backbone does not have: (what it is, pattern of names, written by). The patterns match names after renaming.
+# Parts that our backbone lacks: (what, pattern of names after renaming, written by)
 LAYER_SCALE = re.compile(r"\.(ls[12]\.gamma|gamma_[12]|layer_scale[12]\.lambda1|lambda_[12])$")
 UNSUPPORTED = (
     ("register tokens", r"(^|\.)(register_tokens|reg_token|storage_tokens)$", "DINOv2 with registers, DINOv3"),
@@ -84,12 +84,12 @@ UNSUPPORTED = (
     ("the embeddings of CLIP or SigLIP", r"^embeddings\.patch_embedding\.", "Hugging Face's CLIP and SigLIP"),
 )
 LARGEST_SCALE = 10_000  # numbers
-# names of a backbone's parts without the prefix that its other parts have; a head may have a layers.0.weight
+# parts of a backbone outside the prefix; narrow, since a head may have a layers.0.weight
 STRAY_BACKBONE = re.compile(r"(blocks|layers)\.\d+\.(norm|ln|attn|mlp|ffn)|patch_embed\.|(pos_embed|cls_token)$")
 
 
 class LayoutError(ValueError):
-    """Weights that do not fit; the message goes after "it does not fit:"."""
+    """Weights do not fit; the message completes "… does not fit:"."""
 
 
 def to_mmseg_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -114,7 +114,7 @@ def from_mmseg_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _renamed(state: dict[str, torch.Tensor], table: tuple) -> dict[str, torch.Tensor]:
-    """A state dict under this project's names, by a table of (ours, theirs)."""
+    """Rename a state dict to this project's names by a table of (ours, theirs)."""
     renamed = {}
     for name, tensor in state.items():
         for ours, theirs in table:
@@ -126,8 +126,8 @@ def _renamed(state: dict[str, torch.Tensor], table: tuple) -> dict[str, torch.Te
 def from_hugging_face_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Rename the state dict of a Hugging Face ViT to this project's keys.
 
-    The weights of query, key and value, [D, D] each, become one attn.qkv.weight [3D, D], and their biases likewise; an
-    incomplete triple stays as it is, so that the check of the keys lists it.
+    Weights of query, key and value [D, D] become one attn.qkv.weight [3D, D], biases likewise. Incomplete triples stay,
+    for the check of the keys to list them.
     """
     renamed = _renamed(state, HUGGING_FACE_NAMES)
     key_bias = any(name.endswith(".attn.key.bias") for name in renamed)
@@ -136,20 +136,20 @@ def from_hugging_face_names(state: dict[str, torch.Tensor]) -> dict[str, torch.T
         shapes = {renamed[part].shape if part in renamed else torch.Size() for part in parts}
         if len(shapes) == 1 and torch.Size() not in shapes:
             renamed[name.replace(".query.", ".qkv.")] = torch.cat([renamed.pop(part) for part in parts])
-        elif name.endswith(".bias") and not key_bias:  # as BEiT's own code calls it
+        elif name.endswith(".bias") and not key_bias:  # BEiT: its own code calls it so
             renamed[name.replace(".query.bias", ".q_bias")] = renamed.pop(name)
     return renamed
 
 
 def split_backbone(tensors: dict[str, torch.Tensor], prefix: str, others: list[str] = (),
                    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Separate the tensors of a backbone, by their names without prefix, from all others; none is changed.
+    """Split a dictionary into a backbone's tensors, named without prefix, and all others.
 
     Args:
         others: prefixes of other networks in the same dictionary.
 
     Raises:
-        LayoutError: parts of another backbone beside the prefix, or tensors that do not hold numbers one by one.
+        LayoutError: there are parts of a backbone outside the prefix, or tensors that are not plain, see check_plain.
     """
     backbone, rest = {}, {}
     ignored = tuple(start for starts, _ in IGNORED for start in starts)
@@ -172,7 +172,7 @@ def split_backbone(tensors: dict[str, torch.Tensor], prefix: str, others: list[s
 
 
 def check_plain(tensors: dict[str, torch.Tensor]) -> None:
-    """Raise LayoutError unless all tensors hold their numbers one by one, on the CPU."""
+    """Raise LayoutError unless all tensors are dense, unquantised and on the CPU."""
     invalid = [name for name, tensor in tensors.items() if tensor.is_nested or tensor.layout != torch.strided
                or tensor.is_quantized or tensor.device.type != "cpu"]
     if invalid:
@@ -180,16 +180,16 @@ def check_plain(tensors: dict[str, torch.Tensor]) -> None:
 
 
 def shapes_of(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Tensors of the same shapes without data: an expanded one of a few bytes can claim 10^14 numbers."""
+    """Make meta tensors of the same shapes: an expanded tensor of a few bytes can claim 10^14 numbers."""
     return {name: torch.empty(tensor.shape, dtype=torch.float32 if tensor.is_floating_point() else tensor.dtype,
                               device="meta") for name, tensor in tensors.items()}
 
 
 def to_our_names(backbone: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A backbone's tensors under this project's names.
+    """Rename a backbone's tensors to this project's names.
 
     Raises:
-        LayoutError: parts of the backbone are there under two names.
+        LayoutError: parts of the backbone occur under two names.
     """
     if "embeddings.patch_embeddings.projection.weight" in backbone:
         backbone = from_hugging_face_names(backbone)
@@ -204,7 +204,7 @@ def to_our_names(backbone: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _with_class_position(backbone: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Give the class token a position embedding of zeros where only the patches have one (DeiT III), [1, N + 1, D]."""
+    """Extend a position embedding [1, N, D] of the patches alone (DeiT III) by zeros for the class token."""
     pos = backbone.get("pos_embed")
     if "cls_token" not in backbone or pos is None or pos.dim() != 3:
         return backbone
@@ -215,7 +215,7 @@ def _with_class_position(backbone: dict[str, torch.Tensor]) -> dict[str, torch.T
 
 
 def unsupported_parts(backbone: dict[str, torch.Tensor]) -> list[str]:
-    """What a network has that this project's backbone does not have, in words; see UNSUPPORTED."""
+    """Name the parts of a network that this project's backbone lacks; see UNSUPPORTED."""
     parts = [what for what, pattern, _ in UNSUPPORTED if any(re.search(pattern, name) for name in backbone)]
     if parts and not any(name.startswith("pos") or ".position" in name for name in backbone) and (
             not any("position" in what for what in parts)):
@@ -224,5 +224,5 @@ def unsupported_parts(backbone: dict[str, torch.Tensor]) -> list[str]:
 
 
 def modules_of(names: list[str]) -> tuple[str, ...]:
-    """The modules that the line about a checkpoint names for tensors that are left out."""
+    """Name the modules of ignored tensors, for the line about a checkpoint."""
     return tuple(sorted({"LayerScale" if LAYER_SCALE.search(name) else name.split(".")[0] for name in names}))

@@ -1,4 +1,4 @@
-"""Load the backbone of any supported checkpoint, strictly.
+"""Load the backbone of any supported checkpoint, strictly: missing or unexpected tensors are errors.
 
     model = load_backbone("checkpoint.pth")             # prints one line about what was loaded
     model, info = load_with_info("checkpoint.pth")      # also the file's metadata
@@ -35,7 +35,7 @@ RESNET = re.compile(r"(^|\.)layer1\.\d+\.conv1\.weight$")
 
 
 def resolve_path(path: str | Path) -> Path:
-    """The checkpoint file for a path: checkpoint.pth inside a run's folder, or the path itself."""
+    """Return checkpoint.pth inside a run's folder, or the path itself."""
     if not str(path):
         raise CheckpointError("the path of the checkpoint is empty")
     path = Path(os.path.expanduser(path))
@@ -46,15 +46,16 @@ def read_backbone(path: str | Path, key: str = "teacher") -> tuple[dict[str, tor
     """Read the backbone of any supported checkpoint.
 
     Args:
-        path: checkpoint file, or the folder of a run with a checkpoint.pth in it.
-        key: network of a training run, teacher or student, or a word in its prefix; other files have a single network.
+        path: checkpoint file, or the folder of a run.
+        key: network of a training run: teacher, student, or a word of its path or prefix. Files with one network need
+            none.
 
     Returns:
         The backbone's state dict, in float32 under this project's names, and the checkpoint's metadata.
 
     Raises:
-        CheckpointError: not a checkpoint, no such key, not a ViT, a ViT that this project's backbone cannot hold, or
-            missing, unexpected or mis-shaped tensors.
+        CheckpointError: not a checkpoint, no such key, not a ViT, a ViT with parts that this project's backbone lacks,
+            or missing, unexpected or mis-shaped tensors.
     """
     path = resolve_path(path)
     content = read_checkpoint(path)
@@ -87,7 +88,7 @@ def read_backbone(path: str | Path, key: str = "teacher") -> tuple[dict[str, tor
 
 
 def _no_network(content: dict, names: list[str], key: str, path: Path) -> CheckpointError:
-    """Why no network in the file is the one for a key; names are those of the networks that it has."""
+    """Explain why the file has no network for a key; names are those of its networks."""
     if names:
         return CheckpointError(f"{path} has no network {key!r}: it has "
                                + ", ".join(name or "a single one without a name" for name in names))
@@ -111,7 +112,7 @@ def check_state_dict(state: dict[str, torch.Tensor], expected: dict[str, torch.T
     """Check keys, shapes, types and values of a state dict against the one that a model expects.
 
     Raises:
-        CheckpointError: message, then everything that is wrong.
+        CheckpointError: message, followed by everything that is wrong.
     """
     common = [name for name in expected if name in state]
     errors = {
@@ -131,20 +132,20 @@ def check_state_dict(state: dict[str, torch.Tensor], expected: dict[str, torch.T
 def _meta_backbone(info: CheckpointInfo, **kwargs) -> VisionTransformer:
     if info.num_heads:
         kwargs.setdefault("num_heads", info.num_heads)
-    with torch.device("meta"):  # no memory and no initialisation, since every tensor comes from the file
+    with torch.device("meta"):  # no initialisation: every tensor comes from the file
         return ARCHS[info.arch](info.patch_size, img_size=info.grid * info.patch_size, class_token=info.class_token,
                                 final_norm=info.final_norm, **kwargs)
 
 
 def build_backbone(state: dict[str, torch.Tensor], info: CheckpointInfo, arch: str | None = None,
                    patch_size: int | None = None, **kwargs) -> VisionTransformer:
-    """Build the network for the result of read_backbone, with its weights, in eval mode.
+    """Build the network of a checkpoint with its weights, in eval mode.
 
     Args:
-        state, info: as read_backbone returns them; the network shares the tensors of state.
+        state, info: result of read_backbone; the network shares the tensors of state.
         arch, patch_size: what the user asked for; None accepts the file's.
-        kwargs: further arguments of VisionTransformer: drop_path_rate; num_heads, which few files record (the
-            published detectors have 8 in vit_small).
+        kwargs: further arguments of VisionTransformer, such as drop_path_rate, or num_heads, which few files record
+            (the published detectors have 8 in vit_small).
 
     Raises:
         CheckpointError: arch or patch_size contradicts the file.
@@ -164,8 +165,8 @@ def build_head(info: CheckpointInfo, k_num: int | None = None) -> SelfPatchHead:
     """Build the SelfPatchHead of a training run, with its weights, in eval mode.
 
     Args:
-        info: as read_backbone returns it.
-        k_num: number of positive patches; None takes the run's own, 4 if unknown.
+        info: from read_backbone or load_with_info.
+        k_num: number of positive patches; default: the run's own, 4 if unknown.
 
     Raises:
         CheckpointError: the file has no such head, or its tensors do not fit.
@@ -189,7 +190,7 @@ def build_head(info: CheckpointInfo, k_num: int | None = None) -> SelfPatchHead:
 
 
 def print_line(model: VisionTransformer, info: CheckpointInfo) -> None:
-    """What was loaded, in one line, and a note where its number of attention heads is a guess."""
+    """Print one line about what was loaded, and a note if the number of attention heads is a guess."""
     print(f"loaded {info}")
     if info.kind.startswith("mmdet") and not info.num_heads:
         print(f"note: {model.num_heads} attention heads, as in pretraining; the file does not record the number, "
@@ -199,10 +200,10 @@ def print_line(model: VisionTransformer, info: CheckpointInfo) -> None:
 def _read_timm_weights(path: str | Path, key: str, network: nn.Module) -> tuple[dict[str, torch.Tensor], list[str]]:
     """Read the tensors of a file for a timm network; also return which modules of the file are left out.
 
-    timm's own conversion is applied: DINOv2's, DINOv3's and EVA's original names, and positions on another grid.
+    timm's own conversion handles the original names of DINOv2, DINOv3 and EVA, and positions on another grid.
 
     Raises:
-        CheckpointError: no checkpoint, none or several networks for the key, or another patch size.
+        CheckpointError: not a checkpoint, none or several networks for the key, or another patch size.
     """
     content = read_checkpoint(path)
     try:
@@ -226,7 +227,7 @@ def _read_timm_weights(path: str | Path, key: str, network: nn.Module) -> tuple[
         try:
             with contextlib.redirect_stdout(io.StringIO()):
                 state = convert(state, network)
-        except Exception as error:  # it meets shapes that it does not expect
+        except Exception as error:  # unexpected shapes can raise anything there
             raise CheckpointError(f"{path} does not fit --arch: timm cannot convert it ({error})") from None
     expected = network.state_dict()
     ignored = AFTER_POOLING + tuple(start for starts, _ in layouts.IGNORED for start in starts)

@@ -1,4 +1,4 @@
-"""Which Vision Transformers a checkpoint holds, and which one a key means."""
+"""Find the Vision Transformers in a checkpoint, and choose one by its key."""
 import re
 from collections import deque
 from collections.abc import Iterator
@@ -9,9 +9,9 @@ import torch
 
 from selfpatch.checkpoints.layouts import GENERIC_STUDENTS, NETWORKS, PATCH_EMBEDDINGS, WRAPPERS, LayoutError
 
-AVERAGED = re.compile(r"(^|_)(ema|momentum|teacher|target)(_|$)")  # in the name of the average of another network
-LARGEST = 1_000_000  # tensors and dictionaries: a small file can refer to one dictionary very many times
-DEEPEST = 5  # dictionaries in dictionaries
+AVERAGED = re.compile(r"(^|_)(ema|momentum|teacher|target)(_|$)")  # words that name a moving average
+LARGEST = 1_000_000  # tensors or dictionaries: a small file can refer to one dictionary millions of times
+DEEPEST = 5  # nested dictionaries
 
 
 @dataclass(frozen=True)
@@ -19,11 +19,11 @@ class Network:
     """A Vision Transformer in a checkpoint.
 
     Attributes:
-        path: names of the dictionaries that lead to the one with its tensors, such as ("state_dict",).
-        prefix: of its names in that dictionary.
-        tensors: everything in that dictionary, without the prefixes that wrappers add; see strip_wrappers.
-        role: teacher or student where the file has two networks or its names say which one it is; otherwise None.
-        kind: of the file, where the names tell it.
+        path: keys of the nested dictionaries down to the one with its tensors, such as ("state_dict",).
+        prefix: common start of its names in that dictionary.
+        tensors: all tensors of that dictionary, without the prefixes of wrappers; see strip_wrappers.
+        role: teacher or student if the file has two networks or names its only one so, otherwise None.
+        kind: of the file, if the names tell.
     """
     path: tuple[str, ...]
     prefix: str
@@ -37,13 +37,13 @@ class Network:
 
     @property
     def name(self) -> str:
-        """What messages call it: dictionaries and prefix, without the usual wrappers; empty where it has no name."""
+        """Its name in messages: path and prefix without the usual wrappers; may be empty."""
         path = [word for word in self.path if word not in WRAPPERS] or ([] if self.prefix else self.path)
         return "".join(f"{word}." for word in path) + self.prefix
 
 
 def _dictionaries(content: dict) -> Iterator[tuple[tuple[str, ...], dict]]:
-    """The content and the dictionaries in it, up to five deep, with their paths; those of optimizers are skipped."""
+    """Yield (path, dictionary) for the content and its nested dictionaries, up to five deep, except optimizers'."""
     left, count = deque([((), content, (id(content),))]), 0
     while left:
         path, part, parents = left.popleft()
@@ -59,10 +59,10 @@ def _dictionaries(content: dict) -> Iterator[tuple[tuple[str, ...], dict]]:
 
 
 def collect_tensors(content: dict, nested: bool = False) -> dict[str, torch.Tensor]:
-    """The tensors of a dictionary by name; NumPy arrays of numbers become tensors.
+    """Collect the tensors of a dictionary by name; NumPy arrays of numbers become tensors.
 
     Args:
-        nested: also those of dictionaries in it, up to five deep, under names joined by dots.
+        nested: include nested dictionaries, up to five deep, with dots between the names.
 
     Raises:
         LayoutError: more than a million dictionaries or tensors.
@@ -80,10 +80,10 @@ def collect_tensors(content: dict, nested: bool = False) -> dict[str, torch.Tens
 
 
 def strip_wrappers(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Tensors by their names without what DDP, torch.compile, FSDP, activation checkpointing and DINOv2's chunks add.
+    """Remove from names what DDP, torch.compile, FSDP, activation checkpointing and DINOv2's chunks add.
 
     Raises:
-        LayoutError: two tensors get one name.
+        LayoutError: two tensors get the same name.
     """
     short = {}
     for name, tensor in tensors.items():
@@ -96,7 +96,7 @@ def strip_wrappers(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def find_prefixes(names: dict | list) -> list[str]:
-    """Prefixes under which there is a Vision Transformer, such as "" or "visual.trunk.", in the file's order."""
+    """Find the prefixes of Vision Transformers, such as "" or "visual.trunk.", in the file's order."""
     prefixes = {}
     for name in names:
         for end, *_ in PATCH_EMBEDDINGS:
@@ -106,7 +106,7 @@ def find_prefixes(names: dict | list) -> list[str]:
 
 
 def list_networks(content: dict) -> list[Network]:
-    """The Vision Transformers in a checkpoint, with their roles.
+    """List the Vision Transformers in a checkpoint with their roles.
 
     Raises:
         LayoutError: see collect_tensors and strip_wrappers.
@@ -117,20 +117,20 @@ def list_networks(content: dict) -> list[Network]:
         if find_prefixes(tensors):
             tensors = strip_wrappers(tensors)
             found += [Network(path, prefix, tensors) for prefix in find_prefixes(tensors)]
-    if not found:  # a network in one dictionary for each of its modules
+    if not found:  # a network with one dictionary per module
         tensors = strip_wrappers(collect_tensors(content, nested=True))
         found = [Network((), prefix, tensors) for prefix in find_prefixes(tensors)]
     return _with_roles(found, _swapped_average(content))
 
 
 def _swapped_average(content: dict) -> bool:
-    """Whether mmengine wrote the file, whose EMAHook saves the average as state_dict, the other as ema_state_dict."""
+    """Whether mmengine wrote the file: its EMAHook saves the average as state_dict, the other as ema_state_dict."""
     meta = content.get("meta")
     return "message_hub" in content or isinstance(meta, dict) and "mmengine_version" in meta
 
 
 def _with_roles(found: list[Network], swapped: bool) -> list[Network]:
-    """Tell teachers from students: by the table NETWORKS, or else by words such as ema in one name alone."""
+    """Tell teachers from students by the table NETWORKS, or else by words such as ema in only one name."""
     words = {word for network in found for word in network.words}
     pairs = [row for row in NETWORKS if row[0] in words and row[1] in words]
     named = [replace(network, **_named_role(network, pairs)) for network in found]
@@ -147,7 +147,7 @@ def _with_roles(found: list[Network], swapped: bool) -> list[Network]:
 
 
 def _named_role(network: Network, pairs: list[tuple]) -> dict[str, str | None]:
-    """Role and kind by the table; pairs are its rows of which both networks are in the file."""
+    """Look up role and kind in the table; pairs are the rows with both networks in the file."""
     words = network.words
     for teacher, student, kind, _ in pairs or NETWORKS:
         if teacher in words:
@@ -159,12 +159,12 @@ def _named_role(network: Network, pairs: list[tuple]) -> dict[str, str | None]:
 
 
 def choose_network(found: list[Network], key: str) -> Network | None:
-    """The network that a key means; None where there is none.
+    """Choose a network by its key; None if there is none.
 
     Args:
-        found: as list_networks returns them.
-        key: teacher (a network without a role counts as one), student, or a dictionary or module that leads to the
-            network, such as momentum_encoder.
+        found: result of list_networks.
+        key: teacher (a network without a role counts as one), student, or a word of the network's path or prefix, such
+            as momentum_encoder.
 
     Raises:
         LayoutError: several networks fit.
@@ -174,7 +174,7 @@ def choose_network(found: list[Network], key: str) -> Network | None:
                     if key.strip(".") and f".{key.strip('.')}." in f".{'.'.join(network.words)}."]
     if not fits and key == "teacher":
         fits = [network for network in found if network.role is None]
-        # of a detector or segmenter whose heads have a Vision Transformer too
+        # a detector or segmenter may have another Vision Transformer in its heads
         fits = [network for network in fits if network.prefix == "backbone."] or fits
     if len(fits) > 1:
         raise LayoutError(

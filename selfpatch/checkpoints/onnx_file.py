@@ -1,9 +1,9 @@
-"""A backbone as an ONNX file, through torch.onnx, held against the network before it counts as written.
+"""Export a backbone as an ONNX file through torch.onnx, and compare its features with the network's.
 
     write_onnx(load_backbone("checkpoint.pth"), Path("vit.onnx"), (224, 224))
     onnxruntime.InferenceSession("vit.onnx").run(None, {"images": images})     # any number of images [B, 3, H, W]
 
-Needs the optional packages onnx and onnxscript, and to compare the features onnxruntime.
+Needs the optional packages onnx and onnxscript, and onnxruntime for the comparison.
 """
 import contextlib
 import importlib.util
@@ -21,12 +21,12 @@ from selfpatch.whole_files import whole_file
 
 NEEDED = ("onnx", "onnxscript")
 LARGEST_SIDE = 4096
-TOLERANCE = 1e-3  # of the features' largest magnitude: another library sums float32 numbers in another order
+TOLERANCE = 1e-3  # relative to the features' largest magnitude; float32 sums depend on their order
 INPUT, OUTPUT = "images", "patches"
 
 
 def check_packages() -> None:
-    """Raise ConfigError if a package that torch.onnx needs is missing."""
+    """Raise ConfigError if torch.onnx lacks a package."""
     missing = [name for name in NEEDED if not is_installed(name)]
     if missing:
         raise ConfigError(f"--to onnx needs {' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not "
@@ -34,13 +34,13 @@ def check_packages() -> None:
 
 
 def is_installed(name: str) -> bool:
-    with contextlib.suppress(ImportError, ValueError):  # ValueError: a module that was put there without a spec
+    with contextlib.suppress(ImportError, ValueError):  # ValueError: a loaded module without a spec
         return importlib.util.find_spec(name) is not None
     return False
 
 
 def check_image_size(image_size: tuple[int, int], patch_size: int) -> None:
-    """Raise ConfigError unless both sides are multiples of the patch size and within reason."""
+    """Raise ConfigError unless both sides are multiples of the patch size, up to 4096."""
     for side in image_size:
         if not patch_size <= side <= LARGEST_SIDE or side % patch_size:
             raise ConfigError(f"--image_size {image_size[0]} {image_size[1]}: give height and width as multiples of "
@@ -49,7 +49,7 @@ def check_image_size(image_size: tuple[int, int], patch_size: int) -> None:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without the exporter's remarks, which are about its own versions of operators."""
+    """Silence the exporter's remarks about its own versions of operators."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -62,15 +62,15 @@ def quiet() -> Iterator[None]:
 
 def write_onnx(model: VisionTransformer, output: Path, image_size: tuple[int, int],
                metadata: dict[str, str] | None = None) -> float | None:
-    """Export a backbone for images of one size, in batches of any number; the file appears once it has been compared.
+    """Export a backbone for images of one size and any batch size; the file appears after a successful comparison.
 
     Args:
-        image_size: height and width, see check_image_size. The position embedding is resized for it now: DINO's rule
-            for that depends on the size, so an ONNX file has one size.
-        metadata: texts that go into the file.
+        image_size: height and width, see check_image_size. They are fixed in the file, since DINO's rule for resizing
+            the position embedding depends on them.
+        metadata: texts to store in the file.
 
     Returns:
-        the largest difference to the network's features, None where onnxruntime is not installed.
+        The largest difference from the network's features; None without onnxruntime.
 
     Raises:
         ConfigError: a package is missing, or the size does not fit.
@@ -79,7 +79,7 @@ def write_onnx(model: VisionTransformer, output: Path, image_size: tuple[int, in
     """
     check_packages()
     check_image_size(image_size, model.patch_size)
-    images = torch.zeros(2, 3, *image_size)  # 2: a batch of 1 would be taken as a constant
+    images = torch.zeros(2, 3, *image_size)  # 2: the exporter would fix a batch of 1
     with whole_file(output) as temporary:
         with quiet():
             program = torch.onnx.export(
@@ -92,20 +92,20 @@ def write_onnx(model: VisionTransformer, output: Path, image_size: tuple[int, in
 
 @torch.inference_mode()
 def compare(model: VisionTransformer, path: Path, image_size: tuple[int, int]) -> float | None:
-    """Largest difference between the features of an ONNX file and the network's, None without onnxruntime.
+    """Return the largest difference between the features of an ONNX file and the network's; None without onnxruntime.
 
     Raises:
-        CheckpointError: it is larger than rounding explains, or onnxruntime cannot run the file.
+        CheckpointError: the difference exceeds rounding, or onnxruntime cannot run the file.
     """
     if not is_installed("onnxruntime"):
         return None
     import onnxruntime
-    images = torch.randn(3, 3, *image_size, generator=torch.Generator().manual_seed(0))  # not the 2 of the export
+    images = torch.randn(3, 3, *image_size, generator=torch.Generator().manual_seed(0))  # not 2 as in the export
     expected = model(images)
     try:
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
         features = torch.from_numpy(session.run([OUTPUT], {INPUT: images.numpy()})[0])
-    except Exception as error:  # its classes have no common base of their own
+    except Exception as error:  # its errors have no common base class
         raise CheckpointError(f"onnxruntime cannot run the ONNX file ({error}): try another version of onnxscript or "
                               "onnxruntime") from None
     difference = float((features - expected).abs().max())

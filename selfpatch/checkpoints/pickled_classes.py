@@ -1,9 +1,9 @@
-"""What takes the place of the classes and functions that a checkpoint's pickle names; nothing of the file runs.
+"""Inert replacements for the classes and functions that a checkpoint's pickle names; nothing of the file runs.
 
-torch's safe reader knows tensors and plain containers. Here are, in addition, argparse's Namespace, dates, paths as
-strings, NumPy's arrays and scalars, and for a class that nobody knows a StandIn, which keeps its arguments.
+torch's safe reader handles tensors and plain containers. This module adds argparse's Namespace, dates, paths (as
+strings), NumPy arrays and scalars, and StandIn for every unknown class.
 """
-import _compat_pickle  # the names of Python 2, in which protocol 2 is written
+import _compat_pickle  # protocol 2 uses the names of Python 2
 import argparse
 import contextlib
 import datetime
@@ -21,7 +21,7 @@ import torch
 ALLOWED_CLASSES = [argparse.Namespace, frozenset, datetime.date, datetime.time, datetime.timedelta,
                    datetime.timezone, slice]
 
-# Files that name anything of these modules are refused: nothing in them belongs into a checkpoint
+# Files that name anything of these modules are refused: no checkpoint needs them
 REFUSED_MODULES = {
     "_io", "_pickle", "asyncio", "builtins", "code", "codeop", "commands", "ctypes", "glob",
     "http", "importlib", "io", "marshal", "multiprocessing", "nt", "ntpath", "operator", "os", "pathlib", "pickle",
@@ -31,11 +31,14 @@ PLAIN_BUILTINS = {f"builtins.{name}" for name in ("bool", "complex", "dict", "fl
                                                   "slice", "str", "tuple", "type", "Ellipsis", "NotImplemented")}
 
 
-# ---------------------------------------------------------------- classes that nobody knows
+# ---------------------------------------------------------------- unknown classes
 
 class _FilledLikeADict(type):
-    """The type of StandIns. torch's reader fills only objects whose type is dict, OrderedDict or Counter, and calls
-    only classes that are in a list; a class equal to one of these is filled, by its own __setitem__, and called too."""
+    """Metaclass that makes torch's reader accept StandIns.
+
+    The reader sets items only of dict, OrderedDict and Counter, and calls only listed classes. A class that equals
+    OrderedDict passes both checks, and its own __setitem__ receives the items.
+    """
 
     def __eq__(cls, other):
         return other is OrderedDict or type.__eq__(cls, other)
@@ -47,13 +50,13 @@ class _FilledLikeADict(type):
 
 
 class StandIn(list, metaclass=_FilledLikeADict):
-    """An object of an unknown class: inert, with what the file has of it. Items of a list are its own.
+    """An inert object of an unknown class, with the data that the file has for it; a list holds its own items.
 
     Attributes:
         origin: the class or function, as module.name.
-        args: what it would have been called with.
-        entries: items, if it is a dictionary.
-        state: what its attributes would have been set from.
+        args: its arguments.
+        entries: its items, if it is a dictionary.
+        state: the argument of its __setstate__.
     """
     origin = ""
 
@@ -82,10 +85,10 @@ def make_stand_in(origin: str) -> type:
 
 
 def stand_ins(path: str | Path, known: set[str]) -> list[tuple[type, str]]:
-    """StandIns for the classes and functions that a file of torch.save names, but not for those that are refused.
+    """Make StandIns for the classes and functions that a file of torch.save names, except refused ones.
 
     Args:
-        known: names that need none.
+        known: names that need no StandIn.
     """
     found = []
     for names in imported_names(path):
@@ -100,14 +103,14 @@ def is_refused(name: str) -> bool:
 
 
 def imported_names(path: str | Path) -> list[set[str]]:
-    """What the pickles in a file name as module.name, each as it stands there and as Python 3 calls it."""
+    """List each class or function that a file's pickles name, as written there and as Python 3 calls it."""
     found = []
-    with contextlib.suppress(Exception), contextlib.ExitStack() as stack:  # damage is found when the file is loaded
+    with contextlib.suppress(Exception), contextlib.ExitStack() as stack:  # loading reports damage
         if zipfile.is_zipfile(path):
             archive = stack.enter_context(zipfile.ZipFile(path))
             files = [stack.enter_context(archive.open(name)) for name in archive.namelist()
                      if name.endswith("/data.pkl")]
-        else:  # four pickles of torch before 1.6, one after another: two numbers, a dictionary, and the content
+        else:  # torch before 1.6: four pickles in a row (two numbers, a dictionary, the content)
             files = [stack.enter_context(open(path, "rb"))] * 4
         for file in files:
             for operation, text, _ in pickletools.genops(file):
@@ -122,11 +125,11 @@ def imported_names(path: str | Path) -> list[set[str]]:
 # ---------------------------------------------------------------- mmengine, paths and containers
 
 class HistoryPlaceholder:
-    """Replaces mmengine's HistoryBuffer, which its training checkpoints contain but this project does not need."""
+    """Replaces mmengine's HistoryBuffer, which its checkpoints contain and nobody here needs."""
 
 
 def placeholder_getattr(cls: type, name: str) -> str | type:
-    """Replaces getattr, by which those checkpoints name the methods of a history, and others the members of a class."""
+    """Replaces getattr, by which mmengine names methods of HistoryBuffer and others name class members."""
     if isinstance(cls, _FilledLikeADict):
         return make_stand_in(f"{cls.origin}.{name}")
     if cls is not HistoryPlaceholder:
@@ -136,17 +139,17 @@ def placeholder_getattr(cls: type, name: str) -> str | type:
 
 
 def posix_path(*parts: str) -> str:
-    """Replaces pathlib's classes: the path as a string, joined without a look at the disk."""
+    """Replaces pathlib's classes by a string, without touching the disk."""
     return str(PurePosixPath(*parts))
 
 
 def windows_path(*parts: str) -> str:
-    """As posix_path, for a run on Windows."""
+    """posix_path for runs on Windows."""
     return str(PureWindowsPath(*parts))
 
 
 def date_and_time(*args) -> datetime.datetime | StandIn:
-    """Replaces datetime, whose time zone may be of another library."""
+    """Replaces datetime; a time zone of another library makes it a StandIn."""
     try:
         return datetime.datetime(*args)
     except TypeError:
@@ -154,24 +157,24 @@ def date_and_time(*args) -> datetime.datetime | StandIn:
 
 
 def plain_dict(*_) -> dict:
-    """Replaces defaultdict, whose items follow."""
+    """Replaces defaultdict; the reader adds the items."""
     return {}
 
 
 def plain_list(*_) -> list:
-    """Replaces deque, whose items follow."""
+    """Replaces deque; the reader adds the items."""
     return []
 
 
 def no_bytes() -> bytes:
-    """Replaces bytes, which is called for those of length 0 alone."""
+    """Replaces bytes, which pickle calls only for b""."""
     return b""
 
 
 # ---------------------------------------------------------------- NumPy
 
 class DType:
-    """Replaces numpy.dtype: numbers, texts or times. NumPy itself would take flags from a file that it must not."""
+    """Replaces numpy.dtype for numbers, texts and times; NumPy itself would accept dangerous flags from the file."""
 
     def __init__(self, code: str, *_):
         if not isinstance(code, str) or not re.fullmatch(r"[?biufcSUMm]\d{0,9}", code):
@@ -190,7 +193,7 @@ class DType:
 
 
 class Array(np.ndarray):
-    """Replaces numpy.ndarray: an array of exactly the bytes that the file has for it."""
+    """Replaces numpy.ndarray; its size must match the bytes in the file."""
 
     def __new__(cls, *_):
         raise pickle.UnpicklingError("it requires a NumPy array without its data")
@@ -203,24 +206,24 @@ class Array(np.ndarray):
         super().__setstate__((1, shape, dtype.numpy, bool(fortran_order), data))
 
     def __reduce__(self):
-        return self.view(np.ndarray).__reduce__()  # written as what it is
+        return self.view(np.ndarray).__reduce__()  # pickled as a plain array
 
 
 def new_array(subtype: type, shape: tuple, code: bytes) -> Array:
-    """Replaces numpy.core.multiarray._reconstruct, which makes an array of no elements; its shape and data follow."""
+    """Replaces numpy.core.multiarray._reconstruct: an empty array; __setstate__ sets shape and data."""
     if shape != (0,):
         raise pickle.UnpicklingError("it requires a NumPy array without its data")
     return np.ndarray.__new__(Array, shape)
 
 
 def numpy_scalar(dtype: DType, data: bytes = b"") -> np.generic:
-    """Replaces numpy.core.multiarray.scalar: the published training loop stores np.float64 learning rates."""
+    """Replaces numpy.core.multiarray.scalar, e.g. for the learning rates that the published training loop stores."""
     if not isinstance(dtype, DType) or not isinstance(data, bytes) or len(data) != dtype.numpy.itemsize:
         raise pickle.UnpicklingError("it has a NumPy number whose data are not of its type")
     return np.frombuffer(data, dtype.numpy)[0] if data else dtype.numpy.type()
 
 
-# ----------------------------------------------------------------
+# ---------------------------------------------------------------- the tables
 
 PLACEHOLDERS = [(HistoryPlaceholder, "mmengine.logging.history_buffer.HistoryBuffer"),
                 (placeholder_getattr, "builtins.getattr"), (no_bytes, "builtins.bytes"),
@@ -228,7 +231,7 @@ PLACEHOLDERS = [(HistoryPlaceholder, "mmengine.logging.history_buffer.HistoryBuf
                 (date_and_time, "datetime.datetime"), (Array, "numpy.ndarray"), (DType, "numpy.dtype"),
                 *((function, f"numpy.{core}.multiarray.{name}") for core in ("core", "_core")
                   for function, name in ((new_array, "_reconstruct"), (numpy_scalar, "scalar"))),
-                # pathlib._local is where Python 3.13 defines them
+                # Python 3.13 defines them in pathlib._local
                 *((posix_path, f"{module}.{name}") for module in ("pathlib", "pathlib._local")
                   for name in ("Path", "PosixPath", "PurePath", "PurePosixPath")),
                 *((windows_path, f"{module}.{name}") for module in ("pathlib", "pathlib._local")
@@ -241,10 +244,10 @@ def name_of(entry: type | tuple) -> str:
 
 
 def allowed_classes() -> list:
-    """Classes and functions that read_checkpoint may load.
+    """List the classes and functions that read_checkpoint may call.
 
-    Those that the program has registered with torch.serialization, such as mmengine's real HistoryBuffer, take
-    precedence over the placeholders.
+    Classes registered with torch.serialization, such as mmengine's real HistoryBuffer, take precedence over the
+    placeholders.
     """
     registered = set(map(name_of, torch.serialization.get_safe_globals()))
     return ALLOWED_CLASSES + [entry for entry in PLACEHOLDERS if entry[1] not in registered]

@@ -1,4 +1,4 @@
-"""The folder that timm reads as local-dir: and, once uploaded, as hf-hub: (config.json, model.safetensors, README.md).
+"""Write a folder for timm's local-dir: or, once uploaded, hf-hub: (config.json, model.safetensors, README.md).
 
     write_timm_folder(*read_backbone("checkpoint.pth"), Path("vit"))
     model = timm.create_model("local-dir:vit", pretrained=True)     # timm 1.0.16 or later
@@ -15,7 +15,7 @@ from selfpatch.data.normalisation import IMAGENET_MEAN, IMAGENET_STD
 from selfpatch.whole_files import whole_folder
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
-# options that say where and on what machine a run was, rather than what was trained
+# options about the machine and its folders rather than the training
 NOT_FOR_A_CARD = {"data_path", "output_dir", "init_weights", "knn_data", "local_rank", "gpu", "rank", "port",
                   "dist_url", "dist_backend", "dist_timeout", "num_workers", "loader_timeout"}
 CITATION = """\
@@ -28,12 +28,12 @@ CITATION = """\
 
 
 def timm_arch(info: CheckpointInfo) -> str:
-    """The name of timm's architecture; patch size and image size are arguments, see timm_arguments."""
+    """Name timm's architecture; patch size and image size are arguments, see timm_arguments."""
     return f"{info.arch}_patch16_224"
 
 
 def timm_arguments(info: CheckpointInfo) -> dict:
-    """Arguments of timm.create_model beside the name, with which timm's network gives this project's features."""
+    """Arguments of timm.create_model, beside the name, that reproduce this project's features."""
     arguments = {"num_classes": 0, "global_pool": ""}  # tokens [B, N, D] instead of a pooled vector
     if not info.class_token:
         arguments["class_token"] = False
@@ -49,7 +49,7 @@ def timm_arguments(info: CheckpointInfo) -> dict:
 
 
 def timm_config(info: CheckpointInfo) -> dict:
-    """What config.json holds: the architecture, its arguments, and how images are prepared."""
+    """Content of config.json: the architecture, its arguments, and the preparation of images."""
     side, arguments = info.grid * info.patch_size, timm_arguments(info)
     return {
         "architecture": timm_arch(info), "num_classes": arguments.pop("num_classes"), "num_features": info.embed_dim,
@@ -63,7 +63,7 @@ def timm_config(info: CheckpointInfo) -> dict:
 
 
 def card_options(args: dict) -> dict[str, str]:
-    """The options of a run that belong on a model card, as text: no paths, addresses or objects."""
+    """Select the options of a run for a model card, as text: no paths, addresses or objects."""
     def is_plain(value: object) -> bool:
         if isinstance(value, (list, tuple)):
             return all(map(is_plain, value))
@@ -75,7 +75,7 @@ def card_options(args: dict) -> dict[str, str]:
 
 
 def describe_network(state: dict[str, torch.Tensor], info: CheckpointInfo) -> str:
-    """What the network is and where it comes from, two lines for the card."""
+    """Describe the network and its origin in two lines for the card."""
     side, millions = info.grid * info.patch_size, sum(tensor.numel() for tensor in state.values()) / 1e6
     parts = [f"{info.arch}, patch size {info.patch_size}", f"{millions:.1f} million parameters",
              f"images of {side}×{side} pixels", f"with{'' if info.class_token else 'out'} a class token",
@@ -88,7 +88,7 @@ def describe_network(state: dict[str, torch.Tensor], info: CheckpointInfo) -> st
 
 
 def model_card(state: dict[str, torch.Tensor], info: CheckpointInfo, name: str) -> str:
-    """A model card in Markdown, with what the checkpoint knows and a list of what its author has to add."""
+    """Write a model card in Markdown from the metadata, with a list of what the author has to add."""
     tokens = info.grid ** 2 + info.class_token
     # an indented block shows any text as it is
     listed = "\n".join(f"    {option}: {value}" for option, value in card_options(info.args).items())
@@ -137,7 +137,7 @@ def check_timm_folder(output: Path, source: Path, overwrite: bool) -> None:
     """Reject a folder that cannot or should not be replaced.
 
     Raises:
-        CheckpointError: it holds the input or files other than those of such a folder, or exists without overwrite.
+        CheckpointError: it is a file, contains the input or foreign files, or exists without overwrite.
     """
     if not output.exists():
         return
@@ -154,10 +154,10 @@ def check_timm_folder(output: Path, source: Path, overwrite: bool) -> None:
 
 
 def write_timm_folder(state: dict[str, torch.Tensor], info: CheckpointInfo, output: Path) -> None:
-    """Write the folder, whole or not at all; see check_timm_folder for one that is there already.
+    """Write the folder whole or not at all, replacing an earlier one; call check_timm_folder first.
 
     Args:
-        state, info: as checkpoints.read_backbone returns them.
+        state, info: result of loading.read_backbone.
 
     Raises:
         WriteError: the disk is full, or the folder cannot be written.

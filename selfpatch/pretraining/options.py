@@ -282,6 +282,23 @@ def check_crops(name: str, size: int, scale: tuple[float, float], patch_size: in
             f"--{name}_scale is {least} {most}: give two shares in ascending order, above 0, at most 1")
 
 
+def small_grid_warning(sizes: dict[str, int], patch_size: int) -> str:
+    """What the patch loss means where a crop has fewer than 5×5 patches, and what to give; empty where none has.
+
+    Args:
+        sizes: side of each kind of crop in pixels, by the name of its option.
+        patch_size: side of a patch in pixels.
+    """
+    small = {name: size // patch_size for name, size in sizes.items() if size // patch_size < 5}
+    if not small:
+        return ""
+    grids = " and ".join(f"--{name} {sizes[name]} gives {side}×{side}" for name, side in small.items())
+    share = 8 / (min(small.values()) ** 2 - 1)
+    return (f"warning: {grids} patches, where a patch's 8 neighbours (the grid wraps around) are {share:.0%} of the "
+            "other patches: the patch loss then compares whole crops rather than parts. For 5×5 patches give "
+            f"{' and '.join(f'--{name} {5 * patch_size}' for name in small)}, or a smaller --patch_size")
+
+
 def check_output_dir(output: Path) -> None:
     """Check that the folder can be written to, and that the files of an earlier run are files."""
     try:

@@ -12,7 +12,7 @@ from repository import ROOT
 
 pytest.importorskip("submitit", reason="submitit is not installed")
 pytestmark = pytest.mark.long
-EPOCHS = 40
+EPOCHS = 12
 
 
 def read(folder, suffix):

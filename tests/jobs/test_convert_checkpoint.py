@@ -12,8 +12,8 @@ import torch
 from golden_rules import set_weights
 
 import convert_checkpoint
+import selfpatch
 from convert_checkpoint import convert, convert_file, get_args_parser, loading_code, main
-from selfpatch.checkpoints import loading as checkpoints
 from selfpatch.checkpoints.files import CheckpointError, read_checkpoint
 from selfpatch.checkpoints.loading import build_head, load_backbone, read_backbone
 from selfpatch.method.selfpatch_head import SelfPatchHead
@@ -203,7 +203,7 @@ def test_paths_with_an_apostrophe(tmp_path, source, run_file, capsys):
     (tmp_path / "it's").mkdir()
     convert_file(run_file, tmp_path / "it's" / "out.pth", "backbone")
     line = capsys.readouterr().out.strip().splitlines()[-1].removeprefix("load it with: ")
-    assert_same(evaluate(line, checkpoints=checkpoints), source, torch.randn(1, 3, 48, 48))
+    assert_same(evaluate(line, selfpatch=selfpatch), source, torch.randn(1, 3, 48, 48))
 
 
 def test_output_that_differs_is_reported(tmp_path, run_file, monkeypatch):
@@ -216,7 +216,7 @@ def test_output_that_differs_is_reported(tmp_path, run_file, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["release.safetensors", "release.pth"])
-def test_a_release_has_backbone_and_head_in_half_the_size(tmp_path, source, name):
+def test_a_release_has_backbone_and_head_in_half_the_size(tmp_path, source, name, capsys):
     head = set_weights(SelfPatchHead(192, 3), 0)
     state = {f"backbone.{k}": v for k, v in source.state_dict().items()}
     state |= {f"ca_head.{k}": v for k, v in head.state_dict().items()}
@@ -228,7 +228,9 @@ def test_a_release_has_backbone_and_head_in_half_the_size(tmp_path, source, name
     assert all(torch.equal(loaded[k], v.half().float()) for k, v in source.state_dict().items())
     assert all(torch.equal(v, head.state_dict()[k].half().float())
                for k, v in build_head(info).state_dict().items())
-    assert build_head(info).k_num == 2
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("load it with: "))
+    exec(line.removeprefix("load it with: "), names := {"selfpatch": selfpatch})
+    assert names["head"].k_num == 2 and torch.equal(names["model"].pos_embed, loaded["pos_embed"])
     assert info.has_selfpatch_head and not any(k.startswith("c_head") for k in info.other_tensors)
 
 
@@ -250,6 +252,6 @@ def test_what_cannot_be_released_is_refused(tmp_path, capsys, run_file):
     large = set_weights(vit_tiny(), 0)
     large.pos_embed.data[0, 0, 0] = 1e5
     torch.save(large.state_dict(), tmp_path / "large.pth")
-    assert "pos_embed has values that float16" in error_of(capsys, tmp_path / "large.pth", output, "--to", "backbone",
-                                                          "--half")
+    assert "pos_embed has values outside float16's range" in error_of(
+        capsys, tmp_path / "large.pth", output, "--to", "backbone", "--half")
     assert not output.exists()

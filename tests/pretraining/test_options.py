@@ -8,11 +8,12 @@ from small_job import SMALL, options
 import demo
 import main_selfpatch
 import run_with_submitit
-from main_selfpatch import get_args_parser
+from main_selfpatch import get_args_parser, train_dino
 from selfpatch.errors import ConfigError, run_main, user_path
 from selfpatch.method.fused_loss import FusedDINOLoss
 from selfpatch.method.losses import DINOLoss
 from selfpatch.pretraining import loop as training_loop
+from selfpatch.pretraining.options import small_grid_warning
 
 pytestmark = [pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning"),
               pytest.mark.usefixtures("small_network")]
@@ -207,3 +208,22 @@ def test_which_loss(fused_loss, loss_class, expected):
 def test_a_loss_of_ones_own_has_no_fused_form():
     with pytest.raises(ConfigError, match="--fused_loss on: Variant has no fused form"):
         main_selfpatch.choose_loss("on", Variant)
+
+
+def test_small_grids_are_a_warning():
+    assert small_grid_warning({"global_crops_size": 224, "local_crops_size": 96}, 16) == ""
+    assert small_grid_warning({"global_crops_size": 40}, 8) == ""
+    assert small_grid_warning({"global_crops_size": 224, "local_crops_size": 48}, 16).startswith(
+        "warning: --local_crops_size 48 gives 3×3 patches, where a patch's 8 neighbours (the grid wraps around) are "
+        "100% of the other patches: ")
+    both = small_grid_warning({"global_crops_size": 32, "local_crops_size": 24}, 8)
+    assert both.endswith("For 5×5 patches give --global_crops_size 40 and --local_crops_size 40, or a smaller "
+                         "--patch_size")
+
+
+def test_a_run_with_small_grids_begins_with_the_warning(image_folder, tmp_path, capsys, small_network):
+    words = ["--epochs", 1, "--data_path", image_folder, "--output_dir"]
+    train_dino(options(*words, tmp_path / "selfpatch"))
+    assert capsys.readouterr().out.count("warning: --global_crops_size 48 gives 3×3") == 1
+    train_dino(options(*words, tmp_path / "dino", "--patch_loss_weight", 0))
+    assert "warning" not in capsys.readouterr().out
