@@ -22,7 +22,7 @@ def words(image_folder, tmp_path):
 @pytest.mark.parametrize("option, says", [
     ("--lr=0.1", "rank 1 has --lr 0.1, rank 0 0.0005: start all processes with the same options"),
     pytest.param("--data_path={other}", "rank 1 has data: 11 images", marks=pytest.mark.long),
-    pytest.param("--k_num=9", "--k_num is 9", marks=pytest.mark.long)])
+    pytest.param("--k_num=9", "--k_num: it is 9", marks=pytest.mark.long)])
 def test_a_rank_with_other_options_is_named(image_folder, words, tmp_path, option, says):
     shutil.copytree(image_folder, tmp_path / "other")
     next((tmp_path / "other").rglob("*.jpg")).unlink()
