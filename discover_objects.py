@@ -24,7 +24,7 @@ from selfpatch.checkpoints.backbones import image_statistics
 from selfpatch.data.files import load_rgb
 from selfpatch.data.normalisation import normalise
 from selfpatch.distributed.processes import get_rank, get_world_size, is_main_process, together
-from selfpatch.errors import ArgumentParser, ConfigError, number, run_main, user_path
+from selfpatch.errors import ArgumentParser, ConfigError, Number, run_main, user_path
 from selfpatch.evaluation.box_data import HELP, BoxImage, find_box_data
 from selfpatch.evaluation.common import (
     Column,
@@ -181,7 +181,7 @@ def get_args_parser() -> ArgumentParser:
     parser.add_argument("--data", required=True, help=HELP)
     parser.add_argument("--method", nargs="+", choices=list(METHODS), default=list(METHODS), help="default: both")
     add_patch_feature(parser, "keys")
-    parser.add_argument("--tau", type=number(float, above=-1, below=1), default=TAU,
+    parser.add_argument("--tau", type=Number(float, above=-1, below=1), default=TAU,
                         help="TokenCut's cosine above which patches are connected")
     parser.add_argument("--epsilon", type=positive_float, default=EPSILON, help="TokenCut's weight of other edges")
     parser.add_argument("--pictures", type=user_path, metavar="FOLDER",

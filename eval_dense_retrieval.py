@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from selfpatch.checkpoints.backbones import image_statistics
 from selfpatch.data.normalisation import IMAGENET_MEAN, IMAGENET_STD, normalise
+from selfpatch.data.seeds import mixed_seed, seeded
 from selfpatch.distributed.collectives import sum_over_processes
 from selfpatch.distributed.processes import get_rank, get_world_size, is_main_process, together
 from selfpatch.errors import ArgumentParser, ConfigError, run_main
@@ -81,8 +82,7 @@ class MemoryImages(Dataset):
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor, int, int]:
         repeat, number = divmod(self.share[index], len(self.data.train))
         image, ids = self.data.read(self.data.train[number])
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(random_seed(self.seed, repeat, number))
+        with seeded(self.seed, repeat, number):
             image = normalise(tf.pil_to_tensor(self.jitter(image)), self.statistics)
             # as published, scales go up to twice the image's area, though no crop exceeds the image
             box = RandomResizedCrop.get_params(image, scale=(0.5, 2), ratio=(3 / 4, 4 / 3))
@@ -111,11 +111,6 @@ class TestImages(Dataset):
         image = normalise(tf.pil_to_tensor(image), self.statistics)
         image = tf.resize(image, [self.size] * 2, BILINEAR, antialias=True)
         return image, tf.resize(torch.from_numpy(ids)[None], [self.size] * 2, NEAREST)[0]
-
-
-def random_seed(*numbers: int) -> int:
-    """A seed from 0 to 2³² − 1 for a sequence of numbers from 0; sequences hardly ever collide."""
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 def image_size(patch_size: int) -> int:
@@ -158,7 +153,7 @@ def build_memory(feature: PatchFeature, data: SegmentationData, args: argparse.N
                                                repeats.tolist(), numbers.tolist(), strict=True):
             labels = labels.flatten(0, 1)
             # not the crop's seed: the same numbers would be drawn again
-            generator = torch.Generator().manual_seed(random_seed(args.seed, repeat, number, 1))
+            generator = torch.Generator().manual_seed(mixed_seed(args.seed, repeat, number, 1))
             taken = sample_patches(labels, rows, generator)
             memory.add(one[taken], labels[taken])
     return memory

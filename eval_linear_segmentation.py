@@ -17,9 +17,10 @@ from tqdm import tqdm
 
 from selfpatch.checkpoints.backbones import image_statistics
 from selfpatch.data.normalisation import normalise
+from selfpatch.data.seeds import mixed_seed
 from selfpatch.distributed.collectives import sum_over_processes
 from selfpatch.distributed.processes import get_rank, get_world_size, is_main_process, together
-from selfpatch.errors import ArgumentParser, ConfigError, TrainingError, number, run_main
+from selfpatch.errors import ArgumentParser, ConfigError, Number, TrainingError, run_main
 from selfpatch.evaluation.common import (
     Column,
     add_evaluation_options,
@@ -140,7 +141,7 @@ def train(feature: PatchFeature, data: SegmentationData, args: argparse.Namespac
         for step, (pixels, ids) in enumerate(progress):
             pixels, ids = (part.to(device, non_blocking=True) for part in (pixels, ids))
             images = normalise(pixels, image_statistics(model))
-            kept = kept_channels(head, len(images), int(np.random.SeedSequence([args.seed, step]).generate_state(1)[0]))
+            kept = kept_channels(head, len(images), mixed_seed(args.seed, step))
             loss = segmentation_loss(head(feature(images), kept), ids, model.grid_size(images))
             optimizer.zero_grad()
             loss.backward()
@@ -202,12 +203,12 @@ def get_args_parser() -> ArgumentParser:
     add_segmentation_data(parser)
     training = parser.add_argument_group("training")
     training.add_argument("--iterations", type=positive_int, default=PUBLISHED_STEPS, help="steps")
-    training.add_argument("--batch_size", type=number(int, least=2), default=16,
+    training.add_argument("--batch_size", type=Number(int, least=2), default=16,
                           help="images of a step, over all processes")
     training.add_argument("--lr", type=positive_float, default=1e-3,
                           help="of AdamW, after the warm-up; a cosine leads to 0")
-    training.add_argument("--weight_decay", type=number(float, least=0), default=1e-3)
-    training.add_argument("--warmup", type=number(int, least=0),
+    training.add_argument("--weight_decay", type=Number(float, least=0), default=1e-3)
+    training.add_argument("--warmup", type=Number(int, least=0),
                           help="steps of the warm-up; default: 1500 of 40000, in proportion")
     add_patch_feature(parser, "patches")
     add_evaluation_options(parser)

@@ -109,27 +109,34 @@ def user_path(text: str) -> Path:
     return Path(os.path.expanduser(text))
 
 
-def number(kind: type, least: float = -math.inf, above: float = -math.inf,
-           below: float = math.inf) -> Callable[[str], int | float]:
-    """The type of an option that takes an int or a float within limits; infinity and NaN are outside all limits.
+class Number:
+    """Type of an option whose value is a number within bounds.
 
     Args:
-        least: smallest value.
-        above, below: limits that are excluded themselves.
+        kind: int or float.
+        least, most: bounds that are allowed.
+        above, below: bounds that are not; infinity is none.
     """
-    def parse(text: str) -> int | float:
-        value = kind(text)
-        if value >= least and above < value < below:
-            return value
-        wanted = f"{least:g} or more" if math.isfinite(least) else f"more than {above:g}"
-        if below < math.inf:
-            wanted += f" and less than {below:g}"
-        elif value == math.inf:
-            wanted += ", and finite"
-        raise argparse.ArgumentTypeError(f"{text}: give {wanted}")
 
-    parse.__name__ = kind.__name__  # argparse's "invalid int value"
-    return parse
+    def __init__(self, kind: type, least: float = -math.inf, most: float = math.inf, above: float = -math.inf,
+                 below: float = math.inf):
+        self.kind, self.least, self.most, self.above, self.below = kind, least, most, above, below
+
+    def __call__(self, text: str) -> int | float:
+        try:
+            value = self.kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"invalid {self.kind.__name__} value: {text!r}") from None
+        if value not in self:
+            raise argparse.ArgumentTypeError(f"it is {value}, and must be {self}")
+        return value
+
+    def __contains__(self, value: float) -> bool:
+        return self.least <= value <= self.most and self.above < value < self.below
+
+    def __str__(self) -> str:
+        bounds = {"at least": self.least, "above": self.above, "at most": self.most, "below": self.below}
+        return " and ".join(f"{word} {bound}" for word, bound in bounds.items() if math.isfinite(bound)) or "finite"
 
 
 def describe(path: Path) -> str:

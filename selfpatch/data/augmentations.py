@@ -1,27 +1,10 @@
 """DINO's multi-crop augmentation in PIL (Caron et al. 2021, Sec. 3.2, with BYOL's colour transforms)."""
-import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from PIL import Image, ImageFilter
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
 from selfpatch.data.normalisation import IMAGENET_MEAN, IMAGENET_STD
-
-
-@contextmanager
-def seeded(*numbers: int) -> Iterator[None]:
-    """Seed torch's CPU generator with the numbers for the body, and restore its state afterwards."""
-    # not torch.manual_seed, which seeds every accelerator as well and takes a hundred times as long
-    generator = torch.default_generator
-    state = generator.get_state()
-    generator.manual_seed(zlib.crc32(repr(numbers).encode()))
-    try:
-        yield
-    finally:
-        generator.set_state(state)
 
 
 class GaussianBlur:

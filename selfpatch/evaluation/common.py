@@ -11,13 +11,13 @@ import torch.distributed as dist
 
 from selfpatch.distributed.precision import choose_dtype
 from selfpatch.distributed.processes import get_rank, init_distributed_mode, is_distributed, keep_freed_memory
-from selfpatch.errors import ConfigError, number, user_path
+from selfpatch.errors import ConfigError, Number, user_path
 from selfpatch.evaluation.image_features import IMAGE_FEATURES, PATCH_FEATURES
 from selfpatch.evaluation.model_options import Candidate, add_model_options, add_precision_option
 from selfpatch.evaluation.segmentation import HELP
 from selfpatch.evaluation.tables import format_table, write_json
 
-positive_int, positive_float = number(int, least=1), number(float, above=0)
+positive_int, positive_float = Number(int, least=1), Number(float, above=0)
 
 Column = dict[str, float | int]  # a backbone's figures by the names of the table's rows
 Result = TypeVar("Result")
@@ -37,7 +37,7 @@ def add_image_options(parser: argparse.ArgumentParser, use: str) -> None:
     data.add_argument("--val_path", type=user_path, help="class folders to test, instead of --data_path")
     data.add_argument("--val_share", type=float,
                       help="--data_path itself has class folders, and this share of each class is tested, such as 0.1")
-    data.add_argument("--image_size", type=number(int, least=16), default=224,
+    data.add_argument("--image_size", type=Number(int, least=16), default=224,
                       help="side of the images; rounded to whole patches")
 
 
@@ -75,12 +75,12 @@ def add_evaluation_options(parser: argparse.ArgumentParser, batch_size: int | No
     if batch_size is not None:
         running.add_argument("--batch_size_per_gpu", type=positive_int, default=batch_size,
                              help="images in a forward pass of one process")
-    running.add_argument("--num_workers", type=number(int, least=0), default=min(10, os.cpu_count() or 1),
+    running.add_argument("--num_workers", type=Number(int, least=0), default=min(10, os.cpu_count() or 1),
                          help="processes that load images, for each GPU; 0 loads them in this one")
     running.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps; auto is a GPU if there is one")
     add_precision_option(running)
-    running.add_argument("--seed", type=number(int, least=0), default=0, help="of random weights, crops and heads")
-    running.add_argument("--dist_timeout", type=number(float, above=0, below=1e6), default=30,
+    running.add_argument("--seed", type=Number(int, least=0), default=0, help="of random weights, crops and heads")
+    running.add_argument("--dist_timeout", type=Number(float, above=0, below=1e6), default=30,
                          help="minutes to wait for other processes")
 
 

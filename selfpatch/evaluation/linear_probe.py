@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from selfpatch.checkpoints.backbones import Backbone, image_statistics
 from selfpatch.data.normalisation import normalise
+from selfpatch.data.seeds import seeded
 from selfpatch.distributed.collectives import sum_over_processes
 from selfpatch.distributed.precision import autocast
 from selfpatch.distributed.processes import get_rank, get_world_size, together
@@ -166,8 +167,7 @@ class CropDataset(torch.utils.data.Dataset):
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int, str]:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(hash((self.seed, self.epoch, index)))  # hashes of integers are the same in every process
+        with seeded(self.seed, self.epoch, index):
             return self.images[index]
 
 

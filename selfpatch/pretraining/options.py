@@ -1,13 +1,12 @@
 """The options of pretraining: the published names and defaults, with advice and bounds, and their checks."""
 import argparse
-import math
 import os
 import tempfile
 from pathlib import Path
 
 from selfpatch.checkpoints.loading import resolve_path
 from selfpatch.data.sources import KINDS, check_paths
-from selfpatch.errors import ArgumentParser, ConfigError
+from selfpatch.errors import ArgumentParser, ConfigError, Number
 from selfpatch.method.vision_transformer import ARCHS, RECOMPUTED
 from selfpatch.pretraining.auto_options import COMPILE_WAYS
 from selfpatch.pretraining.logs import check_log
@@ -23,36 +22,6 @@ def bool_flag(text: str) -> bool:
     if text.lower() in ("false", "0", "off"):
         return False
     raise argparse.ArgumentTypeError(f"{text!r} is neither true/1/on nor false/0/off")
-
-
-class Number:
-    """Type of an option whose value is a number within bounds.
-
-    Args:
-        kind: int or float.
-        least, most: bounds that are allowed.
-        above, below: bounds that are not; infinity is none.
-    """
-
-    def __init__(self, kind: type, least: float = -math.inf, most: float = math.inf, above: float = -math.inf,
-                 below: float = math.inf):
-        self.kind, self.least, self.most, self.above, self.below = kind, least, most, above, below
-
-    def __call__(self, text: str) -> int | float:
-        try:
-            value = self.kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"invalid {self.kind.__name__} value: {text!r}") from None
-        if value not in self:
-            raise argparse.ArgumentTypeError(f"it is {value}, and must be {self}")
-        return value
-
-    def __contains__(self, value: float) -> bool:
-        return self.least <= value <= self.most and self.above < value < self.below
-
-    def __str__(self) -> str:
-        bounds = {"at least": self.least, "above": self.above, "at most": self.most, "below": self.below}
-        return " and ".join(f"{word} {bound}" for word, bound in bounds.items() if math.isfinite(bound)) or "finite"
 
 
 # bounds far above what anyone uses, far below what overflows a 64-bit integer or the memory of a list

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from selfpatch.checkpoints.files import read_checkpoint
 from selfpatch.data.dataset import TrainingImages
 from selfpatch.data.loader import CropLoader
+from selfpatch.data.seeds import mixed_seed
 from selfpatch.distributed.processes import Process, is_distributed, is_main_process
 from selfpatch.errors import ConfigError
 from selfpatch.method.training_run import TrainingRun
@@ -36,7 +37,7 @@ MAY_DIFFER_BETWEEN_RANKS = {"data_path", "knn_data", "num_workers", "device", "d
 
 def fix_random_seeds(*seed: int) -> None:
     """Seed torch, numpy and random from one or several numbers, e.g. (seed, rank, epoch)."""
-    mixed = int(np.random.SeedSequence(seed).generate_state(1)[0])
+    mixed = mixed_seed(*seed)
     torch.manual_seed(mixed)
     np.random.seed(mixed)
     random.seed(mixed)

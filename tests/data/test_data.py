@@ -7,10 +7,10 @@ import torch
 from image_cases import refuse_listing, write_damaged_png
 
 from main_selfpatch import choose_augment
-from selfpatch.data.augmentations import seeded
 from selfpatch.data.dataset import build_dataset
 from selfpatch.data.files import UnreadableImage
 from selfpatch.data.loader import CropLoader, prefetch
+from selfpatch.data.seeds import seeded
 from selfpatch.errors import ConfigError, TrainingError
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")

@@ -138,9 +138,9 @@ def test_the_stride_of_windows_is_the_published_one(monkeypatch):
 
 
 @pytest.mark.parametrize("job, words, says", [
-    (eval_linear, ["--lr", "0.1", "nan"], "--lr: nan"), (eval_knn, ["--seed", "-1"], "--seed: -1"),
+    (eval_linear, ["--lr", "0.1", "nan"], "--lr: it is nan"), (eval_knn, ["--seed", "-1"], "--seed: it is -1"),
     (eval_knn, ["--image_size", "16", "--patch_size", "32"], "--image_size 16 is smaller than a patch"),
-    (eval_dense_retrieval, ["--seed", "-1"], "--seed: -1")])
+    (eval_dense_retrieval, ["--seed", "-1"], "--seed: it is -1")])
 def test_options(image_folder, tmp_path, capsys, job, words, says):
     for part in ("train", "val"):
         shutil.copytree(image_folder, tmp_path / part)

@@ -123,11 +123,11 @@ def test_workers_change_nothing(folders, tmp_path, small_network):
     assert found[0] == found[1]
 
 
-@pytest.mark.parametrize("more, says", [(["--iterations", 0], "--iterations: 0: give 1 or more"),
-                                        (["--lr", 0], "--lr: 0: give more than 0"),
-                                        (["--weight_decay", "nan"], "--weight_decay: nan: give 0 or more"),
+@pytest.mark.parametrize("more, says", [(["--iterations", 0], "--iterations: it is 0, and must be at least 1"),
+                                        (["--lr", 0], "--lr: it is 0.0, and must be above 0"),
+                                        (["--weight_decay", "nan"], "--weight_decay: it is nan, and must be at"),
                                         (["--iterations", 5, "--warmup", 6], "--warmup 6 is more than --iterations 5"),
-                                        (["--batch_size", 1], "--batch_size: 1: give 2 or more")])
+                                        (["--batch_size", 1], "--batch_size: it is 1, and must be at least 2")])
 def test_refusals(folders, tmp_path, capsys, more, says):
     assert run_job(job, *options(folders, tmp_path / "out.json", *more)) == 2
     assert says in capsys.readouterr().err

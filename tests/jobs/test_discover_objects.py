@@ -58,7 +58,7 @@ def test_images_without_boxes(tmp_path, small_network, capsys):
         assert "CorLoc" not in printed and "of them scored" in printed
 
 
-@pytest.mark.parametrize("more, says", [(["--tau", 2], "--tau: 2: give more than -1 and less than 1"),
+@pytest.mark.parametrize("more, says", [(["--tau", 2], "--tau: it is 2.0, and must be above -1 and below 1"),
                                         (["--layer", -13], "--layer -13"),
                                         (["--pictures", __file__], "is not a folder: give another name"),
                                         (["--pictures", f"{__file__}/below"], "test_discover_objects.py cannot be")])

@@ -200,10 +200,10 @@ def test_no_readable_training_image(colours, tmp_path, capsys):
 
 @pytest.mark.parametrize("words, says", [
     (["--random_weights"], "give either --data_path"),
-    (["--data_path", "{c}", "--random_weights", "--lr", "0.1", "0"], "--lr: 0: give more than 0"),
-    (["--data_path", "{c}", "--random_weights", "--epochs", "0"], "--epochs: 0: give 1 or more"),
+    (["--data_path", "{c}", "--random_weights", "--lr", "0.1", "0"], "--lr: it is 0.0, and must be above 0"),
+    (["--data_path", "{c}", "--random_weights", "--epochs", "0"], "--epochs: it is 0, and must be at least 1"),
     (["--data_path", "{c}", "--random_weights", "--n_last_blocks", "13"], "there are 12 blocks up to --layer -1"),
-    (["--data_path", "{c}", "--random_weights", "--batch_size_per_gpu", "0"], "_per_gpu: 0: give 1 or more"),
+    (["--data_path", "{c}", "--random_weights", "--batch_size_per_gpu", "0"], "_gpu: it is 0, and must be at least 1"),
 ])
 def test_refused_in_one_line(words, says, colours, capsys):
     assert run(*(word.format(c=colours) for word in words)) == 2

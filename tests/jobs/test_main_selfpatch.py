@@ -1,30 +1,23 @@
 """The job as a user runs it: the files it writes, DINO as the special case, other options, bad images."""
 import gc
 import json
-import os
 import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
-from networks import assert_same, shrink_job, small_wrapper
-from small_job import SMALL, load, options
+from networks import assert_same, shrink_job
+from small_job import SMALL, end_of_job, load, options
 
 import main_selfpatch
 from main_selfpatch import train_dino
 from selfpatch.data.augmentations import DataAugmentationDINO
-from selfpatch.data.loader import DataWait
 from selfpatch.distributed.processes import Process
 from selfpatch.errors import run_main
 from selfpatch.method.fused_loss import FusedDINOLoss
 from selfpatch.method.losses import DINOLoss
-from selfpatch.method.optim import build_optimizer
-from selfpatch.method.training_run import Schedules, TrainingRun
-from selfpatch.pretraining import engine, resuming
 from selfpatch.pretraining import loop as training_loop
-from selfpatch.pretraining.engine import health_warnings
-from selfpatch.pretraining.logs import RunLog
-from selfpatch.pretraining.run_folder import RunFolder
+from selfpatch.pretraining import resuming
 
 pytestmark = [pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning"),
               pytest.mark.usefixtures("small_network")]
@@ -142,47 +135,12 @@ def test_schedules_over_a_run():
     assert (momentum(0), momentum(499)) == pytest.approx((0.996, 1), abs=1e-6)
 
 
-def test_epoch_sets_rates_decay_and_momentum_at_every_step(monkeypatch):
-    """lr on both groups, weight decay on the first alone, momentum to the step, by the iteration of the whole run."""
-    student, teacher = small_wrapper(), small_wrapper().requires_grad_(False)
-    optimizer = build_optimizer(student)
-    assert [group["betas"] for group in optimizer.param_groups] == [(0.9, 0.999)] * 2
-    schedules = Schedules(2, 3, lambda step: 0.1 * step, lambda step: 1.0 * step, lambda step: 0.9 + 0.01 * step)
-    run = TrainingRun(student, teacher, FusedDINOLoss(12, 10, 3), optimizer, schedules)
-    run.step, applied = 3, []  # the second epoch
-    monkeypatch.setattr(engine, "update_teacher", lambda student, teacher, momentum: applied.append(
-        ([g["lr"] for g in optimizer.param_groups], [g["weight_decay"] for g in optimizer.param_groups], momentum)))
-
-    class Loader(list):
-        batch_size = 2
-
-    stats = main_selfpatch.train_one_epoch(run, Loader([[torch.randn(2, 3, 32, 32)] * 3] * 3))
-    assert applied == [([0.1 * i] * 2, [1.0 * i, 0.0], 0.9 + 0.01 * i) for i in (3, 4, 5)]
-    assert (stats["lr"], stats["wd"]) == (0.1 * 5, 5.0)
-    assert (run.step, run.epoch) == (6, 2)
-
-
 def test_each_rank_and_epoch_draws_its_own_crops(image_folder, tmp_path, monkeypatch):
     seeds = []
     for module in (main_selfpatch, resuming):
         monkeypatch.setattr(module, "fix_random_seeds", lambda *seed: seeds.append(seed))
     train_dino(options("--epochs", 2, "--data_path", image_folder, "--output_dir", tmp_path, "--seed", 7))
     assert seeds == [(7,), (7, 0, 0), (7, 0, 1)]
-
-
-def test_health_warnings():
-    loss = DINOLoss(64, 32, 10)
-    healthy = {"clsloss": 3.0, "patchloss": 2.5, "cls_entropy": 3.0, "patch_entropy": 2.0}
-    assert health_warnings(healthy, loss, warmed_up=True, batch_size=8) == []
-    stuck = healthy | {"clsloss": 4.16}  # ln 64 = 4.159
-    assert health_warnings(stuck, loss, warmed_up=False, batch_size=8) == []
-    assert "image loss 4.1600 is at ln K = 4.1589" in health_warnings(stuck, loss, True, 8)[0]
-    collapsed = healthy | {"patch_entropy": 1e-3}
-    warnings = health_warnings(collapsed, loss, False, 8)
-    assert len(warnings) == 1 and "every patch to the same prototype" in warnings[0]
-    assert health_warnings(collapsed, loss, False, batch_size=1) == []  # so few may well be alike
-    dino = DINOLoss(64, 32, 10, patch_loss_weight=0)
-    assert health_warnings(collapsed | {"patchloss": 0.0}, dino, True, 8) == []
 
 
 @pytest.mark.parametrize("augment", ["pil", "device"])
@@ -205,15 +163,6 @@ def test_unreadable_images_end_the_run_or_are_replaced(image_folder, tmp_path, m
     out = capsys.readouterr().out
     assert "\nnot read: 1 .heic (only .jpg" in out and "1 of 12 images cannot be read, see" in out
     assert (tmp_path / "out" / "bad_images.txt").read_text().startswith(f"cannot read the image {damaged}")
-
-
-def end_of_job(monkeypatch, capsys, image_folder, output, *words):
-    """Status and stderr of a job that main ends."""
-    monkeypatch.setattr("sys.argv", ["main_selfpatch.py", *SMALL, "--epochs", "1", "--data_path", str(image_folder),
-                                     "--output_dir", str(output), *words])
-    with pytest.raises(SystemExit) as stop:
-        run_main(main_selfpatch.main)
-    return stop.value.code, capsys.readouterr().err
 
 
 @pytest.mark.parametrize("error", [
@@ -268,117 +217,3 @@ def test_full_disk_is_one_line_and_the_good_file_stays(image_folder, two_epochs,
     assert str(good) in err and "No space left on device" in err
     assert good.read_bytes() == before and sorted(path.name for path in tmp_path.iterdir()) == [
         "checkpoint.pth", "checkpoint0000.pth", "log.txt", "steps.jsonl"]  # the copy was due when the run was killed
-
-
-def log_of(folder, epoch, older=None):
-    """The RunLog of a run that has done so many epochs of two steps."""
-    run = SimpleNamespace(step=2 * epoch, epoch=epoch, steps_per_epoch=2)
-    return RunLog(folder, run, SimpleNamespace(wait=DataWait(torch.device("cpu"))), 8, older)
-
-
-@pytest.mark.parametrize("text, expected", [
-    ("", []), ('{"epoch": 0}\n', ['{"epoch": 0}']), ('{"epoch": 0}\n{"ep', ['{"epoch": 0}']),
-    ('{"epoch": 0}', ['{"epoch": 0}']),
-    ('hello\n{"epoch": 0}\n{"epoch": 0}\n{"epoch": 3}\n', ["hello", '{"epoch": 0}'])])
-def test_a_resumed_run_drops_the_rows_after_its_checkpoint(tmp_path, text, expected):
-    """And rows that are doubled or half written; lines of other kinds stay."""
-    (tmp_path / "log.txt").write_text(text)
-    log_of(tmp_path, 1, (0, 0)).log_epoch({"train_loss": 2.0, "epoch": 1})
-    assert (tmp_path / "log.txt").read_text().splitlines() == [*expected, '{"train_loss": 2.0, "epoch": 1}']
-
-
-def test_a_new_run_adds_to_an_older_log(tmp_path):
-    """Also when it is killed between its first row and its first checkpoint, and begins again."""
-    (tmp_path / "log.txt").write_text('{"epoch": 0}\n{"ep')
-    for _ in range(3):
-        log = log_of(tmp_path, 0)
-        log.log_epoch({"train_loss": 2.0, "epoch": 0})
-        assert (tmp_path / "log.txt").read_text().splitlines() == [
-            '{"epoch": 0}', '{"ep', '{"train_loss": 2.0, "epoch": 0}']
-    log.saved()
-    log = log_of(tmp_path, 1, log.state_dict()["older_log"])
-    log.amend_epoch({"knn_top1": 50.0})
-    rows = ['{"epoch": 0}', '{"ep', '{"train_loss": 2.0, "epoch": 0, "knn_top1": 50.0}']
-    assert (tmp_path / "log.txt").read_text().splitlines() == rows
-    (tmp_path / "log.txt").write_text("\n".join(["a note", *rows]))  # which moves the mark
-    assert log_of(tmp_path, 1, log.state_dict()["older_log"]).last_row["train_loss"] == 2.0
-    assert (tmp_path / "log.txt").read_text().splitlines() == ["a note", *rows]
-
-
-def test_rows_are_written_when_a_full_disk_has_room_again(tmp_path, monkeypatch, capsys):
-    log, replace = log_of(tmp_path, 0), os.replace
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    log.log_epoch({"epoch": 0})
-    monkeypatch.setattr(os, "replace", full)
-    log.amend_epoch({"knn_top1": 50.0})
-    assert "log.txt (No space left on device); training goes on" in capsys.readouterr().out
-    log.log_epoch({"epoch": 1})
-    log.amend_epoch({"knn_top1": 60.0})
-    monkeypatch.setattr(os, "replace", replace)
-    log.flush()
-    assert [json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()] == [
-        {"epoch": 0, "knn_top1": 50.0}, {"epoch": 1, "knn_top1": 60.0}]
-
-
-@pytest.mark.parametrize("moment", ["try_save", "saved"])
-def test_killed_beside_the_first_checkpoint(image_folder, two_epochs, tmp_path, monkeypatch, moment):
-    """The row is there before the checkpoint: a run that begins again, or goes on, does not double it."""
-    def killed(*_):
-        raise KeyboardInterrupt
-
-    words = ["--epochs", 2, "--data_path", image_folder, "--output_dir", tmp_path]
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(RunFolder if moment == "try_save" else RunLog, moment, killed)
-        train_dino(options(*words))
-    assert (tmp_path / "unsaved.txt").exists() and len((tmp_path / "log.txt").read_text().splitlines()) == 1
-    train_dino(options(*words))
-    for name in ("log.txt", "checkpoint.pth"):
-        assert (tmp_path / name).exists() and not (tmp_path / "unsaved.txt").exists()
-    assert (tmp_path / "log.txt").read_bytes() == (two_epochs / "log.txt").read_bytes()
-
-
-def test_the_log_of_a_run_whose_checkpoint_has_the_rows_is_kept(image_folder, two_epochs, tmp_path):
-    """As commit d8b5475 wrote them."""
-    rows = [json.loads(line) for line in (two_epochs / "log.txt").read_text().splitlines()]
-    torch.save(load(two_epochs / "checkpoint0000.pth") | {"log": rows[:1]}, tmp_path / "checkpoint.pth")
-    shutil.copy(two_epochs / "log.txt", tmp_path)
-    train_dino(options("--epochs", 2, "--data_path", image_folder, "--output_dir", tmp_path))
-    assert (tmp_path / "log.txt").read_bytes() == (two_epochs / "log.txt").read_bytes()
-    assert "log" not in load(tmp_path / "checkpoint.pth")
-
-
-def test_an_older_log_outlives_resuming(image_folder, two_epochs, tmp_path):
-    """A run that begins where an older log lies keeps it, also when it is continued within its first epochs."""
-    (tmp_path / "log.txt").write_text('{"epoch": 0}\nnote\n{"epoch": 1}\n')
-    words = ["--data_path", image_folder, "--output_dir", tmp_path]
-    train_dino(options("--epochs", 2, *words))
-    shutil.copy(tmp_path / "checkpoint0000.pth", tmp_path / "checkpoint.pth")
-    train_dino(options("--epochs", 2, *words))
-    older, rows = (path.read_text().splitlines() for path in (tmp_path / "log.txt", two_epochs / "log.txt"))
-    assert older == ['{"epoch": 0}', "note", '{"epoch": 1}', *rows]
-    (tmp_path / "log.txt").write_text("".join(f"{line}\n" for line in rows))  # cleaned up by hand
-    train_dino(options("--epochs", 2, *words))
-    assert (tmp_path / "log.txt").read_text().splitlines() == rows
-
-
-def test_a_log_that_is_no_text_any_more_does_not_end_the_run(tmp_path):
-    log = log_of(tmp_path, 0)
-    log.epochs.path.write_bytes(b"\xff\xfe\n")
-    log.log_epoch({"epoch": 0})
-    assert log.epochs.path.read_bytes() == b'\xff\xfe\n{"epoch": 0}\n'
-
-
-def test_log_that_cannot_be_written_is_one_line(image_folder, tmp_path, monkeypatch, capsys):
-    log_epoch = RunLog.log_epoch
-
-    def folder_in_the_way(log, row):
-        log.epochs.path.unlink()
-        log.epochs.path.mkdir()
-        log_epoch(log, row)
-
-    monkeypatch.setattr(RunLog, "log_epoch", folder_in_the_way)
-    status, err = end_of_job(monkeypatch, capsys, image_folder, tmp_path)
-    assert (status, err.count("\n")) == (1, 1) and f"cannot write to {tmp_path / 'log.txt'}" in err

@@ -8,8 +8,11 @@ from networks import constant_run, small_wrapper
 
 from selfpatch.method.fused_loss import FusedDINOLoss
 from selfpatch.method.losses import DINOLoss
+from selfpatch.method.optim import build_optimizer
 from selfpatch.method.packed_crops import PackedMultiCropWrapper
-from selfpatch.pretraining.engine import train_step
+from selfpatch.method.training_run import Schedules, TrainingRun
+from selfpatch.pretraining import engine
+from selfpatch.pretraining.engine import health_warnings, train_one_epoch, train_step
 
 
 def make_batch(images=6):
@@ -162,3 +165,38 @@ def test_nothing_waits_for_the_gpu(dtype, compiled):
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert run["losses"].isfinite().all()
+
+
+def test_epoch_sets_rates_decay_and_momentum_at_every_step(monkeypatch):
+    """lr on both groups, weight decay on the first alone, momentum to the step, by the iteration of the whole run."""
+    student, teacher = small_wrapper(), small_wrapper().requires_grad_(False)
+    optimizer = build_optimizer(student)
+    assert [group["betas"] for group in optimizer.param_groups] == [(0.9, 0.999)] * 2
+    schedules = Schedules(2, 3, lambda step: 0.1 * step, lambda step: 1.0 * step, lambda step: 0.9 + 0.01 * step)
+    run = TrainingRun(student, teacher, FusedDINOLoss(12, 10, 3), optimizer, schedules)
+    run.step, applied = 3, []  # the second epoch
+    monkeypatch.setattr(engine, "update_teacher", lambda student, teacher, momentum: applied.append(
+        ([g["lr"] for g in optimizer.param_groups], [g["weight_decay"] for g in optimizer.param_groups], momentum)))
+
+    class Loader(list):
+        batch_size = 2
+
+    stats = train_one_epoch(run, Loader([[torch.randn(2, 3, 32, 32)] * 3] * 3))
+    assert applied == [([0.1 * i] * 2, [1.0 * i, 0.0], 0.9 + 0.01 * i) for i in (3, 4, 5)]
+    assert (stats["lr"], stats["wd"]) == (0.1 * 5, 5.0)
+    assert (run.step, run.epoch) == (6, 2)
+
+
+def test_health_warnings():
+    loss = DINOLoss(64, 32, 10)
+    healthy = {"clsloss": 3.0, "patchloss": 2.5, "cls_entropy": 3.0, "patch_entropy": 2.0}
+    assert health_warnings(healthy, loss, warmed_up=True, batch_size=8) == []
+    stuck = healthy | {"clsloss": 4.16}  # ln 64 = 4.159
+    assert health_warnings(stuck, loss, warmed_up=False, batch_size=8) == []
+    assert "image loss 4.1600 is at ln K = 4.1589" in health_warnings(stuck, loss, True, 8)[0]
+    collapsed = healthy | {"patch_entropy": 1e-3}
+    warnings = health_warnings(collapsed, loss, False, 8)
+    assert len(warnings) == 1 and "every patch to the same prototype" in warnings[0]
+    assert health_warnings(collapsed, loss, False, batch_size=1) == []  # so few may well be alike
+    dino = DINOLoss(64, 32, 10, patch_loss_weight=0)
+    assert health_warnings(collapsed | {"patchloss": 0.0}, dino, True, 8) == []
