@@ -20,8 +20,9 @@ from pathlib import Path
 import torch
 
 from selfpatch.checkpoints.files import CheckpointError, write_checkpoint
+from selfpatch.checkpoints.info import CheckpointInfo
 from selfpatch.checkpoints.layouts import to_mmseg_names
-from selfpatch.checkpoints.loading import CheckpointInfo, build_backbone, read_backbone, resolve_path
+from selfpatch.checkpoints.loading import build_backbone, read_backbone, resolve_path
 from selfpatch.checkpoints.onnx_file import INPUT, check_image_size, check_packages, write_onnx
 from selfpatch.checkpoints.timm_folder import WEIGHTS, check_timm_folder, timm_arch, timm_arguments, write_timm_folder
 from selfpatch.errors import ArgumentParser, run_main

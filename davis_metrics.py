@@ -9,7 +9,7 @@ import argparse
 import os
 import sys
 
-from selfpatch.errors import ArgumentParser, ConfigError, run_main, user_path
+from selfpatch.errors import POSITIVE_INT, ArgumentParser, ConfigError, run_main, user_path
 from selfpatch.video.scores import find_absent, first_annotations, format_scores, score_folder, score_notes, write_csv
 
 
@@ -25,7 +25,7 @@ def get_args_parser() -> ArgumentParser:
     parser.add_argument("--present_objects", action="store_true",
                         help="leave out ids that have no pixel in a sequence's first annotation, which the official "
                              "figures count as perfect")
-    parser.add_argument("--processes", type=int, default=os.cpu_count(),
+    parser.add_argument("--processes", type=POSITIVE_INT, default=os.cpu_count(),
                         help="processes that share the sequences (default: one per core)")
     return parser
 
@@ -41,8 +41,6 @@ def main(args: argparse.Namespace) -> int:
     """
     if not args.results_path.is_dir():
         raise ConfigError(f"--results_path {args.results_path}: no such folder")
-    if args.processes < 1:
-        raise ConfigError(f"--processes {args.processes}: give 1 or more")
     try:
         scores = score_folder(args.davis_path, args.results_path, args.set, args.processes)
         annotations = first_annotations(args.davis_path, scores)

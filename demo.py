@@ -29,7 +29,7 @@ from selfpatch.evaluation.tables import format_table
 from selfpatch.method.vision_transformer import VisionTransformer, vit_pico
 from selfpatch.pretraining.resuming import fix_random_seeds
 from selfpatch.video.davis import DAVIS_PALETTE
-from selfpatch.video.frame_features import PatchFeatures
+from selfpatch.video.frame_features import FrameFeatures
 from selfpatch.video.label_propagation import to_mask, to_one_hot
 from selfpatch.video.propagation_bounds import propagate
 from selfpatch.video.scores import score_sequence
@@ -43,7 +43,6 @@ PROTOTYPES = 256  # of each head
 MEMORY, TESTED, CLIPS, FRAMES = 24, 200, 6, 12  # labelled scenes, tested scenes, clips, frames of a clip
 TRAINING, UNSEEN, MOVING = range(3)  # random streams for scenes
 NEIGHBOURS = 5  # voting for an image's class
-PALETTE = bytes(DAVIS_PALETTE)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The data
@@ -141,7 +140,7 @@ class Findings(NamedTuple):
 
 @torch.inference_mode()
 def measure(backbone: VisionTransformer, unseen: Unseen) -> Findings:
-    extract = PatchFeatures(backbone.eval(), batch_size=50)
+    extract = FrameFeatures(backbone.eval(), batch_size=50)
     features = extract(unseen.images)  # [n, h, w, D]
     grounds = torch.arange(len(features)) % len(NAMES)
     whole = F.normalize(features.mean((1, 2)), dim=1)
@@ -162,7 +161,7 @@ def retrieve(features: torch.Tensor, materials: torch.Tensor) -> torch.Tensor:
     return torch.stack([label_map(one, materials.shape[1:]) for one in votes])
 
 
-def follow(extract: PatchFeatures, scene: Scene) -> np.ndarray:
+def follow(extract: FrameFeatures, scene: Scene) -> np.ndarray:
     """Masks of a clip [T, H, W], propagated from the first frame."""
     first, shape = scene.objects[0], scene.objects.shape[1:]
     labels = to_one_hot(torch.from_numpy(first[PATCH // 2::PATCH, PATCH // 2::PATCH]))[0]
@@ -191,7 +190,7 @@ def tinted(image: np.ndarray, ids: np.ndarray, size: tuple[int, int]) -> Image.I
     """Enlarge an image, and tint each id above 0 with its colour."""
     large = (np.asarray(Image.fromarray(part).resize(size, way)) for part, way in
              ((image, Image.Resampling.BICUBIC), (ids.astype(np.uint8), Image.Resampling.NEAREST)))
-    return Image.fromarray(overlay(*large, PALETTE))
+    return Image.fromarray(overlay(*large, DAVIS_PALETTE))
 
 
 def draw(folder: Path, unseen: Unseen, before: Findings, after: Findings) -> None:

@@ -24,7 +24,7 @@ from selfpatch.checkpoints.backbones import image_statistics
 from selfpatch.data.files import load_rgb
 from selfpatch.data.normalisation import normalise
 from selfpatch.distributed.processes import get_rank, get_world_size, is_main_process, together
-from selfpatch.errors import ArgumentParser, ConfigError, Number, run_main, user_path
+from selfpatch.errors import POSITIVE_FLOAT, ArgumentParser, ConfigError, Number, run_main, user_path
 from selfpatch.evaluation.box_data import HELP, BoxImage, find_box_data
 from selfpatch.evaluation.common import (
     Column,
@@ -32,7 +32,6 @@ from selfpatch.evaluation.common import (
     add_patch_feature,
     evaluate_each,
     finish,
-    positive_float,
     start,
 )
 from selfpatch.evaluation.image_features import PatchFeature, check_finite
@@ -43,10 +42,9 @@ from selfpatch.visualization.features import boxes_over
 from selfpatch.whole_files import whole_file
 
 METHODS = {"lost": "LOST", "tokencut": "TokenCut"}
+MAX_PATCHES = 16_384  # 128 × 128: their correlations take 2 GiB in float64
 
 Box = tuple[int, int, int, int]
-
-
 Found = tuple[dict[str, Box], dict[str, bool] | None]  # boxes by method, and whether each is right, if that is known
 
 
@@ -62,9 +60,6 @@ class Images(Dataset):
     def __getitem__(self, index: int) -> tuple[int, torch.Tensor, np.ndarray | None]:
         image = self.images[self.numbers[index]]
         return self.numbers[index], tf.pil_to_tensor(load_rgb(image.path)), image.read_boxes()
-
-
-MAX_PATCHES = 16_384  # 128 × 128: their correlations take 2 GiB in float64
 
 
 def prepare(pixels: torch.Tensor, patch_size: int, statistics: tuple) -> torch.Tensor:
@@ -183,7 +178,7 @@ def get_args_parser() -> ArgumentParser:
     add_patch_feature(parser, "keys")
     parser.add_argument("--tau", type=Number(float, above=-1, below=1), default=TAU,
                         help="TokenCut's cosine above which patches are connected")
-    parser.add_argument("--epsilon", type=positive_float, default=EPSILON, help="TokenCut's weight of other edges")
+    parser.add_argument("--epsilon", type=POSITIVE_FLOAT, default=EPSILON, help="TokenCut's weight of other edges")
     parser.add_argument("--pictures", type=user_path, metavar="FOLDER",
                         help="write every image with its boxes to <folder>/<backbone>/<image>.png")
     add_evaluation_options(parser)
@@ -210,7 +205,7 @@ def main(args: argparse.Namespace) -> None:
     table = evaluate_each(candidates, discover_objects, device)
     boxes = {name: {images[i].name: found for i, (found, _) in outcome.items()}
              for name, outcome in outcomes.items()}
-    finish("object discovery", candidates, table, args.output, vars(args), boxes=boxes)
+    finish("object discovery", candidates, table, vars(args), boxes=boxes)
 
 
 if __name__ == "__main__":

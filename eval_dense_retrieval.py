@@ -21,16 +21,13 @@ from selfpatch.data.normalisation import IMAGENET_MEAN, IMAGENET_STD, normalise
 from selfpatch.data.seeds import mixed_seed, seeded
 from selfpatch.distributed.collectives import sum_over_processes
 from selfpatch.distributed.processes import get_rank, get_world_size, is_main_process, together
-from selfpatch.errors import ArgumentParser, ConfigError, run_main
+from selfpatch.errors import POSITIVE_FLOAT, POSITIVE_INT, ArgumentParser, ConfigError, run_main
 from selfpatch.evaluation.common import (
     Column,
     add_evaluation_options,
     add_patch_feature,
-    add_segmentation_data,
     evaluate_each,
     finish,
-    positive_float,
-    positive_int,
     start,
 )
 from selfpatch.evaluation.dense_retrieval import (
@@ -48,6 +45,7 @@ from selfpatch.evaluation.segmentation import (
     IGNORE,
     Pair,
     SegmentationData,
+    add_segmentation_data,
     confusion_matrix,
     find_segmentation_data,
     match_predictions,
@@ -196,17 +194,17 @@ def get_args_parser() -> ArgumentParser:
     parser = ArgumentParser(description="Dense retrieval (Hummingbird): mean IoU by nearest neighbours of patches")
     add_segmentation_data(parser)
     protocol = parser.add_argument_group("protocol")
-    protocol.add_argument("--memory_size", type=positive_int, default=1_024_000,
+    protocol.add_argument("--memory_size", type=POSITIVE_INT, default=1_024_000,
                           help="patches in the memory; published are 102400, 1024000 and 10240000")
-    protocol.add_argument("--passes", type=positive_int, default=2,
+    protocol.add_argument("--passes", type=POSITIVE_INT, default=2,
                           help="times that every training image gives patches")
-    protocol.add_argument("--neighbours", type=positive_int, default=NEIGHBOURS, help="patches that vote")
-    protocol.add_argument("--temperature", type=positive_float, default=TEMPERATURE, help="of the votes' softmax")
+    protocol.add_argument("--neighbours", type=POSITIVE_INT, default=NEIGHBOURS, help="patches that vote")
+    protocol.add_argument("--temperature", type=POSITIVE_FLOAT, default=TEMPERATURE, help="of the votes' softmax")
     protocol.add_argument("--hungarian", action="store_true",
                           help="also the published program's figure, which renames predicted classes to fit best")
     add_patch_feature(protocol, "patches")
     add_evaluation_options(parser, 8)
-    parser.add_argument("--memory_rows", type=positive_int, default=BANK_ROWS,
+    parser.add_argument("--memory_rows", type=POSITIVE_INT, default=BANK_ROWS,
                         help="patches compared at once; less needs less memory, and changes no figure")
     return parser
 
@@ -227,7 +225,7 @@ def main(args: argparse.Namespace) -> None:
         return figures(score(feature, data, args, device), args.hungarian)
 
     table = evaluate_each(candidates, retrieve, device)
-    finish(f"dense retrieval, {data.name}", candidates, table, args.output, vars(args), train_images=len(data.train),
+    finish(f"dense retrieval, {data.name}", candidates, table, vars(args), train_images=len(data.train),
            test_images=len(data.val))
 
 

@@ -16,15 +16,13 @@ from pathlib import Path
 from selfpatch.checkpoints.files import write_checkpoint
 from selfpatch.distributed.collectives import gather_rows
 from selfpatch.distributed.processes import is_main_process, on_main_process, together
-from selfpatch.errors import ArgumentParser, ConfigError, run_main, user_path
+from selfpatch.errors import POSITIVE_FLOAT, POSITIVE_INT, ArgumentParser, ConfigError, run_main, user_path
 from selfpatch.evaluation.common import (
     add_evaluation_options,
     add_image_feature,
     add_image_options,
     evaluate_each,
     leave,
-    positive_float,
-    positive_int,
     start,
 )
 from selfpatch.evaluation.image_features import LabelledImages, eval_transform, open_pair, share_loader
@@ -40,9 +38,9 @@ def get_args_parser() -> ArgumentParser:
     add_image_options(parser, "compare with")
     protocol = parser.add_argument_group("protocol")
     add_image_feature(protocol)
-    protocol.add_argument("--nb_knn", type=positive_int, nargs="+", default=list(KS),
+    protocol.add_argument("--nb_knn", type=POSITIVE_INT, nargs="+", default=list(KS),
                           help="numbers of neighbours; 20 is usual")
-    protocol.add_argument("--temperature", type=positive_float, default=TEMPERATURE,
+    protocol.add_argument("--temperature", type=POSITIVE_FLOAT, default=TEMPERATURE,
                           help="a neighbour votes exp(cosine / this)")
     protocol.add_argument("--dump_features", type=user_path,
                           help=f"folder for the features and classes, a tensor each: {' '.join(DUMPED)}, below a "

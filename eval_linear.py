@@ -15,15 +15,13 @@ from typing import NamedTuple
 import torch
 
 from selfpatch.distributed.processes import is_main_process, together
-from selfpatch.errors import ArgumentParser, run_main
+from selfpatch.errors import POSITIVE_FLOAT, POSITIVE_INT, ArgumentParser, run_main
 from selfpatch.evaluation.common import (
     add_evaluation_options,
     add_image_feature,
     add_image_options,
     evaluate_each,
     leave,
-    positive_float,
-    positive_int,
     start,
 )
 from selfpatch.evaluation.image_features import LabelledImages, eval_transform, open_pair, share_loader
@@ -60,11 +58,11 @@ def get_args_parser() -> ArgumentParser:
     add_image_options(parser, "train on")
     protocol = parser.add_argument_group("protocol")
     add_image_feature(protocol)
-    protocol.add_argument("--n_last_blocks", type=positive_int, nargs="+", default=[1, 4],
+    protocol.add_argument("--n_last_blocks", type=POSITIVE_INT, nargs="+", default=[1, 4],
                           help="numbers of last blocks whose features the heads see, side by side")
-    protocol.add_argument("--epochs", type=positive_int, default=10,
+    protocol.add_argument("--epochs", type=POSITIVE_INT, default=10,
                           help="of training; DINO's published figures took 100")
-    protocol.add_argument("--lr", type=positive_float, nargs="+", default=list(LEARNING_RATES),
+    protocol.add_argument("--lr", type=POSITIVE_FLOAT, nargs="+", default=list(LEARNING_RATES),
                           help="learning rates to try, for 256 images in a step; scaled to those of all processes")
     protocol.add_argument("--cache_features", action="store_true",
                           help="keep the features of one crop an image in memory, so that the backbone runs for one "

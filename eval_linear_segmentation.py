@@ -20,16 +20,13 @@ from selfpatch.data.normalisation import normalise
 from selfpatch.data.seeds import mixed_seed
 from selfpatch.distributed.collectives import sum_over_processes
 from selfpatch.distributed.processes import get_rank, get_world_size, is_main_process, together
-from selfpatch.errors import ArgumentParser, ConfigError, Number, TrainingError, run_main
+from selfpatch.errors import POSITIVE_FLOAT, POSITIVE_INT, ArgumentParser, ConfigError, Number, TrainingError, run_main
 from selfpatch.evaluation.common import (
     Column,
     add_evaluation_options,
     add_patch_feature,
-    add_segmentation_data,
     evaluate_each,
     finish,
-    positive_float,
-    positive_int,
     start,
 )
 from selfpatch.evaluation.image_features import PatchFeature, check_finite
@@ -45,6 +42,7 @@ from selfpatch.evaluation.model_options import Candidate, load_candidates
 from selfpatch.evaluation.segmentation import (
     IGNORE,
     SegmentationData,
+    add_segmentation_data,
     confusion_matrix,
     find_segmentation_data,
     mean_iou,
@@ -202,10 +200,10 @@ def get_args_parser() -> ArgumentParser:
     parser = ArgumentParser(description="Linear segmentation on frozen features: mean IoU")
     add_segmentation_data(parser)
     training = parser.add_argument_group("training")
-    training.add_argument("--iterations", type=positive_int, default=PUBLISHED_STEPS, help="steps")
+    training.add_argument("--iterations", type=POSITIVE_INT, default=PUBLISHED_STEPS, help="steps")
     training.add_argument("--batch_size", type=Number(int, least=2), default=16,
                           help="images of a step, over all processes")
-    training.add_argument("--lr", type=positive_float, default=1e-3,
+    training.add_argument("--lr", type=POSITIVE_FLOAT, default=1e-3,
                           help="of AdamW, after the warm-up; a cosine leads to 0")
     training.add_argument("--weight_decay", type=Number(float, least=0), default=1e-3)
     training.add_argument("--warmup", type=Number(int, least=0),
@@ -232,7 +230,7 @@ def main(args: argparse.Namespace) -> None:
         return train_and_score(PatchFeature(candidate.model, args.feature, args.layer, dtype), data, args, device)
 
     table = evaluate_each(candidates, segment, device)
-    finish(f"linear segmentation, {data.name}", candidates, table, args.output, vars(args),
+    finish(f"linear segmentation, {data.name}", candidates, table, vars(args),
            train_images=len(data.train), test_images=len(data.val))
 
 

@@ -27,11 +27,11 @@ from selfpatch.data.files import is_hidden
 from selfpatch.data.normalisation import normalise
 from selfpatch.distributed.precision import choose_dtype
 from selfpatch.distributed.processes import Process, join, keep_freed_memory, pick_device, read_launcher
-from selfpatch.errors import ArgumentParser, ConfigError, run_main, user_path
+from selfpatch.errors import POSITIVE_INT, ArgumentParser, ConfigError, Number, run_main, user_path
 from selfpatch.evaluation.model_options import add_model_options, add_precision_option
 from selfpatch.video import davis as davis_data
 from selfpatch.video.davis import SCALE_SIZE, VOID, DataError, Sequence, imwrite_indexed, load_frame, resized_shape
-from selfpatch.video.frame_features import MEAN, STD, PatchFeatures, frame_features
+from selfpatch.video.frame_features import MEAN, STD, FrameFeatures, frame_features
 from selfpatch.video.label_propagation import (  # noqa: F401 (some are here under DINO's names for other projects)
     label_propagation,
     norm_mask,
@@ -84,7 +84,7 @@ def annotation_notes(sequence: Sequence, labels: torch.Tensor) -> Iterator[str]:
 # ---------------------------------------------------------------- videos
 
 @torch.inference_mode()
-def segment(sequence: Sequence, extract: PatchFeatures, output_dir: str | Path, executor: Executor | None = None,
+def segment(sequence: Sequence, extract: FrameFeatures, output_dir: str | Path, executor: Executor | None = None,
             progress: tqdm | None = None, **protocol: int) -> np.ndarray:
     """Segment a video, and write all of its masks or none to <output_dir>/<sequence>.
 
@@ -138,7 +138,7 @@ def score(sequence: Sequence, masks: np.ndarray) -> tuple[np.ndarray, np.ndarray
         raise DataError(f"segmented, but not scored: {error}") from None
 
 
-def evaluate(sequences: list[Sequence], extract: PatchFeatures, output_dir: str | Path, with_scores: bool = True,
+def evaluate(sequences: list[Sequence], extract: FrameFeatures, output_dir: str | Path, with_scores: bool = True,
              quiet: bool = False, unfinished: Unfinished | None = None,
              **protocol: int) -> tuple[dict, dict[str, str], dict[str, str]]:
     """Segment and score videos.
@@ -192,25 +192,22 @@ def get_args_parser() -> ArgumentParser:
                         help="segment videos in which frames are missing as if the others were consecutive")
     model = parser.add_argument_group("backbone")
     add_model_options(model)
-    model.add_argument("--seed", type=int, default=0, help="seed of the random weights")
+    model.add_argument("--seed", type=Number(int, 0), default=0, help="seed of the random weights")
     protocol = parser.add_argument_group("protocol")
-    protocol.add_argument("--n_last_frames", type=int, default=7, help="context frames in addition to the first one")
-    protocol.add_argument("--size_mask_neighborhood", type=int, default=12,
+    protocol.add_argument("--n_last_frames", type=Number(int, 0), default=7,
+                          help="context frames in addition to the first one")
+    protocol.add_argument("--size_mask_neighborhood", type=Number(int, 0), default=12,
                           help="patches are compared in a window of ± this many patches; 0: with all patches")
-    protocol.add_argument("--topk", type=int, default=5, help="number of context patches a label is taken from")
+    protocol.add_argument("--topk", type=POSITIVE_INT, default=5,
+                          help="number of context patches a label is taken from")
     speed = parser.add_argument_group("speed")
-    speed.add_argument("--bs", type=int, default=6, help="frames per batch; halved when memory runs out")
+    speed.add_argument("--bs", type=POSITIVE_INT, default=6, help="frames per batch; halved when memory runs out")
     speed.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps; auto is the GPU if there is one")
     add_precision_option(speed, ". Labels are always propagated in fp32; fp16 can overflow in large backbones")
     return parser
 
 
 def check_options(args: argparse.Namespace) -> None:
-    for name, least in (("n_last_frames", 0), ("size_mask_neighborhood", 0), ("topk", 1), ("bs", 1),
-                        ("patch_size", 1)):
-        value = getattr(args, name)
-        if value is not None and value < least:
-            raise DataError(f"--{name} {value}: give {least} or more")
     output, data = Path(args.output_dir).resolve(), Path(args.data_path).resolve()
     if any(folder in (output, *output.parents) for folder in (data / "JPEGImages", data / "Annotations")):
         raise DataError(f"--output_dir {args.output_dir}: lies inside the data, which the results would overwrite")
@@ -275,7 +272,7 @@ def settings(args: argparse.Namespace) -> dict:
     return {name: value for name, value in vars(args).items() if name not in irrelevant} | {"file": file}
 
 
-def make_extractor(args: argparse.Namespace, process: Process) -> PatchFeatures:
+def make_extractor(args: argparse.Namespace, process: Process) -> FrameFeatures:
     """Load the backbone to this process's device; rank 0 prints what was loaded."""
     # auto never selects an Apple GPU, which is untested; processes share GPUs if there are more of them
     name = "cpu" if args.device == "auto" and not torch.cuda.is_available() else args.device
@@ -287,7 +284,7 @@ def make_extractor(args: argparse.Namespace, process: Process) -> PatchFeatures:
         model = load_backbone(args.pretrained_weights, args.checkpoint_key, args.arch, args.patch_size,
                               args.random_weights).to(device)
     check_layer(model, args.layer)
-    return PatchFeatures(model, device, choose_dtype(args.precision, device), args.bs, args.layer)
+    return FrameFeatures(model, device, choose_dtype(args.precision, device), args.bs, args.layer)
 
 
 def main(args: argparse.Namespace) -> int:

@@ -56,7 +56,7 @@ from selfpatch.pretraining.initial_weights import read_initial_weights, set_init
 from selfpatch.pretraining.knn_probe import KnnProbe
 from selfpatch.pretraining.logs import RunLog
 from selfpatch.pretraining.loop import TrainingLoop, rare_collection
-from selfpatch.pretraining.options import check_args, get_args_parser, small_grid_warning
+from selfpatch.pretraining.options import check_options, get_args_parser, small_grid_warning
 from selfpatch.pretraining.resuming import compare_ranks, fix_random_seeds, plain_args, resume
 from selfpatch.pretraining.run_folder import RunFolder
 from selfpatch.pretraining.trackers import Trackers, chosen_trackers
@@ -77,15 +77,18 @@ def build_loader(args: argparse.Namespace, process: Process, compiled: bool) -> 
             f"{images_per_step(args, process.world_size)} of one step ({args.batch_size_per_gpu} × "
             f"{args.accum_steps} small batches × {process.world_size} processes): lower --batch_size_per_gpu or "
             "--accum_steps")
-    return CropLoader(dataset, args.batch_size_per_gpu, args.num_workers, process.device, process.rank,
-                      process.world_size, args.seed, compiled, args.max_bad_images, args.loader_timeout)
+    loader = CropLoader(dataset, args.batch_size_per_gpu, args.num_workers, process, args.seed, args.max_bad_images,
+                        args.loader_timeout)
+    if compiled:
+        loader.compile()
+    return loader
 
 
-def build_probe(args: argparse.Namespace, process: Process) -> KnnProbe | None:
+def build_probe(args: argparse.Namespace, process: Process, dtype: torch.dtype) -> KnnProbe | None:
     if not args.knn_data:
         return None
     return KnnProbe(args.knn_data, args.global_crops_size, args.batch_size_per_gpu, args.num_workers, process.device,
-                    choose_precision(args.precision, args.use_fp16, process.device), args.knn_every)
+                    dtype, args.knn_every)
 
 
 def share_gradients(student: nn.Module, device: torch.device, reduce_dtype: str = "fp32") -> DistributedDataParallel:
@@ -97,8 +100,8 @@ def share_gradients(student: nn.Module, device: torch.device, reduce_dtype: str 
     return student
 
 
-def build_run(args: argparse.Namespace, process: Process, steps_per_epoch: int, compiled: bool = False,
-              loss_class: type[DINOLoss] = FusedDINOLoss) -> TrainingRun:
+def build_run(args: argparse.Namespace, process: Process, steps_per_epoch: int, dtype: torch.dtype = torch.float32,
+              compiled: bool = False, loss_class: type[DINOLoss] = FusedDINOLoss) -> TrainingRun:
     """Networks, loss, optimiser and schedules of the options, at step 0, on the device."""
     device, distributed = process.device, process.world_size > 1
     networks = build_networks(args.arch, args.patch_size, args.out_dim, args.out_dim_selfpatch, args.drop_path_rate,
@@ -125,18 +128,18 @@ def build_run(args: argparse.Namespace, process: Process, steps_per_epoch: int, 
     schedules = build_schedules(args.epochs, steps_per_epoch,
                                 args.lr * images_per_step(args, process.world_size) / 256, args.min_lr,
                                 args.warmup_epochs, (args.weight_decay, args.weight_decay_end), args.momentum_teacher)
-    return TrainingRun(student, teacher, dino_loss, optimizer, schedules,
-                       choose_precision(args.precision, args.use_fp16, device), args.clip_grad,
+    return TrainingRun(student, teacher, dino_loss, optimizer, schedules, dtype, args.clip_grad,
                        args.freeze_last_layer, args.accum_steps, args.freeze_backbone_epochs,
                        compiled and uses_cuda_graphs(args.compile))
 
 
 def pretrain(args: argparse.Namespace, loss_class: type[DINOLoss] | None = None) -> None:
     """Set up, resume, train, save."""
-    check_args(args)
+    check_options(vars(args))
     loss_class, timeout = choose_loss(args.fused_loss, loss_class), timedelta(minutes=args.dist_timeout)
     process = init_distributed_mode(args.device, args.local_rank, args.port, args.dist_url, timeout)
     compiled = choose_compile(args.compile, process.device)
+    dtype = together(lambda: choose_precision(args.precision, args.use_fp16, process.device))
     allow_tf32(args.precision == "tf32")
     folder = RunFolder(args.output_dir, args.saveckp_freq)
     continues = on_main_process(folder.has_run)
@@ -145,14 +148,14 @@ def pretrain(args: argparse.Namespace, loss_class: type[DINOLoss] | None = None)
                        if args.init_weights and not continues else None)
     on_main_process(lambda: prepare(args.data_path))
     loader = together(lambda: build_loader(args, process, compiled))
-    probe = together(lambda: build_probe(args, process))
+    probe = together(lambda: build_probe(args, process, dtype))
     saved_args = plain_args(vars(args), process.world_size, loader.dataset)
     together(lambda: compare_ranks(saved_args))
     fix_random_seeds(args.seed)
     torch.backends.cudnn.benchmark = True
     if process.device.type == "cpu":
         keep_freed_memory()
-    run = build_run(args, process, len(loader) // args.accum_steps, compiled, loss_class)
+    run = build_run(args, process, len(loader) // args.accum_steps, dtype, compiled, loss_class)
     on_main_process(folder.lock)
     log = None
     try:
@@ -195,9 +198,12 @@ def open_log(args: argparse.Namespace, folder: RunFolder, run: TrainingRun, load
     sizes = [args.global_crops_size] * 2 + [args.local_crops_size] * args.local_crops_number
     half, world_size = run.dtype != torch.float32, saved_args["world_size"]
     peak = (args.peak_tflops or half * peak_tflops(run.device)) * 1e12 * world_size
-    trackers = Trackers(chosen_trackers(args.log_with, args.tensorboard), folder.path, saved_args, run.epoch, run.step)
-    return RunLog(folder.path, run, loader, images_per_step(args, world_size), older_log, trackers,
-                  flops_per_image(run.student_module, sizes) / peak if peak else None)
+    log = RunLog(folder.path, run, loader, images_per_step(args, world_size), older_log,
+                 flops_per_image(run.student_module, sizes) / peak if peak else None)
+    # last, since nothing would close them if the log raised
+    log.trackers = Trackers(chosen_trackers(args.log_with, args.tensorboard), folder.path, saved_args, run.epoch,
+                            run.step)
+    return log
 
 
 def is_out_of_shared_memory(error: RuntimeError | OSError) -> bool:

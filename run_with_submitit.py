@@ -70,7 +70,7 @@ def main() -> None:
         import submitit
     except ImportError:
         raise ConfigError("run_with_submitit.py needs submitit: pip install submitit") from None
-    main_selfpatch.check_args(args)
+    main_selfpatch.check_options(vars(args))
     folder = Path(args.output_dir).absolute()
     args.output_dir, args.data_path = str(folder), [absolute(path) for path in as_list(args.data_path)]
     executor = submitit.AutoExecutor(folder=folder / "submitit", cluster=args.cluster, slurm_max_num_timeout=30)

@@ -3,6 +3,7 @@ from selfpatch.method.vision_transformer import (  # noqa: F401
     ARCHS,
     DINOHead,
     VisionTransformer,
+    WeightNormLinear,
     vit_base,
     vit_pico,
     vit_small,

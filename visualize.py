@@ -33,9 +33,9 @@ from selfpatch.checkpoints.files import CheckpointError
 from selfpatch.checkpoints.loading import CheckpointInfo, build_head, load_with_info
 from selfpatch.data.files import load_rgb, open_image, orientation
 from selfpatch.data.normalisation import IMAGENET_MEAN, IMAGENET_STD, normalise
-from selfpatch.errors import ArgumentParser, ConfigError, run_main
+from selfpatch.errors import POSITIVE_FLOAT, POSITIVE_INT, ArgumentParser, ConfigError, Number, run_main
 from selfpatch.evaluation.model_options import add_model_options
-from selfpatch.evaluation.tables import check_output, check_png, tell_apart
+from selfpatch.evaluation.tables import check_output, tell_apart
 from selfpatch.method.selfpatch_head import SelfPatchHead, neighbour_similarity, positive_matching
 from selfpatch.video.davis import DataError, find_frames, read_set
 from selfpatch.video.scores import find_absent, first_annotations, score_folder, score_notes
@@ -52,6 +52,18 @@ def row_column(text: str) -> tuple[int, int]:
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not ROW,COLUMN, such as 10,20") from None
     return row, column
+
+
+def check_png(output: str | Path, overwrite: bool) -> Path:
+    """check_output for a picture; returns its path.
+
+    Raises:
+        ConfigError: the name does not end in .png as well.
+    """
+    if Path(output).suffix.lower() != ".png":
+        raise ConfigError(f"--output {output}: the picture is a PNG, so give a name that ends in .png")
+    check_output(output, overwrite)
+    return Path(output)
 
 
 def add_output(parser: argparse.ArgumentParser, default: str | None, text: str = "PNG to write") -> None:
@@ -226,8 +238,6 @@ def draw_overlay(args: argparse.Namespace) -> None:
     if output.suffix.lower() not in (".gif", ".mp4", ""):
         raise ConfigError(f"--output {output}: give a .gif, a .mp4, or a folder for PNGs")
     check_output(output, args.overwrite)
-    if args.fps <= 0 or args.width < 16:
-        raise ConfigError(f"--fps {args.fps:g} --width {args.width}: give more than 0 and at least 16")
     frames = find_frames(args.davis_path, name)
     masks = [[Path(folder) / name / f"{frame.stem}.png" for frame in frames] for folder in args.results]
     for path in (path for paths in masks for path in paths if not path.is_file()):
@@ -298,13 +308,13 @@ def add_result_commands(add_command) -> None:
     add_results(parser)
     parser.add_argument("--sequence", help="its name; default: the first of the list")
     add_output(parser, None, ".gif, .mp4, or a new folder for PNGs; default: <sequence>.gif")
-    parser.add_argument("--fps", type=float, default=12, help="frames per second")
-    parser.add_argument("--width", type=int, default=427, help="width of each panel in pixels")
+    parser.add_argument("--fps", type=POSITIVE_FLOAT, default=12, help="frames per second")
+    parser.add_argument("--width", type=Number(int, 16), default=427, help="width of each panel in pixels")
 
     parser = add_command("scores", draw_scores, "J&F of every DAVIS sequence as a bar chart")
     add_results(parser)
     add_output(parser, "scores.png")
-    parser.add_argument("--processes", type=int, default=1, help="processes that share the scoring")
+    parser.add_argument("--processes", type=POSITIVE_INT, default=1, help="processes that share the scoring")
     parser.add_argument("--present_objects", action="store_true",
                         help="leave out ids that have no pixel in a sequence's first annotation, which the official "
                              "figures count as perfect")

@@ -35,7 +35,10 @@ from selfpatch.data.dataset import build_dataset
 from selfpatch.data.device_augmentations import DeviceAugmentation, RandomCrops
 from selfpatch.data.files import installed_decoders, is_image_name, load_rgb, load_uint8, read_bytes, walk
 from selfpatch.data.loader import CropLoader
-from selfpatch.distributed.processes import pick_device
+from selfpatch.distributed.processes import (
+    Process,
+    pick_device,
+)
 from selfpatch.errors import ConfigError, run_main
 
 
@@ -72,7 +75,9 @@ def measure(paths: list[str], device: torch.device, rounds: int, batch_size: int
     """Milliseconds per image of each way, one value per round."""
     sizes = ((0.25, 1.0), (0.05, 0.25), 8)
     pil, crop = DataAugmentationDINO(*sizes), RandomCrops(*sizes)
-    photometric = DeviceAugmentation(8, compiled=compiled).to(device)
+    photometric = DeviceAugmentation(8).to(device)
+    if compiled:
+        photometric.fuse()
     samples = [crop(load_uint8(path)) for path in paths[:batch_size]]
     batch = [torch.stack(kind).to(device) for kind in zip(*samples, strict=True)]
 
@@ -119,9 +124,10 @@ def loader_rates(folder: Path, args: argparse.Namespace, device: torch.device) -
     """Images per second of --augment pil and device, one value per round; a third of the batches are a warm-up."""
     loaders = {}
     for augment in ("pil", "device"):
-        loaders[f"{augment}, {args.workers} workers"] = CropLoader(
-            build_dataset(folder, augment=augment), args.batch_size, args.workers, device,
-            compiled=is_compiled(args, device))
+        loaders[f"{augment}, {args.workers} workers"] = loader = CropLoader(
+            build_dataset(folder, augment=augment), args.batch_size, args.workers, Process(device=device))
+        if is_compiled(args, device):
+            loader.compile()
     rates = {name: [] for name in loaders}
     for _ in tqdm(range(args.rounds), "loaders", leave=False):
         for name, loader in loaders.items():

@@ -30,9 +30,10 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import eval_video_segmentation as job
 from selfpatch.checkpoints.loading import load_backbone
-from selfpatch.distributed.precision import DTYPES, autocast, choose_dtype
+from selfpatch.distributed.precision import autocast, choose_dtype
 from selfpatch.distributed.processes import keep_freed_memory, pick_device
 from selfpatch.errors import run_main
+from selfpatch.evaluation.model_options import add_precision_option
 from selfpatch.method.vision_transformer import ARCHS
 from selfpatch.video import davis as davis_data
 from selfpatch.video import scores as davis_metrics
@@ -212,7 +213,7 @@ def main(args: argparse.Namespace) -> None:
     torch.manual_seed(0)
     model = load_backbone(args.pretrained_weights, arch=args.arch, patch_size=args.patch_size,
                           random_weights=not args.pretrained_weights).to(device)
-    extract = job.PatchFeatures(model, device, dtype, args.bs)
+    extract = job.FrameFeatures(model, device, dtype, args.bs)
     options = job.get_args_parser().parse_args(["--data_path", "", "--bs", str(args.bs)])
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         sequence = find_clip(args) if args.data_path else make_clip(Path(folder) / "davis", args.frames)
@@ -245,7 +246,7 @@ if __name__ == "__main__":
     parser.add_argument("--frames", type=int, default=50, help="of the clip, at most")
     parser.add_argument("--bs", type=int, default=6)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--precision", default="fp32", choices=["auto", *DTYPES])
+    add_precision_option(parser)
     parser.add_argument("--no_plain", action="store_true", help="do not time the plain way")
     options = parser.parse_args()
     if options.sequence and not options.data_path:

@@ -199,7 +199,7 @@ def main(args: argparse.Namespace, others: list[str]) -> None:
     setting = (Photographs if args.data_path else Scenes)(args, jobs)
     options = vars(pretraining_parser().parse_args([*setting.words(0, args.output_dir)[1:], *others]))
     options["patch_loss_weight"] = args.patch_loss_weight
-    check_numbers(argparse.Namespace(**options))  # for SelfPatch, which asks for more than DINO
+    check_numbers(options)  # for SelfPatch, which asks for more than DINO
     decisive = {name: value for name, value in with_batch(options | {"world_size": 1}).items()
                 if name not in IRRELEVANT | {"seed"}}
     check_settings(args.output_dir / "settings.json", decisive | setting.description())

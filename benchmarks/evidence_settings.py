@@ -18,7 +18,7 @@ from selfpatch.checkpoints.loading import load_backbone
 from selfpatch.errors import CONTINUE_STATUS, RunStopped, TrainingError
 from selfpatch.evaluation.tables import write_json
 from selfpatch.pretraining.options import get_args_parser as pretraining_parser
-from selfpatch.video.frame_features import PatchFeatures
+from selfpatch.video.frame_features import FrameFeatures
 from selfpatch.video.scores import score_folder, summarise
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -130,7 +130,7 @@ class Scenes(Setting):
         """The first clip of a seed."""
         clip = self.unseen(seed).clips[0]
         demo.write_clip(output, clip, {"true": clip.objects} | {
-            name: demo.follow(PatchFeatures(load_backbone(self.place(seed) / name / "run")), clip)
+            name: demo.follow(FrameFeatures(load_backbone(self.place(seed) / name / "run")), clip)
             for name in METHODS})
 
 

@@ -105,13 +105,10 @@ def show_predictions(cfg: Config, folder: str) -> None:
 
 
 class AnnotationError(ConfigError):
-    """An annotation that training cannot use; the message is one line for the user.
-
-    A DataLoader re-raises a worker's error with the worker's traceback as its message, of which the last line is kept.
-    """
+    """An annotation that training cannot use."""
 
     def __init__(self, message: str):
-        super().__init__(message.splitlines()[-1].split("AnnotationError: ")[-1], every_rank=True)
+        super().__init__(message, every_rank=True)
 
 
 @TRANSFORMS.register_module()

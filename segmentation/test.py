@@ -10,8 +10,11 @@ from selfpatch.errors import run_main
 
 
 def main() -> None:
-    from selfpatch.openmmlab.jobs import run_job  # here, so that missing packages are reported in one line
-    run_job("test", "segmentation.backbone", __doc__.split("\n\n")[0])
+    # here and in this order, so that missing packages are reported in one line
+    from selfpatch.openmmlab.jobs import run_job
+    # isort: split
+    from segmentation import backbone
+    run_job("test", backbone, __doc__.split("\n\n")[0])
 
 
 if __name__ == "__main__":

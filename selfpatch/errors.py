@@ -136,7 +136,12 @@ class Number:
 
     def __str__(self) -> str:
         bounds = {"at least": self.least, "above": self.above, "at most": self.most, "below": self.below}
-        return " and ".join(f"{word} {bound}" for word, bound in bounds.items() if math.isfinite(bound)) or "finite"
+        words = [f"{word} {bound}" for word, bound in bounds.items() if math.isfinite(bound)]
+        endless = self.kind is float and min(self.most, self.below) == math.inf
+        return " and ".join([*words, "finite"] if endless else words)
+
+
+POSITIVE_INT, POSITIVE_FLOAT = Number(int, 1), Number(float, above=0)
 
 
 def describe(path: Path) -> str:

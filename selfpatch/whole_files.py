@@ -64,9 +64,10 @@ def whole_folder(folder: str | Path) -> Iterator[Path]:
     """
     folder = Path(os.path.realpath(folder))  # of a link, what it leads to
     temporary, replaced = (folder.with_name(f".{folder.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
+    with write_errors(folder):
+        temporary.mkdir(parents=True)  # outside the try: one that exists is another process's
     try:
         with write_errors(folder):
-            temporary.mkdir(parents=True)
             yield temporary
             if folder.exists():
                 folder.rename(replaced)
@@ -86,13 +87,8 @@ def write_errors(path: Path) -> Iterator[None]:
     """Turn an error of the disk into a WriteError of path."""
     try:
         yield
-    except (OSError, RuntimeError, WriteError) as error:
-        cause = error
-        while cause is not None and not isinstance(cause, OSError | WriteError):
-            cause = cause.__cause__ or cause.__context__  # torch.save raises RuntimeError on top of an OSError
-        if cause is None:
-            raise
-        raise WriteError(path, cause) from None
+    except (OSError, WriteError) as error:
+        raise WriteError(path, error) from None
 
 
 def keep_as(path: Path, name: Path) -> None:

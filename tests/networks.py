@@ -1,13 +1,15 @@
 """Small networks for tests that need no figures of the published one."""
+import argparse
 from functools import partial
 
 import torch
+from golden_rules import set_weights
 
 from selfpatch.method.losses import DINOLoss
 from selfpatch.method.optim import build_optimizer
 from selfpatch.method.selfpatch_head import MultiCropWrapper, SelfPatchHead
 from selfpatch.method.training_run import Schedules, TrainingRun
-from selfpatch.method.vision_transformer import ARCHS, DINOHead, VisionTransformer
+from selfpatch.method.vision_transformer import ARCHS, DINOHead, VisionTransformer, vit_tiny
 
 
 def small_wrapper(patch_size=8, use_bn=False, drop_path_rate=0.0, use_patches=True, depth=2):
@@ -48,3 +50,11 @@ def assert_same(ours, other, where="checkpoint"):
         assert torch.equal(ours, other), where
     else:
         assert ours == other, where
+
+
+def save_selfpatch_run(path):
+    """A checkpoint of vit_tiny trained with 2 positives for 7 epochs."""
+    wrapper = MultiCropWrapper(vit_tiny(), SelfPatchHead(192, 3, 2), DINOHead(192, 8), DINOHead(192, 8))
+    set_weights(wrapper, 0)
+    torch.save({"teacher": wrapper.state_dict(), "epoch": 7, "args": argparse.Namespace(k_num=2)}, path)
+    return path

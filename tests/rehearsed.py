@@ -26,6 +26,6 @@ elif words[0] == "-m":
 else:
     sys.argv, sys.path[0] = words, str(Path(words[0]).resolve().parent)
     if Path(words[0]).name == "main_selfpatch.py":
-        from selfpatch.pretraining import loop as training_loop
-        training_loop.check_weights = lambda _: None  # whose answer is 0 here, which means no
+        from selfpatch.pretraining import loop
+        loop.check_weights = lambda _: None  # whose answer is 0 here, which means no
     runpy.run_path(words[0], run_name="__main__")

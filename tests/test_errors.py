@@ -8,7 +8,7 @@ import davis_metrics
 import eval_video_segmentation
 import main_selfpatch
 import visualize
-from selfpatch.errors import ArgumentParser, number
+from selfpatch.errors import ArgumentParser, Number
 
 HOME = os.path.expanduser("~")
 
@@ -29,13 +29,14 @@ def test_tilde_is_the_home_folder(parser, words, options):
 
 
 @pytest.mark.parametrize("limits, text, says", [
-    ({"kind": int, "least": 1}, "0", "0: give 1 or more"), ({"kind": int}, "1.5", "invalid int value: '1.5'"),
-    ({"kind": float, "above": 0}, "nan", "nan: give more than 0"),
-    ({"kind": float, "above": 0}, "inf", "inf: give more than 0, and finite"),
-    ({"kind": float, "above": -1, "below": 1}, "1", "1: give more than -1 and less than 1")])
+    ({"kind": int, "least": 1}, "0", "it is 0, and must be at least 1"),
+    ({"kind": int}, "1.5", "invalid int value: '1.5'"),
+    ({"kind": float, "above": 0}, "nan", "it is nan, and must be above 0 and finite"),
+    ({"kind": float, "above": 0}, "inf", "it is inf, and must be above 0 and finite"),
+    ({"kind": float, "above": -1, "below": 1}, "1", "it is 1.0, and must be above -1 and below 1")])
 def test_numbers_out_of_range(limits, text, says, capsys):
     parser = ArgumentParser()
-    parser.add_argument("--x", type=number(**limits))
+    parser.add_argument("--x", type=Number(**limits))
     with pytest.raises(SystemExit) as end:
         parser.parse_args(["--x", text])
     assert end.value.code == 2 and f"argument --x: {says} (--help" in capsys.readouterr().err

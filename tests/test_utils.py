@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from golden_rules import load, rand
+from networks import small_wrapper
 from torch import nn
 
 import selfpatch_head
@@ -31,13 +32,15 @@ def test_names_that_users_of_dino_import():
 @pytest.mark.parametrize("module, build", [
     (vision_transformer, lambda: vision_transformer.vit_pico()),
     (vision_transformer, lambda: vision_transformer.DINOHead(8, 4, hidden_dim=8, bottleneck_dim=4)),
-    (selfpatch_head, lambda: selfpatch_head.SelfPatchHead(6, 3))])
+    (selfpatch_head, lambda: selfpatch_head.SelfPatchHead(6, 3)), (selfpatch_head, small_wrapper)])
 def test_networks_pickled_under_the_names_of_the_root_load(monkeypatch, module, build):
     """As in a file of torch.save(model), where the pickle names vision_transformer.VisionTransformer."""
     network = build()
     with monkeypatch.context() as patch:
-        patch.setattr(type(network), "__module__", module.__name__)
+        for cls in {type(part) for part in network.modules() if type(part).__module__.startswith("selfpatch.")}:
+            patch.setattr(cls, "__module__", cls.__module__.rpartition(".")[2])
         data = pickle.dumps(network)
+    assert b"selfpatch." not in data
     assert f"{module.__name__}".encode() in data
     loaded = pickle.loads(data)
     assert type(loaded) is type(network)

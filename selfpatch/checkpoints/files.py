@@ -46,7 +46,10 @@ def write_checkpoint(state: dict, path: str | Path, previous: Path | None = None
             state = {name: tensor.clone().contiguous() for name, tensor in state.items()}
             file.write(safetensors.torch.save(state, {"format": "pt"} | (metadata or {})))
         else:
-            torch.save(state, file)
+            try:
+                torch.save(state, file)
+            except RuntimeError as error:  # of its zip writer, on top of what the disk said
+                raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
 
 def read_checkpoint(path: str | Path) -> dict:

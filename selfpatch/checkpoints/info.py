@@ -7,9 +7,10 @@ from pathlib import Path
 import torch
 
 from selfpatch.checkpoints import layouts
-from selfpatch.checkpoints.files import CheckpointError, printable
+from selfpatch.checkpoints.files import CheckpointError
 from selfpatch.checkpoints.networks import Network
 from selfpatch.checkpoints.pickled_classes import StandIn
+from selfpatch.errors import printable
 
 ARCH_OF_WIDTH = {96: "vit_pico", 192: "vit_tiny", 384: "vit_small", 768: "vit_base"}
 LARGEST_GRID = 512  # patches per side, as in images of 8192 pixels with patches of 16

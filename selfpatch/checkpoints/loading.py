@@ -59,12 +59,8 @@ def read_backbone(path: str | Path, key: str = "teacher") -> tuple[dict[str, tor
     """
     path = resolve_path(path)
     content = read_checkpoint(path)
+    network, others = _find_network(content, key, path)
     try:
-        found = networks.list_networks(content)
-        network = networks.choose_network(found, key)
-        if network is None:
-            raise _no_network(content, [one.name for one in found], key, path)
-        others = [one for one in found if one is not network]
         beside = [one.prefix for one in others if one.path == network.path]
         backbone, rest = layouts.split_backbone(network.tensors, network.prefix, beside)
         shapes = layouts.to_our_names(layouts.shapes_of(backbone))
@@ -85,6 +81,22 @@ def read_backbone(path: str | Path, key: str = "teacher") -> tuple[dict[str, tor
     state = layouts.to_our_names({name: tensor.float().contiguous() for name, tensor in backbone.items()})
     check_state_dict(state, expected, message)
     return state, info
+
+
+def _find_network(content: dict, key: str, path: Path) -> tuple[networks.Network, list[networks.Network]]:
+    """The network of a file's content for a key, and the file's others.
+
+    Raises:
+        CheckpointError: there is none, or its tensors do not fit together.
+    """
+    try:
+        found = networks.list_networks(content)
+        network = networks.choose_network(found, key)
+    except layouts.LayoutError as error:
+        raise CheckpointError(f"{path} does not fit: {error}") from None
+    if network is None:
+        raise _no_network(content, [one.name for one in found], key, path)
+    return network, [one for one in found if one is not network]
 
 
 def _no_network(content: dict, names: list[str], key: str, path: Path) -> CheckpointError:
@@ -205,17 +217,7 @@ def _read_timm_weights(path: str | Path, key: str, network: nn.Module) -> tuple[
     Raises:
         CheckpointError: not a checkpoint, none or several networks for the key, or another patch size.
     """
-    content = read_checkpoint(path)
-    try:
-        found = networks.list_networks(content)
-        chosen = networks.choose_network(found, key)
-        if chosen is None:
-            there = [one.name or "one without a name" for one in found] or list(
-                networks.collect_tensors(content, nested=True))
-            raise CheckpointError(f"{path} has no Vision Transformer under {key!r}: it has "
-                                  + (", ".join(there[:6]) or "no tensors"))
-    except layouts.LayoutError as error:
-        raise CheckpointError(f"{path} does not fit: {error}") from None
+    chosen, _ = _find_network(read_checkpoint(path), key, path)
     state = {name.removeprefix(chosen.prefix): tensor.float() if tensor.is_floating_point() else tensor
              for name, tensor in chosen.tensors.items() if name.startswith(chosen.prefix)}
     ours, theirs = network.patch_embed.proj.weight, state.get("patch_embed.proj.weight")
@@ -282,6 +284,8 @@ def load_with_info(path: str | Path, key: str = "teacher", arch: str | None = No
                               "give a checkpoint, or --random_weights to run without one")
     if arch is not None and arch.startswith(PREFIX):
         return _load_timm(path, key, arch, patch_size, **kwargs), None
+    if arch is not None and arch not in ARCHS:
+        raise CheckpointError(f"arch {arch!r} is neither {', '.join(ARCHS)} nor {PREFIX}NAME, a network of timm")
     if path:
         state, info = read_backbone(path, key)
         if "num_heads" in kwargs:

@@ -80,12 +80,12 @@ def write_onnx(model: VisionTransformer, output: Path, image_size: tuple[int, in
     check_packages()
     check_image_size(image_size, model.patch_size)
     images = torch.zeros(2, 3, *image_size)  # 2: the exporter would fix a batch of 1
+    with quiet():
+        program = torch.onnx.export(
+            model.eval(), (images,), dynamo=True, input_names=[INPUT], output_names=[OUTPUT], verbose=False,
+            dynamic_shapes=({0: torch.export.Dim("batch")},))
+    program.model.metadata_props.update(metadata or {})
     with whole_file(output) as temporary:
-        with quiet():
-            program = torch.onnx.export(
-                model.eval(), (images,), dynamo=True, input_names=[INPUT], output_names=[OUTPUT], verbose=False,
-                dynamic_shapes=({0: torch.export.Dim("batch")},))
-        program.model.metadata_props.update(metadata or {})
         program.save(temporary, external_data=False)
         return compare(model, temporary, image_size)
 

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import torch
 
-from selfpatch.checkpoints.files import CheckpointError, printable, write_checkpoint
+from selfpatch.checkpoints.files import CheckpointError, write_checkpoint
 from selfpatch.checkpoints.info import CheckpointInfo
 from selfpatch.data.normalisation import IMAGENET_MEAN, IMAGENET_STD
+from selfpatch.errors import printable
 from selfpatch.whole_files import whole_folder
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"

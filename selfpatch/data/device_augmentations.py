@@ -207,23 +207,23 @@ class DeviceAugmentation(nn.Module):
 
     No operation waits for a GPU. The probabilities of blur and solarisation are DINO's: 1 and 0 for the first global
     crop, 0.1 and 0.2 for the second, 0.5 and 0 for local ones.
-
-    Args:
-        compiled: fuse the operations with torch.compile, once for each crop size.
     """
 
-    def __init__(self, local_crops_number: int, compiled: bool = False):
+    def __init__(self, local_crops_number: int):
         super().__init__()
         mean, std = (torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
         self.register_buffer("scale", 1 / (255 * std))
         self.register_buffer("shift", -mean / std)
         self.register_buffer("blur", torch.tensor([1.0, 0.1] + [0.5] * local_crops_number))
         self.register_buffer("solarize", torch.tensor([0.0, 0.2] + [0.0] * local_crops_number))
-        self.compiled = compiled
-        self.finish = torch.compile(self.finish, dynamic=False, fullgraph=True) if compiled else self.finish
+        self.fused = False
+
+    def fuse(self) -> None:
+        """Fuse the operations with torch.compile, once for each crop size."""
+        self.fused, self.finish = True, torch.compile(self.finish, dynamic=False, fullgraph=True)
 
     def finish(self, images: torch.Tensor, draws: Draws) -> torch.Tensor:
-        return apply(images, draws, select_by_mask=self.compiled or images.is_cuda) * self.scale + self.shift
+        return apply(images, draws, select_by_mask=self.fused or images.is_cuda) * self.scale + self.shift
 
     @torch.no_grad()
     def forward(self, batch: list[torch.Tensor]) -> list[torch.Tensor]:

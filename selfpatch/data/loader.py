@@ -21,10 +21,12 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, get_worker
 from selfpatch.data.dataset import TrainingImages
 from selfpatch.data.device_augmentations import DeviceAugmentation, RandomCrops
 from selfpatch.data.seeds import seeded
+from selfpatch.distributed.processes import Process
 from selfpatch.distributed.stopping import SIGNALS
 from selfpatch.errors import TrainingError
 
 MAX_RESTARTS = 3  # of workers, in an epoch
+ALONE = Process()  # on the CPU
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -199,19 +201,18 @@ def raise_for_exit(workers: list[BaseProcess]) -> None:
 
 
 class CropLoader:
-    """Batches of this rank's share of the images, reshuffled by sampler.set_epoch.
+    """Batches of this rank's share of the images, reshuffled by set_epoch.
 
     A batch is a list of V normalised crops, float32 [B, 3, H, W], on the device: 2 global ones, then the local ones.
     Images that cannot be read are replaced; bad_images has the reasons. The crops of an image depend on seed, epoch and
     its index in the data set alone: not on num_workers, batch_size or rank.
 
     Args:
-        dataset: from data.build_dataset.
+        dataset: from dataset.build_dataset.
         batch_size: B, images of this rank.
         num_workers: processes that load and crop; 0 does it in this one.
-        rank, world_size: which share of how many.
+        process: rank and world size give the share of the images, device where batches go.
         seed: of the order of images, and of their crops.
-        compiled: fuse the augmentation on the device with torch.compile.
         max_bad_images: share of the images that may be unreadable.
         timeout: seconds that a batch may take to load; 0 for no limit.
 
@@ -220,29 +221,33 @@ class CropLoader:
         TrainingError: while iterating, if workers, or the reading of a file, hang, or workers are killed.
     """
 
-    def __init__(self, dataset: TrainingImages, batch_size: int, num_workers: int = 0,
-                 device: torch.device | str = "cpu", rank: int = 0, world_size: int = 1, seed: int = 0,
-                 compiled: bool = False, max_bad_images: float = 0.001, timeout: float = 600):
-        self.dataset, self.batch_size, self.device = dataset, batch_size, torch.device(device)
+    def __init__(self, dataset: TrainingImages, batch_size: int, num_workers: int = 0, process: Process = ALONE,
+                 seed: int = 0, max_bad_images: float = 0.001, timeout: float = 600):
+        self.dataset, self.batch_size, self.device = dataset, batch_size, process.device
         self.max_bad_images, self.bad_images, self.timeout = max_bad_images, set(), timeout
         self.wait = DataWait(self.device)
-        self.sampler = RankSampler(dataset, world_size, rank, shuffle=True, seed=seed)
+        self.sampler = RankSampler(dataset, process.world_size, process.rank, shuffle=True, seed=seed)
         on_gpu = self.device.type == "cuda"
         self.images = EpochImages(dataset, self.sampler, num_workers)
         # workers start anew each epoch, with the sampler's epoch; a generator of its own, or the DataLoader would draw
         # their seeds from the one that training uses
         self.batches = DataLoader(self.images, batch_size, sampler=self.sampler, num_workers=num_workers,
                                   pin_memory=on_gpu, drop_last=True, worker_init_fn=init_worker,
-                                  generator=torch.Generator().manual_seed(rank))
+                                  generator=torch.Generator())
         self.copy_stream = torch.cuda.Stream(self.device) if on_gpu else None
         self.augment = None
         if isinstance(dataset.transform, RandomCrops):
-            self.augment = DeviceAugmentation(dataset.transform.local_crops_number, compiled).to(self.device)
+            self.augment = DeviceAugmentation(dataset.transform.local_crops_number).to(self.device)
         self.position = self.next_start = 0
         self.workers = []
 
     def __len__(self) -> int:
         return len(self.batches)
+
+    def compile(self) -> None:
+        """Fuse the augmentation on the device, if there is one, with torch.compile."""
+        if self.augment:
+            self.augment.fuse()
 
     def __iter__(self) -> Iterator[list[torch.Tensor]]:
         for crops in self.wait.timed(prefetch(self.readable(), self.device, self.copy_stream)):
@@ -291,7 +296,7 @@ class CropLoader:
         if threading.current_thread() is threading.main_thread():
             # torch's handler, of this loader or of one before it (--knn_data), would raise in the middle of a step;
             # without it, next_batch finds dead workers
-            is_torchs = getattr(handler, "__module__", "").startswith("torch.utils.data")
+            is_torchs = (getattr(handler, "__module__", None) or "").startswith("torch.utils.data")
             signal.signal(signal.SIGCHLD, signal.SIG_DFL if is_torchs else handler)
         return batches
 

@@ -19,7 +19,13 @@ import numpy as np
 
 from selfpatch.data.files import IMAGE_SUFFIXES, is_image_name, walk
 from selfpatch.errors import ConfigError
-from selfpatch.evaluation.segmentation import check_sizes, existing_folder, find_pairs, read_list
+from selfpatch.evaluation.segmentation import (
+    check_sizes,
+    existing_folder,
+    find_pairs,
+    image_and_mask_folders,
+    read_list,
+)
 from selfpatch.evaluation.tables import tell_apart
 from selfpatch.video.davis import VOID, read_mask
 
@@ -122,10 +128,7 @@ def _coco(place: str) -> list[BoxImage]:
 
 
 def _folders(place: str) -> list[BoxImage]:
-    parts = place.split(",")
-    if len(parts) != 2:
-        raise ConfigError(f"--data folders:{place}: give two folders, folders:IMAGES,MASKS")
-    images, masks = map(existing_folder, parts)
+    images, masks = image_and_mask_folders(place)
     pairs = find_pairs(images, masks)
     check_sizes(pairs)
     names = unique_names([pair.image.relative_to(images) for pair in pairs])

@@ -3,21 +3,23 @@ import argparse
 import os
 from collections.abc import Callable, Mapping
 from datetime import timedelta
-from pathlib import Path
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from selfpatch.distributed.precision import choose_dtype
-from selfpatch.distributed.processes import get_rank, init_distributed_mode, is_distributed, keep_freed_memory
-from selfpatch.errors import ConfigError, Number, user_path
+from selfpatch.distributed.processes import (
+    get_rank,
+    init_distributed_mode,
+    is_distributed,
+    is_lost_contact,
+    keep_freed_memory,
+)
+from selfpatch.errors import POSITIVE_INT, ConfigError, Number, user_path
 from selfpatch.evaluation.image_features import IMAGE_FEATURES, PATCH_FEATURES
 from selfpatch.evaluation.model_options import Candidate, add_model_options, add_precision_option
-from selfpatch.evaluation.segmentation import HELP
 from selfpatch.evaluation.tables import format_table, write_json
-
-positive_int, positive_float = Number(int, least=1), Number(float, above=0)
 
 Column = dict[str, float | int]  # a backbone's figures by the names of the table's rows
 Result = TypeVar("Result")
@@ -48,12 +50,6 @@ def add_image_feature(parser: argparse.ArgumentParser) -> None:
                              "first of these that the checkpoint offers")
 
 
-def add_segmentation_data(parser: argparse.ArgumentParser) -> None:
-    """Add --data and --num_classes, see segmentation.find_segmentation_data."""
-    parser.add_argument("--data", required=True, help=HELP)
-    parser.add_argument("--num_classes", type=int, help="of --data folders: ids below it count")
-
-
 def add_patch_feature(parser: argparse.ArgumentParser, default: str) -> None:
     """Add --feature, the kind of PatchFeature."""
     parser.add_argument("--feature", choices=sorted(PATCH_FEATURES), default=default,
@@ -73,7 +69,7 @@ def add_evaluation_options(parser: argparse.ArgumentParser, batch_size: int | No
     output.add_argument("--overwrite", action="store_true", help="replace existing files")
     running = parser.add_argument_group("running")
     if batch_size is not None:
-        running.add_argument("--batch_size_per_gpu", type=positive_int, default=batch_size,
+        running.add_argument("--batch_size_per_gpu", type=POSITIVE_INT, default=batch_size,
                              help="images in a forward pass of one process")
     running.add_argument("--num_workers", type=Number(int, least=0), default=min(10, os.cpu_count() or 1),
                          help="processes that load images, for each GPU; 0 loads them in this one")
@@ -115,8 +111,8 @@ def evaluate_each(candidates: list[Candidate], function: Callable[[Candidate], R
             module.to(device).requires_grad_(False)
         try:
             table[candidate.name] = function(candidate)
-        except RuntimeError as error:
-            if not (is_distributed() and "gloo/transport" in str(error)):  # gloo found a connection closed
+        except (RuntimeError, OSError) as error:
+            if not (is_distributed() and is_lost_contact(error)):
                 raise
             raise ConfigError("another process of this job has ended: its own message says why") from None
         for module in modules:
@@ -132,7 +128,7 @@ def leave() -> bool:
     return first
 
 
-def side_by_side(title: str, table: dict[str, Column]) -> str:
+def comparison_table(title: str, table: dict[str, Column]) -> str:
     """A column for every backbone; floats are shares, printed in per cent, and integers counts."""
     def cell(value: float | int | None) -> str:
         return "-" if value is None else f"{100 * value:.2f}" if isinstance(value, float) else str(value)
@@ -141,19 +137,18 @@ def side_by_side(title: str, table: dict[str, Column]) -> str:
     return format_table([title, *table], [[row, *(cell(column.get(row)) for column in table.values())] for row in rows])
 
 
-def finish(title: str, candidates: list[Candidate], table: dict[str, Column], output: Path | None,
-           options: Mapping[str, object], **more) -> None:
-    """Leave the group of processes; the first one prints the table and writes the JSON file.
+def finish(title: str, candidates: list[Candidate], table: dict[str, Column], options: Mapping[str, object],
+           **more) -> None:
+    """Leave the group of processes; the first one prints the table and writes the JSON file of --output.
 
     Args:
-        output: the JSON file; None for none.
-        options: the job's, for the JSON file.
+        options: the job's, for the JSON file too.
         more: further entries of the JSON file.
     """
     if not leave():
         return
-    print(side_by_side(title, table))
-    if output:
+    print(comparison_table(title, table))
+    if output := options["output"]:
         options = {name: value if isinstance(value, int | float | str | list | None) else str(value)
                    for name, value in options.items()}
         networks = [candidate.summary() | {"figures": table[candidate.name]} for candidate in candidates]

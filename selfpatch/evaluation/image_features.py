@@ -2,7 +2,7 @@
 
     images = open_labelled("/path/to/imagenet/val", "--data_path")
     feature = ImageFeature(model)                                    # class token, head or mean of patches
-    features, labels, unreadable = extract(feature, share_loader(images, batch_size=128))
+    features, labels, unreadable = extract(feature, share_loader(images, batch_size=128), feature.dim)
 """
 import copy
 import os

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from selfpatch.checkpoints.backbones import Backbone, image_statistics
+from selfpatch.checkpoints.backbones import Backbone
 from selfpatch.data.normalisation import normalise
 from selfpatch.data.seeds import seeded
 from selfpatch.distributed.collectives import sum_over_processes
@@ -58,7 +58,7 @@ class TokenFeature:
     @torch.inference_mode()
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         f = self.feature
-        x = normalise(images, image_statistics(f.model))
+        x = normalise(images, f.statistics)
         with autocast(x.device, f.dtype):
             found = f.model.intermediate_features(x, self.layers)
             mean = found[-1].patches.mean(1)

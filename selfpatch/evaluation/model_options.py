@@ -11,7 +11,7 @@ from selfpatch.checkpoints.backbones import PREFIX, Backbone, check_layer
 from selfpatch.checkpoints.loading import CheckpointInfo, build_head, load_with_info
 from selfpatch.distributed.precision import DTYPES
 from selfpatch.distributed.processes import is_main_process, together
-from selfpatch.errors import ConfigError
+from selfpatch.errors import POSITIVE_INT, ConfigError
 from selfpatch.evaluation.image_features import ImageFeature
 from selfpatch.evaluation.tables import tell_apart
 from selfpatch.method.selfpatch_head import SelfPatchHead
@@ -41,7 +41,7 @@ def add_model_options(parser: argparse.ArgumentParser, several: bool = False) ->
                         help=f"{', '.join(ARCHS)}, or {PREFIX}NAME for a Vision Transformer of timm; default: the "
                              "checkpoint's own; vit_small without one"
                              + ("; one for all checkpoints, or one for each" * several))
-    parser.add_argument("--patch_size", type=int, help="default: the checkpoint's own; 16 without one")
+    parser.add_argument("--patch_size", type=POSITIVE_INT, help="default: the checkpoint's own; 16 without one")
     parser.add_argument("--random_weights", action="store_true",
                         help="an untrained network" + (", as a baseline beside the checkpoints or by itself" if several
                                                        else ", without a checkpoint"))
@@ -100,22 +100,21 @@ def load_candidates(weights: list[str], archs: list[str] = (), key: str = "teach
     Raises:
         ConfigError: no network is asked for, one cannot be loaded, or one has no such layer; all processes raise it.
     """
-    if not weights and seed is None:
-        raise ConfigError("--pretrained_weights is empty, so the features would be those of a random network: give a "
-                          "checkpoint, or --random_weights to run without one")
-    if len(archs) not in (0, 1, len(weights)):
-        raise ConfigError(f"--arch has {len(archs)} names for {len(weights)} files of --pretrained_weights: give one "
-                          "for all, or one for each")
-    archs = archs if len(archs) == len(weights) and weights else (list(archs) or [None]) * max(len(weights), 1)
-
     def load() -> list[Candidate]:
+        if not weights and seed is None:
+            raise ConfigError("--pretrained_weights is empty, so the features would be those of a random network: give "
+                              "a checkpoint, or --random_weights to run without one")
+        if len(archs) not in (0, 1, len(weights)):
+            raise ConfigError(f"--arch has {len(archs)} names for {len(weights)} files of --pretrained_weights: give "
+                              "one for all, or one for each")
+        each = archs if weights and len(archs) == len(weights) else (list(archs) or [None]) * max(len(weights), 1)
         found = []
-        for path, arch, name in zip(weights, archs, row_names(weights), strict=False):
+        for path, arch, name in zip(weights, each, row_names(weights), strict=False):
             model, info = load_with_info(path, key, arch, patch_size)
             head = build_head(info) if with_heads and info and info.has_selfpatch_head else None
             found.append(Candidate(name, model, info, path, info.arch if info else arch, head))
         if seed is not None:
-            found.append(build_untrained(found, archs[0], patch_size, seed))
+            found.append(build_untrained(found, each[0], patch_size, seed))
         for candidate in found:
             check_layer(candidate.model, layer)
         return found

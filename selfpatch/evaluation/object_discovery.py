@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.sparse.linalg import LinearOperator, eigsh
+from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
 
 EXPANSION = 100  # LOST compares its seed with so many patches of least degree
 TAU, EPSILON = 0.2, 1e-5  # TokenCut connects patches whose cosine exceeds TAU; other edges have the weight EPSILON
@@ -71,7 +71,11 @@ def second_eigenvector(matrix: torch.Tensor, first: torch.Tensor) -> torch.Tenso
     start = np.random.default_rng(0).standard_normal(len(matrix))  # ARPACK's own is drawn anew for each call
     # Lanczos iterations take a tenth of the time of scipy.linalg.eigh(subset_by_index=…) at N = 1620
     operator = LinearOperator(tuple(matrix.shape), multiply, dtype=np.float64)
-    return torch.from_numpy(eigsh(operator, 1, which="LA", v0=start)[1][:, 0]).to(matrix.device)
+    try:
+        vectors = eigsh(operator, 1, which="LA", v0=start)[1]
+    except ArpackError:  # all patches are alike, which leaves a matrix of zeros, or no convergence
+        return torch.linalg.eigh(matrix).eigenvectors[:, -2]
+    return torch.from_numpy(vectors[:, 0]).to(matrix.device)
 
 
 def tokencut(keys: torch.Tensor, grid: Grid, tau: float = TAU, epsilon: float = EPSILON) -> np.ndarray:

@@ -9,6 +9,7 @@
 
 Masks are PNGs of ids, of their image's size; 255 is not scored.
 """
+import argparse
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -65,6 +66,12 @@ class SegmentationData(NamedTuple):
 
 
 # ---------------------------------------------------------------- finding pairs
+
+def add_segmentation_data(parser: argparse.ArgumentParser) -> None:
+    """Add --data and --num_classes, see find_segmentation_data."""
+    parser.add_argument("--data", required=True, help=HELP)
+    parser.add_argument("--num_classes", type=int, help="of --data folders: ids below it count")
+
 
 def find_segmentation_data(text: str, num_classes: int | None = None) -> SegmentationData:
     """The data set of an option --data, see the top of this file.
@@ -150,12 +157,22 @@ def _ade20k(place: str) -> SegmentationData:
 
 
 def _folders(place: str, num_classes: int) -> SegmentationData:
+    images, masks = image_and_mask_folders(place)
+    train, val = (find_pairs(*split_folders(images, masks, split)) for split in SPLITS)
+    return SegmentationData(images.name, train, val, num_classes)
+
+
+def image_and_mask_folders(place: str) -> tuple[Path, Path]:
+    """The two folders of --data folders:IMAGES,MASKS.
+
+    Raises:
+        ConfigError: there are not two names, or one of them is no folder.
+    """
     parts = place.split(",")
     if len(parts) != 2:
         raise ConfigError(f"--data folders:{place}: give two folders, folders:IMAGES,MASKS")
     images, masks = map(existing_folder, parts)
-    train, val = (find_pairs(*split_folders(images, masks, split)) for split in SPLITS)
-    return SegmentationData(images.name, train, val, num_classes)
+    return images, masks
 
 
 def split_folders(images: Path, masks: Path, split: str) -> list[Path]:
@@ -192,7 +209,10 @@ def find_pairs(images: Path, masks: Path) -> list[Pair]:
 
 
 def check_classes(data: SegmentationData, pairs: list[Pair], split: str) -> None:
-    """Raise ConfigError if there are not two classes in the masks of a split, of which one or two nearly always do."""
+    """Raise ConfigError unless a split's masks contain at least two classes.
+
+    Reading one or two masks is usually enough.
+    """
     found = set()
     for pair in pairs:
         found |= set(np.unique(data.read_ids(pair)).tolist()) - {IGNORE}

@@ -55,18 +55,6 @@ def check_output(output: str | Path | None, overwrite: bool, option: str = "--ou
         raise ConfigError(f"{option} {path}: {path.parent} cannot be written to")
 
 
-def check_png(output: str | Path, overwrite: bool) -> Path:
-    """check_output for a picture; returns its path.
-
-    Raises:
-        ConfigError: the name does not end in .png as well.
-    """
-    if Path(output).suffix.lower() != ".png":
-        raise ConfigError(f"--output {output}: the picture is a PNG, so give a name that ends in .png")
-    check_output(output, overwrite)
-    return Path(output)
-
-
 def write_json(content: object, output: str | Path) -> None:
     """Write a JSON file whole or not at all, and print its name.
 

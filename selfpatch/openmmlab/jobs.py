@@ -8,11 +8,11 @@
     runner = train(cfg, pretrained="checkpoint.pth", keep_grid=True)
     metrics = evaluate(cfg, "work_dirs/mask-rcnn_vit-small-16_1x_coco/epoch_12.pth")
 """
-import importlib
 import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import nn
@@ -240,24 +240,22 @@ def unwrap_model(runner: Runner) -> nn.Module:
     return runner.model.module if runner.distributed else runner.model
 
 
-def run_job(job: str, backbone: str, description: str) -> None:
+def run_job(job: str, backbone: ModuleType, description: str) -> None:
     """Run train.py or test.py of detection/ or segmentation/ on the command line's options.
 
     Args:
         job: train or test.
-        backbone: name of the module that registers the backbone and has check_channels, show_predictions and
-            KEEP_GRID (see train). It is imported here, once the packages are known to be installed.
+        backbone: module that registers the backbone and has check_channels, show_predictions and KEEP_GRID (see train).
         description: first line of --help.
     """
-    module = importlib.import_module(backbone)
     args = get_args_parser(job, description).parse_args()
     cfg = load_config(args.config, args.cfg_options, args.data_root, args.work_dir)
     set_launcher(cfg, args.launcher, args.local_rank)
-    module.check_channels(cfg)
+    backbone.check_channels(cfg)
     if job == "train":
         train(cfg, args.pretrained, args.checkpoint_key, args.random_weights, args.resume, args.amp,
-              keep_grid=module.KEEP_GRID)
+              keep_grid=backbone.KEEP_GRID)
     else:
         if args.show_dir:
-            module.show_predictions(cfg, os.path.abspath(args.show_dir))
+            backbone.show_predictions(cfg, os.path.abspath(args.show_dir))
         evaluate(cfg, args.checkpoint)

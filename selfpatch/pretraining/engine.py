@@ -195,7 +195,7 @@ def train_one_epoch(run: TrainingRun, loader: CropLoader, log_every: int = 10, l
         on_log: called on rank 0 with the logger after every line of progress.
 
     Returns:
-        the epoch's means over all ranks, and the last step's rates.
+        the epoch's means over all ranks, and the last step's learning rate and weight decay.
 
     Raises:
         NotFiniteError: a loss or a gradient was NaN or infinite.

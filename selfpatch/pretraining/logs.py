@@ -121,7 +121,7 @@ class JsonLines:
             lines = read(self.path).splitlines(keepends=True)
             last = max((i for i, line in enumerate(lines) if parse_row(line)), default=len(lines))
             self.replace(b"".join([*lines[:last], encode(self.amended), *lines[last + 1:]]))
-            self.amended = None
+            self.amended = self.torn = None  # the file is new
         with open(self.path, "ab") as file:
             if self.torn is not None:
                 file.truncate(self.torn)
@@ -199,10 +199,10 @@ class RunLog:
         loader: every step's row says how long training waited for it.
         images_per_step: over all ranks.
         older: the mark of older_part in the run's checkpoint.
-        trackers: get the same rows.
         mfu_per_rate: model-FLOPs utilisation at one image per second; None if the device's peak is unknown.
 
     Attributes:
+        trackers: get the same rows; none at first.
         last_row: of log.txt; None before the end of the run's first epoch.
 
     Raises:
@@ -210,11 +210,10 @@ class RunLog:
     """
 
     def __init__(self, output: Path, run: TrainingRun, loader: CropLoader, images_per_step: int,
-                 older: tuple[int, int] | None = None, trackers: Trackers | None = None,
-                 mfu_per_rate: float | None = None):
+                 older: tuple[int, int] | None = None, mfu_per_rate: float | None = None):
         check_log(output)
         self.run, self.loader, self.images_per_step = run, loader, images_per_step
-        self.trackers, self.mfu_per_rate = trackers or Trackers(), mfu_per_rate
+        self.trackers, self.mfu_per_rate = Trackers(), mfu_per_rate
         self.epochs, self.steps = JsonLines(output / "log.txt"), JsonLines(output / "steps.jsonl")
         self.unsaved = output / "unsaved.txt"
         self.first_step, self.announced = run.step, False
@@ -229,35 +228,34 @@ class RunLog:
         run, begins = self.run, self.run.step == 0
         if begins:
             numbers = read(self.unsaved).split()
-            mark = tuple(map(int, numbers)) if len(numbers) == 2 else None
+            mark = tuple(map(int, numbers)) if len(numbers) == 2 and all(n.isdigit() for n in numbers) else None
         data = read(self.epochs.path)
         self.older = older_part(data.decode(), mark, begins).encode()
+        self.mark = [len(self.older.decode()), zlib.crc32(self.older)]
         rows = rows_until(data[len(self.older):], run.epoch - 1, keep_notes=True)
         self.last_row = next(filter(None, map(parse_row, reversed(rows))), None)
         if (wanted := self.older + b"".join(rows)) != data or not self.epochs.path.is_file():
             self.epochs.replace(wanted)
         if begins:
-            self.unsaved.write_text("{} {}\n".format(*self.mark()))
             if self.older and mark is None:
-                self.set_steps_aside()
+                self.set_steps_aside()  # first: a run that is killed here begins again without a mark
+            self.unsaved.write_text("{} {}\n".format(*self.mark))
         data = read(self.steps.path)
         wanted = b"".join(rows_until(data, (run.step + 0.5) / run.steps_per_epoch if run.step else 0))
         if wanted != data:
             self.steps.replace(wanted)
 
-    def mark(self) -> list[int]:
-        return [len(self.older.decode()), zlib.crc32(self.older)]
-
     def set_steps_aside(self) -> None:
         """Add what steps.jsonl holds to earlier_steps.jsonl, and remove it."""
+        earlier = self.steps.path.with_name("earlier_steps.jsonl")
         if self.steps.path.is_file():
-            with open(self.steps.path.with_name("earlier_steps.jsonl"), "ab") as file:
-                file.write(read(self.steps.path))
+            with whole_file(earlier) as temporary:
+                temporary.write_bytes(read(earlier) + read(self.steps.path))
             self.steps.path.unlink()
 
     def state_dict(self) -> dict[str, list[int]]:
         """What a checkpoint keeps of the log."""
-        return {"older_log": self.mark()} if self.older else {}
+        return {"older_log": self.mark} if self.older else {}
 
     def flush(self) -> None:
         """Bring the rows to the disk, before a checkpoint of the same step is written."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from selfpatch.checkpoints.loading import resolve_path
 from selfpatch.data.sources import KINDS, check_paths
-from selfpatch.errors import ArgumentParser, ConfigError, Number
+from selfpatch.errors import POSITIVE_FLOAT, ArgumentParser, ConfigError, Number
 from selfpatch.method.vision_transformer import ARCHS, RECOMPUTED
 from selfpatch.pretraining.auto_options import COMPILE_WAYS
 from selfpatch.pretraining.logs import check_log
@@ -27,7 +27,7 @@ def bool_flag(text: str) -> bool:
 # bounds far above what anyone uses, far below what overflows a 64-bit integer or the memory of a list
 COUNT, SMALL_COUNT = Number(int, 1, 10**6), Number(int, 1, 10**4)
 PROTOTYPES, INTERVAL = Number(int, 1, 10**8), Number(int, 0, 10**9)
-SHARE, POSITIVE, NOT_NEGATIVE = Number(float, 0, 1), Number(float, above=0), Number(float, 0)
+SHARE, NOT_NEGATIVE = Number(float, 0, 1), Number(float, 0)
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -74,9 +74,9 @@ def add_loss_options(parser: argparse.ArgumentParser) -> None:
                             "plain form in method/losses.py, which is the one to change. auto is on")
     group.add_argument("--momentum_teacher", default=0.996, type=SHARE,
                        help="the teacher's momentum at the start, rising to 1; use more (0.9995) with small batches")
-    group.add_argument("--warmup_teacher_temp", default=0.04, type=POSITIVE,
+    group.add_argument("--warmup_teacher_temp", default=0.04, type=POSITIVE_FLOAT,
                        help="the teacher's temperature at the start; lower it if the loss does not fall")
-    group.add_argument("--teacher_temp", default=0.04, type=POSITIVE,
+    group.add_argument("--teacher_temp", default=0.04, type=POSITIVE_FLOAT,
                        help="the teacher's temperature after its warm-up; above 0.07 is often unstable")
     group.add_argument("--warmup_teacher_temp_epochs", default=0, type=INTERVAL,
                        help="epochs from the first temperature to the second")
@@ -178,13 +178,13 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--peak_tflops", default=0, type=NOT_NEGATIVE,
                        help="what one device can do in the run's precision, 10^12 operations a second, as its data "
                             "sheet or benchmarks/train_step.py says: steps.jsonl then has the share that is used "
-                            "(MFU). 0: the data sheet's, for GPUs that flops.py knows")
+                            "(MFU). 0: the data sheet's, for GPUs that pretraining/flops.py knows")
     group.add_argument("--seed", default=0, type=Number(int, 0, 2**63 - 1),
                        help="of weights, order of images and crops")
     group.add_argument("--max_bad_images", default=0.001, type=SHARE,
                        help="largest share of the images that may be unreadable; each is replaced by the next one, and "
                             "listed in output_dir/bad_images.txt")
-    group.add_argument("--loader_timeout", default=600, type=POSITIVE,
+    group.add_argument("--loader_timeout", default=600, type=POSITIVE_FLOAT,
                        help="seconds that the data workers may take for a batch; then the run ends, naming the file")
     group.add_argument("--num_workers", default=10, type=Number(int, 0, 1000), help="processes that load data, per GPU")
 
@@ -209,33 +209,35 @@ def add_process_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--local_rank", "--local-rank", default=0, type=int, help="set by torch.distributed.launch")
 
 
-def check_args(args: argparse.Namespace) -> None:
+def check_options(options: dict) -> None:
     """Find what cannot work before any time is spent on it.
 
     Raises:
         ConfigError: the first such option, and what to give.
     """
-    check_numbers(args)
-    check_paths(args.data_path)
-    check_output_dir(Path(args.output_dir))
-    check_trackers(chosen_trackers(args.log_with, args.tensorboard), Path(args.output_dir))
+    check_numbers(options)
+    check_paths(options["data_path"])
+    output = Path(options["output_dir"])
+    check_output_dir(output)
+    check_trackers(chosen_trackers(options["log_with"], options["tensorboard"]), output)
+    weights = options["init_weights"]
     # a run that continues does not use the file, which may be gone by then
-    require(not args.init_weights or RunFolder(args.output_dir).has_run() or resolve_path(args.init_weights).exists(),
-            f"there is no file {args.init_weights}: give --init_weights a checkpoint, or a run's folder")
+    require(not weights or RunFolder(output).has_run() or resolve_path(weights).exists(),
+            f"there is no file {weights}: give --init_weights a checkpoint, or a run's folder")
 
 
-def check_numbers(args: argparse.Namespace) -> None:
-    """The part of check_args that looks at no file; the bounds, too, since a Namespace may be made by hand."""
+def check_numbers(options: dict) -> None:
+    """The part of check_options that looks at no file; the bounds, too, since options may be made by hand."""
     for action in get_args_parser()._actions:
         if isinstance(action.type, Number):
-            value = getattr(args, action.dest)
+            value = options[action.dest]
             require(value in action.type, f"--{action.dest} is {value}: it must be {action.type}")
     for name in ("warmup_epochs", "warmup_teacher_temp_epochs"):
-        require(getattr(args, name) <= args.epochs, f"--{name} is {getattr(args, name)}, longer than the run of "
-                                                    f"--epochs {args.epochs}: shorten it")
-    for name in ("global_crops", "local_crops") if args.local_crops_number else ("global_crops",):
-        check_crops(name, getattr(args, f"{name}_size"), getattr(args, f"{name}_scale"), args.patch_size,
-                    needs_neighbours=args.patch_loss_weight > 0)
+        require(options[name] <= options["epochs"], f"--{name} is {options[name]}, longer than the run of --epochs "
+                                                    f"{options['epochs']}: shorten it")
+    for name in ("global_crops", "local_crops") if options["local_crops_number"] else ("global_crops",):
+        check_crops(name, options[f"{name}_size"], options[f"{name}_scale"], options["patch_size"],
+                    needs_neighbours=options["patch_loss_weight"] > 0)
 
 
 def check_crops(name: str, size: int, scale: tuple[float, float], patch_size: int, needs_neighbours: bool) -> None:

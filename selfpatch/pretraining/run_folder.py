@@ -35,7 +35,7 @@ LEFTOVER = re.compile(r"\.(checkpoint\d*\.pth|previous\.pth|nan\.pth|log\.txt|st
 
 
 class RunFolder:
-    """The folder of one run. For rank 0, except check and add_bad_images.
+    """The folder of one run. For rank 0, except check, keep_for_inspection and add_bad_images.
 
     Args:
         path: of the folder.

@@ -19,7 +19,7 @@ MEAN = (0.485, 0.456, 0.406)
 STD = (0.228, 0.224, 0.225)  # 0.228, not ImageNet's 0.229, as in DINO's published DAVIS protocol
 
 
-class PatchFeatures:
+class FrameFeatures:
     """Patch features of frames, in batches; when memory runs out, the batch size is halved for good.
 
     Args:
@@ -84,7 +84,7 @@ def prefetch(executor: Executor, function: Callable, items: Iterable, depth: int
             future.cancel()
 
 
-def frame_features(sequence: Sequence, extract: PatchFeatures, shape: tuple[int, int],
+def frame_features(sequence: Sequence, extract: FrameFeatures, shape: tuple[int, int],
                    executor: Executor) -> Iterator[torch.Tensor]:
     """Yield the features [h, w, D] of each frame of a video; report the first EXIF orientation tag.
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from selfpatch.errors import ConfigError
-from selfpatch.video.davis import DataError, Sequence, read_mask
+from selfpatch.video.davis import Sequence, read_mask
 
 LEFTOVER = re.compile(r"\.(.+)\.(\d+)\.(tmp|old)")  # of whole_files.py
 
@@ -51,7 +51,7 @@ class Unfinished:
     def masks(self, sequence: Sequence) -> np.ndarray | None:
         """Masks of a video that the interrupted run finished, uint8 [T, H, W]; None if it did not."""
         folder = self.folder / sequence.name
-        with contextlib.suppress(OSError, DataError, ConfigError):
+        with contextlib.suppress(OSError, ConfigError):
             if self.continues() and folder.stat().st_mtime_ns >= self.path.stat().st_mtime_ns:
                 return np.stack([read_mask(folder / f"{path.stem}.png", binary=False).ids for path in sequence.frames])
         return None

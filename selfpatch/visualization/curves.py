@@ -86,6 +86,11 @@ def make_panels(runs: list[tuple[list[dict], list[dict]]]) -> list[Panel]:
     return panels
 
 
+def plain_text(label: str) -> str:
+    """A label that matplotlib shows as it is: no formula between $ signs, and not left out for a _ at its beginning."""
+    return ("\u200b" if label.startswith("_") else "") + label.replace("$", r"\$")
+
+
 def draw_panels(panels: list[Panel], labels: list[str]) -> "Figure":
     """Draw the panels, three in a row, below one legend.
 
@@ -116,6 +121,7 @@ def draw_panels(panels: list[Panel], labels: list[str]) -> "Figure":
         axis.set_axis_off()
     for axis in axes[max(len(panels) - columns, 0):len(panels)]:
         axis.set_xlabel("epoch")
-    figure.legend([Line2D([], [], color=f"C{i}") for i in range(len(distinct))], distinct, loc="outside upper left",
+    figure.legend([Line2D([], [], color=f"C{i}") for i in range(len(distinct))],
+                  [plain_text(label) for label in distinct], loc="outside upper left",
                   ncols=len(distinct), frameon=False)
     return figure

@@ -15,6 +15,7 @@ from selfpatch.data.files import load_rgb
 from selfpatch.errors import ConfigError
 from selfpatch.video.davis import DAVIS_PALETTE, VOID, DataError, read_mask
 from selfpatch.video.scores import summarise
+from selfpatch.visualization.curves import plain_text
 from selfpatch.visualization.features import labelled_panels
 from selfpatch.whole_files import whole_file, whole_folder
 
@@ -149,11 +150,11 @@ def bar_chart(groups: dict[str, list[float]], labels: list[str], title: str) -> 
     axis, rows, height = figure.subplots(), np.arange(len(groups)), 0.8 / len(labels)
     for i, label in enumerate(labels):
         places = rows + (i - (len(labels) - 1) / 2) * height
-        bars = axis.barh(places, [values[i] for values in groups.values()], 0.9 * height, label=label)
+        bars = axis.barh(places, [values[i] for values in groups.values()], 0.9 * height, label=plain_text(label))
         axis.bar_label(bars, fmt="%.3f", padding=3, fontsize="small")
     axis.set(xlim=(0, 1.08), xticks=np.arange(0, 1.1, 0.2), ylim=(len(groups) - 0.5, -0.5), yticks=rows,
-             yticklabels=list(groups))
-    axis.set_title(title, loc="left")
+             yticklabels=[plain_text(name) for name in groups])
+    axis.set_title(plain_text(title), loc="left")
     axis.grid(axis="x", color="0.87")
     axis.set_axisbelow(True)
     axis.spines[["top", "right", "left"]].set_visible(False)

@@ -144,7 +144,7 @@ def test_weights_in_the_original_names(tmp_path):
     ("timm:vit_tiny_patch16_224", {"random_weights": True, "patch_size": 8}, "--patch_size 8 contradicts"),
     ("timm:vit_small_patch14_dinov2", {"weights": "own.pth"}, "patches of 8×8, the network of --arch of 14×14"),
     ("timm:vit_tiny_patch16_224", {"weights": "deep.pth"}, "does not fit timm:vit_tiny_patch16_224: missing"),
-    ("timm:vit_tiny_patch16_224", {"weights": "other.pth"}, "has no Vision Transformer under 'teacher'"),
+    ("timm:vit_tiny_patch16_224", {"weights": "other.pth"}, "holds no Vision Transformer: no patch_embed"),
     ("timm:vit_tiny_patch16_224", {"weights": "none.pth"}, "No such file"),
 ])
 def test_what_does_not_fit_is_one_line(arch, options, says, tmp_path):

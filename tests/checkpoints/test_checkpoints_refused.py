@@ -255,3 +255,9 @@ def test_invalid_k_num(tmp_path, state, k_num):
     torch.save({"teacher": state, "args": {"k_num": k_num}}, tmp_path / "file.pth")
     with pytest.raises(CheckpointError, match="k_num"):
         _ = read_backbone(tmp_path / "file.pth")[1].k_num
+
+
+@pytest.mark.parametrize("path, random_weights", [("file.pth", False), ("", True)])
+def test_unknown_networks_are_named(path, random_weights):
+    with pytest.raises(CheckpointError, match="^arch 'vit_smal' is neither vit_pico, .* nor timm:NAME, "):
+        load_backbone(path, arch="vit_smal", random_weights=random_weights)

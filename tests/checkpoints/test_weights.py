@@ -12,7 +12,7 @@ import convert_checkpoint
 import visualize
 from selfpatch.checkpoints.loading import build_backbone, build_head, read_backbone
 from selfpatch.method.vision_transformer import vit_tiny
-from selfpatch.video.frame_features import PatchFeatures
+from selfpatch.video.frame_features import FrameFeatures
 from selfpatch.video.label_propagation import to_mask, to_one_hot
 from selfpatch.video.propagation_bounds import propagate
 from selfpatch.video.scores import score_sequence
@@ -41,7 +41,7 @@ def test_the_file_is_what_the_card_says():
 
 def follow(model, scene) -> float:
     """J & F of the first frame's masks, propagated through the clip."""
-    extract, first = PatchFeatures(model.eval(), batch_size=6), scene.objects[0]
+    extract, first = FrameFeatures(model.eval(), batch_size=6), scene.objects[0]
     labels = to_one_hot(torch.from_numpy(first[8::16, 8::16]))[0]
     soft = propagate(iter(extract(scene.frames)), labels)
     masks = np.stack([first, *(to_mask(one, 16, *first.shape).numpy() for one in soft)])

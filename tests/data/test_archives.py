@@ -19,6 +19,7 @@ from selfpatch.data.dataset import build_dataset
 from selfpatch.data.files import UnreadableImage
 from selfpatch.data.loader import CropLoader
 from selfpatch.data.sources import open_images
+from selfpatch.distributed.processes import Process
 from selfpatch.errors import ConfigError
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning",
@@ -34,7 +35,7 @@ def archive(request, image_folder, tmp_path):
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_four_workers_and_two_ranks_give_the_folders_batches(image_folder, archive, rank):
-    found, expected = (epoch(data, num_workers=4, rank=rank, world_size=2)[1] for data in (archive, image_folder))
+    found, expected = (epoch(data, num_workers=4, process=Process(rank, 2))[1] for data in (archive, image_folder))
     assert len(found) == 3 and all(map(torch.equal, found, expected))
 
 

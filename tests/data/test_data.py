@@ -11,6 +11,7 @@ from selfpatch.data.dataset import build_dataset
 from selfpatch.data.files import UnreadableImage
 from selfpatch.data.loader import CropLoader, prefetch
 from selfpatch.data.seeds import seeded
+from selfpatch.distributed.processes import Process
 from selfpatch.errors import ConfigError, TrainingError
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")
@@ -21,7 +22,7 @@ def test_ranks_share_the_images_and_epochs_shuffle_them(image_folder):
         dataset = build_dataset(image_folder)
         dataset.transform = torch.nn.Identity()
         dataset.loader = lambda path, data: path
-        loader = CropLoader(dataset, batch_size=4, rank=rank, world_size=2, seed=3)
+        loader = CropLoader(dataset, batch_size=4, process=Process(rank, 2), seed=3)
         loader.set_epoch(epoch)
         return [path for batch, *_ in loader.batches for path in batch]
 
@@ -57,11 +58,11 @@ def test_an_images_crops_depend_on_seed_epoch_and_index_alone(image_folder, augm
     dataset = build_dataset(image_folder, local_crops_number=1, global_crops_size=32, local_crops_size=16,
                             augment=augment)
 
-    def crops(epoch=1, seed=3, **options):
+    def crops(epoch=1, seed=3, world_size=1, **options):
         """{index: its crops as one vector} of the images of all ranks."""
         found = {}
-        for rank in range(options.get("world_size", 1)):
-            loader = CropLoader(dataset, rank=rank, seed=seed, **{"batch_size": 4, **options})
+        for rank in range(world_size):
+            loader = CropLoader(dataset, process=Process(rank, world_size), seed=seed, **{"batch_size": 4, **options})
             loader.set_epoch(epoch)
             torch.manual_seed(len(found))
             before = torch.get_rng_state()

@@ -10,10 +10,11 @@ from image_kinds import SIZES, epoch, files, write_hub, write_list, write_sqlite
 from repository import example
 
 from main_selfpatch import get_args_parser
-from selfpatch.data import names as named_images
+from selfpatch.data import names as names
 from selfpatch.data.dataset import build_dataset
 from selfpatch.data.names import NamedImages, PackedNames, Progress, common_top
 from selfpatch.data.sources import absolute, open_class_folders, open_folder, open_images, prepare
+from selfpatch.distributed.processes import Process
 from selfpatch.errors import ConfigError
 from selfpatch.pretraining.resuming import describe_images
 
@@ -47,7 +48,7 @@ KINDS = {"list": write_list, "list with spaces": lambda folder, path: write_list
 @pytest.fixture(scope="module")
 def expected(image_folder):
     """What the folder gives: two ranks' batches, and a description of the images."""
-    ranks = [epoch(image_folder, rank=rank, world_size=2)[1] for rank in range(2)]
+    ranks = [epoch(image_folder, process=Process(rank, 2))[1] for rank in range(2)]
     return ranks, describe_images(build_dataset(image_folder, **SIZES))
 
 
@@ -56,7 +57,7 @@ def test_every_kind_gives_the_batches_of_the_folder_to_both_ranks(image_folder, 
     data_path = KINDS[kind](image_folder, tmp_path / "images")
     ranks, description = expected
     for rank in range(2):
-        loader, found = epoch(data_path, rank=rank, world_size=2)
+        loader, found = epoch(data_path, process=Process(rank, 2))
         assert len(found) == 3 and all(map(torch.equal, found, ranks[rank]))
     if "relative" not in kind and "spaces" not in kind:  # whose classes are others
         assert describe_images(loader.dataset) == description
@@ -217,7 +218,7 @@ def test_the_folders_above_the_class_folders():
 
 
 def test_a_long_scan_shows_progress(monkeypatch, capsys):
-    monkeypatch.setattr(named_images, "PROGRESS_SECONDS", 0)
+    monkeypatch.setattr(names, "PROGRESS_SECONDS", 0)
     assert len(list(Progress("listing x")(range(600)))) == 600
     assert capsys.readouterr().out == "listing x: 256 files so far\nlisting x: 512 files so far\n"
     monkeypatch.setenv("LOCAL_RANK", "1")

@@ -8,6 +8,7 @@ from datetime import timedelta
 
 import pytest
 import torch
+from forked import free_port
 from repository import ROOT
 
 from selfpatch.distributed import processes as distributed
@@ -22,12 +23,6 @@ def clean_env(monkeypatch):
         monkeypatch.setenv(name, "")  # so that what the code sets is undone as well
         monkeypatch.delenv(name)
     return monkeypatch
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return str(s.getsockname()[1])
 
 
 def test_plain_python_is_one_process(clean_env):

@@ -85,7 +85,7 @@ def test_k_above_the_bank_is_the_whole_bank():
 
 def test_imagenets_bank_fits_two_gigabytes():
     assert bank_dtype(1_281_167, 384) == torch.float16 and bank_dtype(10_000, 384) == torch.float32
-    assert 1_281_167 * (2 * 384 + 8) < 2e9  # features, and classes as 8-byte integers
+    assert 1_281_167 * (bank_dtype(1_281_167, 384).itemsize * 384 + 8) < 2e9  # features, and classes as 8-byte integers
     # and what a search takes besides: the products, and the float32 copy of a chunk
     assert 4 * QUERY_ROWS * BANK_ROWS + 4 * 384 * BANK_ROWS < 0.4e9
 

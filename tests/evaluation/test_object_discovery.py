@@ -71,6 +71,11 @@ def test_second_eigenvector_is_the_whole_decompositions(others):
     assert torch.equal(found, second_eigenvector(matrix, q[:, -1]))
 
 
+@pytest.mark.parametrize("side", [2, 4, 10])
+def test_patches_that_are_all_alike(side):
+    assert tokencut(torch.ones(side**2, 8), (side, side)).any()
+
+
 def test_components_are_four_connected():
     labels = components(np.array([[1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]], bool))
     assert (labels == [[1, 1, 0, 0], [0, 0, 2, 0], [0, 0, 2, 2]]).all()

@@ -73,7 +73,7 @@ def test_perfect_features_get_perfect_figures(monkeypatch):
             labels = torch.from_numpy(next(self.labels))[:, 4::8, 4::8].long()
             return torch.nn.functional.one_hot(labels, len(NAMES)).float()
 
-    monkeypatch.setattr(demo, "PatchFeatures", Truth)
+    monkeypatch.setattr(demo, "FrameFeatures", Truth)
     figures = demo.measure(vit_pico(), unseen).figures
     assert figures["J&F"] > 0.75 and figures["mean IoU"] > 0.75 and figures["k-NN"] > 0.6
 

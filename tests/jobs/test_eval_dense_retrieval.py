@@ -116,7 +116,7 @@ def test_ignored_pixels_are_class_0_in_the_memory(tmp_path, small_network, monke
 @pytest.mark.parametrize("options, says", [
     (["--memory_size", 7], "--memory_size 7 is less than one patch of each of 4 images in --passes 2: give 8 or more"),
     (["--temperature", 0], "--temperature: it is 0.0, and must be above 0"),
-    (["--temperature", "inf"], "--temperature: it is inf, and must be above 0"),
+    (["--temperature", "inf"], "--temperature: it is inf, and must be above 0 and finite"),
     (["--neighbours", 0], "--neighbours: it is 0, and must be at least 1"),
     (["--layer", 99], "--layer 99"), (["--output", "nowhere/x.json"], "nowhere is not a folder")])
 def test_refusals(folders, capsys, options, says):

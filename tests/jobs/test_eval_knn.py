@@ -1,5 +1,4 @@
 """The k-NN job end to end: folders, features, tables, several processes, and what it refuses."""
-import argparse
 import json
 import time
 
@@ -8,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from evaluation_jobs import SMALL, make_class_folders, run_job, run_two
 from golden_rules import set_weights
-from networks import small_wrapper
+from networks import save_selfpatch_run, small_wrapper
 from PIL import Image
 
 import eval_knn as job
@@ -16,8 +15,7 @@ from selfpatch.data.normalisation import normalise
 from selfpatch.evaluation import image_features
 from selfpatch.evaluation.image_features import ImageFeature, open_labelled, share_loader
 from selfpatch.evaluation.knn import knn_accuracy
-from selfpatch.method.selfpatch_head import MultiCropWrapper, SelfPatchHead
-from selfpatch.method.vision_transformer import ARCHS, DINOHead, vit_tiny
+from selfpatch.method.vision_transformer import ARCHS, vit_tiny
 
 
 @pytest.fixture(scope="module")
@@ -27,10 +25,7 @@ def colours(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run_file(tmp_path_factory):
-    wrapper = MultiCropWrapper(vit_tiny(), SelfPatchHead(192, 3, 2), DINOHead(192, 8), DINOHead(192, 8))
-    path = tmp_path_factory.mktemp("run") / "checkpoint.pth"
-    torch.save({"teacher": set_weights(wrapper, 0).state_dict(), "args": argparse.Namespace(k_num=2)}, path)
-    return path
+    return save_selfpatch_run(tmp_path_factory.mktemp("run") / "checkpoint.pth")
 
 
 def run(*words):

@@ -1,6 +1,8 @@
 """The DAVIS job: the published masks, out of memory, several processes, and data that cannot be used."""
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import cv2
@@ -97,9 +99,9 @@ def test_batches_are_halved_when_memory_runs_out(capsys):
 
     frames = np.random.RandomState(0).randint(0, 256, (7, 32, 48, 3), np.uint8)
     with torch.inference_mode():
-        expected = job.PatchFeatures(model, torch.device("cpu"), torch.float32, 7)(frames)
+        expected = job.FrameFeatures(model, torch.device("cpu"), torch.float32, 7)(frames)
         model.features = short_of_memory
-        extract = job.PatchFeatures(model, torch.device("cpu"), torch.float32, 6)
+        extract = job.FrameFeatures(model, torch.device("cpu"), torch.float32, 6)
         torch.testing.assert_close(extract(frames), expected)
         assert sizes == [6, 3, 1, 1, 1, 1, 1, 1, 1] and extract.batch_size == 1
         assert "--bs 1" in capsys.readouterr().err
@@ -256,7 +258,7 @@ def test_backbones_with_a_class_token(tmp_path):
     data = make_davis(tmp_path / "data", "clip")
     assert run(data, tmp_path / "masks", "--pretrained_weights", tmp_path / "dino.pth") == 0
     last = read_mask(tmp_path / "masks" / "clip" / "00003.png")[0]
-    extract = job.PatchFeatures(model.eval(), torch.device("cpu"), torch.float32, 4)
+    extract = job.FrameFeatures(model.eval(), torch.device("cpu"), torch.float32, 4)
     paths = sorted((data / "JPEGImages" / "480p" / "clip").iterdir())
     with torch.inference_mode():
         features = extract(np.stack([load_frame(path)[0] for path in paths]))
@@ -266,13 +268,24 @@ def test_backbones_with_a_class_token(tmp_path):
     assert (to_mask(soft, 32, 60, 100).numpy() == last).mean() > 0.999
 
 
-def test_two_processes_share_the_sequences(tmp_path):
-    data = make_davis(tmp_path / "data", "one", "two", "three")
-    outputs = run_program(job.__file__, "--data_path", data, "--output_dir", tmp_path / "two", "--device", "cpu",
-                          *UNTRAINED, envs=ranks())
+def start_two(*words):
+    """Both processes' standard output; started by the environment that a launcher gives."""
+    outputs = run_program(job.__file__, *words, envs=ranks())
     assert [status for status, *_ in outputs] == [0, 0], outputs
+    return outputs[0][1]
+
+
+def torchrun(*words):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", job.__file__]
+    return subprocess.run([*launcher, *map(str, words)], check=True, capture_output=True, text=True, timeout=180).stdout
+
+
+@pytest.mark.parametrize("launch", [start_two, pytest.param(torchrun, marks=pytest.mark.long)])
+def test_two_processes_share_the_sequences(tmp_path, launch):
+    data = make_davis(tmp_path / "data", "one", "two", "three")
+    output = launch("--data_path", data, "--output_dir", tmp_path / "two", "--device", "cpu", *UNTRAINED)
     assert run(data, tmp_path / "one", *UNTRAINED) == 0
     assert sum(len(list(folder.iterdir())) for folder in (tmp_path / "two").iterdir()) == 12
     measures = summarise(score_folder(data, tmp_path / "two"))[0]
-    assert " ".join(f"{value:.3f}" for value in measures.values()) in " ".join(outputs[0][1].split())
+    assert " ".join(f"{value:.3f}" for value in measures.values()) in " ".join(output.split())
     assert measures == pytest.approx(summarise(score_folder(data, tmp_path / "one"))[0], abs=0.01)

@@ -16,8 +16,7 @@ from selfpatch.distributed.processes import Process
 from selfpatch.errors import run_main
 from selfpatch.method.fused_loss import FusedDINOLoss
 from selfpatch.method.losses import DINOLoss
-from selfpatch.pretraining import loop as training_loop
-from selfpatch.pretraining import resuming
+from selfpatch.pretraining import loop, resuming
 
 pytestmark = [pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning"),
               pytest.mark.usefixtures("small_network")]
@@ -104,12 +103,12 @@ def test_compiled_run_is_the_plain_run(image_folder, tmp_path, monkeypatch, extr
 def test_garbage_is_collected_at_the_same_steps_of_all_ranks(monkeypatch):
     """And, whatever ends the training, as usual after it."""
     steps, run = [], SimpleNamespace(step=0)
-    monkeypatch.setattr(training_loop.gc, "collect", lambda: steps.append(run.step))
-    saver = training_loop.TrainingLoop(run, None, None, None, {}, SimpleNamespace(agree=lambda: 0))
-    with pytest.raises(KeyboardInterrupt), training_loop.rare_collection():
+    monkeypatch.setattr(loop.gc, "collect", lambda: steps.append(run.step))
+    training = loop.TrainingLoop(run, None, None, None, {}, SimpleNamespace(agree=lambda: 0))
+    with pytest.raises(KeyboardInterrupt), loop.rare_collection():
         assert not gc.isenabled() and gc.get_freeze_count() > 1000
         for run.step in range(1, 301):
-            saver.after_step(None)
+            training.after_step(None)
         raise KeyboardInterrupt
     assert steps == [0, 100, 200, 300]
     assert gc.isenabled() and not gc.get_freeze_count()
@@ -135,12 +134,14 @@ def test_schedules_over_a_run():
     assert (momentum(0), momentum(499)) == pytest.approx((0.996, 1), abs=1e-6)
 
 
-def test_each_rank_and_epoch_draws_its_own_crops(image_folder, tmp_path, monkeypatch):
+def test_seeds_of_a_run(image_folder, tmp_path, monkeypatch):
     seeds = []
     for module in (main_selfpatch, resuming):
         monkeypatch.setattr(module, "fix_random_seeds", lambda *seed: seeds.append(seed))
     train_dino(options("--epochs", 2, "--data_path", image_folder, "--output_dir", tmp_path, "--seed", 7))
-    assert seeds == [(7,), (7, 0, 0), (7, 0, 1)]
+    assert seeds == [(7,), (7, 0, 0), (7, 0, 1)]  # weights, then stochastic depth by rank and epoch
+    words = ["--seed", 7, "--data_path", image_folder]
+    assert main_selfpatch.build_loader(options(*words), Process(), False).sampler.seed == 7  # order and crops
 
 
 @pytest.mark.parametrize("augment", ["pil", "device"])
@@ -189,7 +190,7 @@ def test_other_errors_are_not_taken_for_shared_memory(image_folder, tmp_path, mo
     def fail(*_):
         raise error
 
-    monkeypatch.setattr(training_loop, "train_one_epoch", fail)
+    monkeypatch.setattr(loop, "train_one_epoch", fail)
     with pytest.raises(type(error)) as caught:
         train_dino(options("--epochs", 1, "--data_path", image_folder, "--output_dir", tmp_path))
     assert caught.value is error

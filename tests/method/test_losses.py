@@ -10,7 +10,6 @@ from selfpatch.method.losses import DINOLoss
 from selfpatch.method.vision_transformer import CropLogits, Logits
 
 B, V, K, KP = 3, 5, 11, 7
-GRIDS = (9, 9, 4, 4, 4)  # patches of each view
 
 
 @pytest.fixture(params=["plain", "fused, one chunk", "fused, several chunks"])

@@ -10,6 +10,7 @@ from small_job import end_of_job, load, options
 
 from main_selfpatch import train_dino
 from selfpatch.data.loader import DataWait
+from selfpatch.pretraining import logs
 from selfpatch.pretraining.logs import RunLog
 from selfpatch.pretraining.run_folder import RunFolder
 
@@ -129,3 +130,33 @@ def test_log_that_cannot_be_written_is_one_line(image_folder, tmp_path, monkeypa
     monkeypatch.setattr(RunLog, "log_epoch", folder_in_the_way)
     status, err = end_of_job(monkeypatch, capsys, image_folder, tmp_path)
     assert (status, err.count("\n")) == (1, 1) and f"cannot write to {tmp_path / 'log.txt'}" in err
+
+
+def test_an_amended_row_outlives_a_failed_flush(tmp_path, monkeypatch):
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    log = log_of(tmp_path, 0)
+    log.log_epoch({"epoch": 0, "train_loss": 1.0})
+    with monkeypatch.context() as patch:
+        patch.setattr(logs.os, "fsync", full)
+        log.flush()
+    log.amend_epoch({"knn_top1": 50.0})
+    log.log_epoch({"epoch": 1})
+    assert [json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()] == [
+        {"epoch": 0, "train_loss": 1.0, "knn_top1": 50.0}, {"epoch": 1}]
+
+
+def test_an_older_runs_steps_outlive_a_kill_as_they_are_set_aside(tmp_path, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    (tmp_path / "log.txt").write_text('{"epoch": 0}\n')
+    (tmp_path / "steps.jsonl").write_text('{"step": 1, "epoch": 0.5}\n')
+    (tmp_path / "unsaved.txt").write_text("not a mark")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(RunLog, "set_steps_aside", killed)
+        log_of(tmp_path, 0)
+    log_of(tmp_path, 0)
+    assert (tmp_path / "earlier_steps.jsonl").read_text() == '{"step": 1, "epoch": 0.5}\n'
+    assert not (tmp_path / "steps.jsonl").exists()

@@ -12,7 +12,7 @@ from main_selfpatch import get_args_parser, train_dino
 from selfpatch.errors import ConfigError, run_main, user_path
 from selfpatch.method.fused_loss import FusedDINOLoss
 from selfpatch.method.losses import DINOLoss
-from selfpatch.pretraining import loop as training_loop
+from selfpatch.pretraining import loop
 from selfpatch.pretraining.options import small_grid_warning
 
 pytestmark = [pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning"),
@@ -131,7 +131,7 @@ def test_precision_by_device(monkeypatch, device, has_bf16, words, dtype):
     (["--layer_decay", "1.5"], "argument --layer_decay: it is 1.5, and must be "),
     (["--layer_decay", "nan"], "argument --layer_decay: it is nan, and must be "),
     (["--layer_decay", "0.5", "--output_dir", "{resumed}"], "2 groups of parameters, not 1"),
-    (["--peak_tflops", "-1"], "--peak_tflops: it is -1.0, and must be at least 0 (--help"),
+    (["--peak_tflops", "-1"], "--peak_tflops: it is -1.0, and must be at least 0 and finite"),
     (["--peak_tflops", "nan"], "--peak_tflops: it is nan, and must be at least 0"),
     (["--knn_every", "0"], "--knn_every: it is 0, and must be at least 1"),
     (["--port", "65536"], "--port: it is 65536, and must be at most 65535"),
@@ -146,7 +146,7 @@ def test_bad_input_is_one_line_and_status_2(image_folder, two_epochs, tmp_path, 
     words = [word.format(**places) for word in words]
     monkeypatch.setattr("sys.argv", ["main_selfpatch.py", *SMALL, "--epochs", "2", "--data_path", str(image_folder),
                                      "--output_dir", str(tmp_path / "out"), *words])
-    monkeypatch.setattr(training_loop, "train_one_epoch", lambda *_: pytest.fail("training began"))
+    monkeypatch.setattr(loop, "train_one_epoch", lambda *_: pytest.fail("training began"))
     with pytest.raises(SystemExit) as stop:
         run_main(main_selfpatch.main)
     assert stop.value.code == 2

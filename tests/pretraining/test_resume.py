@@ -17,8 +17,7 @@ from selfpatch.errors import ConfigError, TrainingError
 from selfpatch.method.fused_loss import FusedDINOLoss
 from selfpatch.method.optim import build_optimizer
 from selfpatch.method.training_run import TrainingRun, build_schedules
-from selfpatch.pretraining import engine
-from selfpatch.pretraining import loop as training_loop
+from selfpatch.pretraining import engine, loop
 from selfpatch.pretraining.engine import check_logged_steps, train_step
 from selfpatch.pretraining.meters import MetricLogger
 
@@ -84,14 +83,14 @@ def test_half_precision_resumes_from_float32(image_folder, two_epochs, tmp_path)
 
 def test_weights_that_are_not_finite_are_not_saved(image_folder, two_epochs, tmp_path, monkeypatch):
     shutil.copy(two_epochs / "checkpoint0000.pth", tmp_path / "checkpoint.pth")
-    epoch = training_loop.train_one_epoch
+    epoch = loop.train_one_epoch
 
     def spoiled(run, *args):
         stats = epoch(run, *args)
         run.student.backbone.pos_embed.data[0, 0, 0] = float("inf")
         return stats
 
-    monkeypatch.setattr(training_loop, "train_one_epoch", spoiled)
+    monkeypatch.setattr(loop, "train_one_epoch", spoiled)
     with pytest.raises(TrainingError, match="weights NaN or infinite"):
         train_dino(options("--epochs", 2, "--data_path", image_folder, "--output_dir", tmp_path))
     assert load(tmp_path / "checkpoint.pth")["epoch"] == 1
@@ -127,8 +126,8 @@ def test_a_run_of_an_earlier_version_continues(image_folder, tmp_path, monkeypat
     """
     shrink_job(monkeypatch, width=12, depth=1, hidden_dim=16, bottleneck_dim=8)
     shutil.copy(EARLIER_RUN / "checkpoint.pth", tmp_path)
-    begun, epoch = [], training_loop.train_one_epoch
-    monkeypatch.setattr(training_loop, "train_one_epoch", lambda run, *args: (
+    begun, epoch = [], loop.train_one_epoch
+    monkeypatch.setattr(loop, "train_one_epoch", lambda run, *args: (
         begun.append(copy.deepcopy(run.state_dict())), epoch(run, *args))[1])
     train_dino(options("--epochs", 2, "--data_path", image_folder, "--output_dir", tmp_path, "--out_dim", 16,
                        "--out_dim_selfpatch", 8))

@@ -21,7 +21,7 @@ def test_a_notebook_segments_one_video(tmp_path):
     """Without the job: what it writes is what it returns."""
     data = make_davis(tmp_path / "data", "clip")
     sequence = job.davis_data.find_sequence(data, "clip")
-    masks = job.segment(sequence, job.PatchFeatures(vit_tiny(32).eval()), tmp_path / "masks")
+    masks = job.segment(sequence, job.FrameFeatures(vit_tiny(32).eval()), tmp_path / "masks")
     assert masks.shape == (4, 60, 100)
     assert all(np.array_equal(read_mask(tmp_path / "masks" / "clip" / f"{t:05}.png")[0], masks[t]) for t in range(4))
 

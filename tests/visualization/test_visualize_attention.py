@@ -7,22 +7,19 @@ import numpy as np
 import pytest
 import torch
 from golden_rules import set_weights
+from networks import save_selfpatch_run
 from PIL import Image
 
 import visualize
-from selfpatch.method.selfpatch_head import MultiCropWrapper, SelfPatchHead, positive_matching
-from selfpatch.method.vision_transformer import DINOHead, vit_tiny
+from selfpatch.method.selfpatch_head import SelfPatchHead, positive_matching
+from selfpatch.method.vision_transformer import vit_tiny
 from selfpatch.visualization import features as pictures
 from selfpatch.visualization.features import head_attention, self_attention
 
 
 @pytest.fixture(scope="module")
 def run_file(tmp_path_factory):
-    wrapper = MultiCropWrapper(vit_tiny(), SelfPatchHead(192, 3, 2), DINOHead(192, 8), DINOHead(192, 8))
-    set_weights(wrapper, 0)
-    path = tmp_path_factory.mktemp("run") / "checkpoint.pth"
-    torch.save({"teacher": wrapper.state_dict(), "epoch": 7, "args": argparse.Namespace(k_num=2)}, path)
-    return path
+    return save_selfpatch_run(tmp_path_factory.mktemp("run") / "checkpoint.pth")
 
 
 @pytest.fixture(scope="module")
