@@ -55,7 +55,8 @@ class Way:
         processes = init_distributed_mode(options.device)
         self.device, self.compiled = processes.device, job.choose_compile(options.compile, processes.device)
         torch.manual_seed(0)
-        self.run = job.build_run(options, processes, 1000, self.compiled,
+        dtype = job.choose_precision(options.precision, options.use_fp16, self.device)
+        self.run = job.build_run(options, processes, 1000, dtype, self.compiled,
                                  PlainLoss if "loss" in self.plain else FusedDINOLoss)
         for model in (self.run.student, self.run.teacher):
             if "backbone" in self.plain:  # attention weights formed whole, dropped samples computed
