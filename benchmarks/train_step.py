@@ -115,7 +115,7 @@ class Way:
         run.begin_step()
         with autocast(self.device, run.dtype):
             with torch.no_grad():
-                targets = run.teacher.targets(self.crops)
+                targets = run.dino_loss.targets(run.teacher, self.crops)
             mark("teacher")
             output = run.student(self.crops)
             mark("student")

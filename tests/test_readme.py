@@ -6,6 +6,7 @@ from small_job import load, options
 
 import main_selfpatch
 from selfpatch.method.losses import DINOLoss
+from selfpatch.method.training_run import build_networks
 
 WEIGHTS = ROOT / "weights" / "vit_tiny_imagenette.safetensors"
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")
@@ -45,4 +46,19 @@ def test_a_variant_of_the_loss(image_folder, tmp_path, small_network):
     assert p.mean((0, 1)).max() < 0.4
     main_selfpatch.train_dino(options("--epochs", 1, "--data_path", image_folder, "--output_dir", tmp_path),
                               namespace["SinkhornLoss"])
+    assert load(tmp_path / "checkpoint.pth")["epoch"] == 1
+
+
+def test_a_teacher_that_sees_other_colours(image_folder, tmp_path, small_network):
+    namespace = {"__name__": "variant"}
+    exec(example("docs/LIBRARY.md", "A teacher that sees other colours"), namespace)
+    crops = [torch.randn(2, 3, 32, 32)] * 2
+    teacher = build_networks("vit_pico", 8, 64, 32)[1]
+    with torch.no_grad():
+        plain = teacher.targets(crops)
+        targets = namespace["OtherColoursLoss"](64, 32, 2).targets(teacher, crops)
+    torch.testing.assert_close(targets.image.dense(), plain.image.dense())
+    assert not torch.allclose(targets.patches[0].dense(), plain.patches[0].dense())
+    main_selfpatch.train_dino(options("--epochs", 1, "--data_path", image_folder, "--output_dir", tmp_path),
+                              namespace["OtherColoursLoss"])
     assert load(tmp_path / "checkpoint.pth")["epoch"] == 1

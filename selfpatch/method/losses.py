@@ -51,8 +51,8 @@ def entropy(p: torch.Tensor) -> torch.Tensor:
 class DINOLoss(nn.Module):
     """Cross-entropy between the centred, sharpened teacher and the student, for images and for patches.
 
-    To try a variant, subclass and override teacher_probs, student_log_probs, image_loss or patch_loss; autograd does
-    the rest.
+    To try a variant, subclass and override targets, teacher_probs, student_log_probs, image_loss or patch_loss;
+    autograd does the rest.
 
     Args:
         out_dim, out_dim_selfpatch: prototypes of the image head and of the patch head.
@@ -89,6 +89,15 @@ class DINOLoss(nn.Module):
         if self.patch_loss_weight:
             patch, patch_entropy = self.patch_loss(student.patches, teacher.patches, temp)
         return Losses(image + self.patch_loss_weight * patch, image, patch, image_entropy, patch_entropy)
+
+    def targets(self, teacher: nn.Module, crops: list[torch.Tensor]) -> CropLogits:
+        """The teacher's logits, called without gradients: override it for a teacher that sees other images.
+
+        Args:
+            teacher: a MultiCropWrapper.
+            crops: V normalised batches [B, 3, H, W], those that the student sees.
+        """
+        return teacher.targets(crops)
 
     def teacher_probs(self, logits: torch.Tensor, center: torch.Tensor, temp: float) -> torch.Tensor:
         """P_t = softmax((t − C) / τ_t), [..., K], in float32 under autocast too."""

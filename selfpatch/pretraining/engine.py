@@ -104,7 +104,7 @@ def small_batch_losses(run: TrainingRun, crops: list[torch.Tensor]) -> tuple[Los
     """Losses of one small batch, and the teacher's mean logits, towards which the centres will move."""
     with autocast(run.device, run.dtype):
         with torch.no_grad():
-            targets = run.teacher.targets(crops)
+            targets = run.dino_loss.targets(run.teacher, crops)
         losses = run.dino_loss(run.student(crops), targets, run.epoch)
     return losses, run.dino_loss.batch_means(targets)
 
