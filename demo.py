@@ -120,8 +120,8 @@ def pretraining(scenes: Path, output: Path, epochs: int, seed: int) -> list[str]
              "--warmup_teacher_temp", 0.03, "--teacher_temp", 0.03,
              "--batch_size_per_gpu", 32, "--lr", 0.008, "--momentum_teacher", 0.99, "--weight_decay_end", 0.1,
              "--drop_path_rate", 0, "--use_bn_in_head", "true", "--head_hidden_dim", 256, "--out_dim", PROTOTYPES,
-             "--out_dim_selfpatch", PROTOTYPES, "--global_crops_size", 32, "--global_crops_scale", 0.25, 1,
-             "--local_crops_size", 24, "--local_crops_scale", 0.1, 0.3, "--local_crops_number", 2, "--num_workers", 1,
+             "--out_dim_selfpatch", PROTOTYPES, "--global_crops_size", 64, "--global_crops_scale", 0.25, 1,
+             "--local_crops_size", 40, "--local_crops_scale", 0.1, 0.3, "--local_crops_number", 2, "--num_workers", 1,
              "--saveckp_freq", 0]
     return [str(word) for word in words]
 
@@ -250,7 +250,7 @@ def show(folder: Path, epochs: int, images: int, seed: int) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--output_dir", type=user_path, default=Path("runs/demo"), help="where everything goes")
-    parser.add_argument("--epochs", type=int, default=15, help="passes through the training images")
+    parser.add_argument("--epochs", type=int, default=8, help="passes through the training images")
     parser.add_argument("--images", type=int, default=2000, help="scenes to train on")
     parser.add_argument("--seed", type=int, default=0, help="of all scenes, of the weights and of training")
     args = parser.parse_args()

@@ -1,6 +1,6 @@
 """The paper's claim at a small scale: one recipe without the patch loss (DINO), with it (SelfPatch), and no training.
 
-    python benchmarks/evidence.py --seeds 0 1 2                         # the demo's scenes and network, on a CPU
+    python benchmarks/evidence.py --seeds 0 1 2 --patch_loss_weight 0.03 0.1   # the demo's scenes and network, on a CPU
     python benchmarks/evidence.py --data_path imagenette --davis_path DAVIS --minutes 9     # ViT-S/16, on a GPU
 
 Prints k-NN, J & F, dense retrieval, losses, images and seconds of every seed, and the differences between the methods;
@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from demo_seeds import cpu_seconds
-from evidence_settings import DINO, METHODS, SELFPATCH, UNTRAINED, Jobs, Photographs, Scenes, Setting, read
+from evidence_settings import DINO, UNTRAINED, Jobs, Photographs, Scenes, Setting, read
 from evidence_tables import Figures, all_tables, differences
 
 from main_selfpatch import build_run
@@ -63,10 +63,11 @@ def pretrain(jobs: Jobs, words: list[str], record: Path) -> None:
                             "CPU s": spent["CPU s"] + cpu_seconds() - cpu_start}, record)
 
 
-def work(setting: Setting, jobs: Jobs, seed: int, method: str, weight: float) -> None:
+def work(setting: Setting, jobs: Jobs, seed: int, method: str) -> None:
     """Train and evaluate one network, as far as that is not done."""
     folder = setting.place(seed) / method
-    words = [*setting.words(seed, folder / "run"), *setting.args.others, "--patch_loss_weight", str(weight)]
+    words = [*setting.words(seed, folder / "run"), *setting.args.others, "--patch_loss_weight",
+             str(setting.weights[method])]
     if method != UNTRAINED:
         pretrain(jobs, words, folder / "training.json")
     elif not (folder / "run" / "checkpoint.pth").is_file():
@@ -95,7 +96,7 @@ def collect(setting: Setting, seeds: list[int]) -> dict[int, dict[str, Figures]]
     """The figures that there are, by seed and method."""
     found = {}
     for seed in seeds:
-        for method in METHODS:
+        for method in setting.weights:
             folder = setting.place(seed) / method
             figures = setting.figures(folder)
             if read(folder / "training.json").get("done"):
@@ -107,7 +108,7 @@ def collect(setting: Setting, seeds: list[int]) -> dict[int, dict[str, Figures]]
 
 def draw_curves(setting: Setting, seeds: list[int], output: Path) -> None:
     """Losses and k-NN while training, of the runs that there are: a line for each, a colour for each method."""
-    folders = [(method, setting.place(seed) / method / "run") for method in METHODS[1:] for seed in seeds]
+    folders = [(method, setting.place(seed) / method / "run") for method in setting.weights for seed in seeds]
     folders = [(method, folder) for method, folder in folders if (folder / "log.txt").is_file()]
     panels = make_panels([read_run(folder) for _, folder in folders]) if folders else []
     panels = [panel._replace(lines=[line if line is not None and line[:, 1].any() else None for line in panel.lines])
@@ -122,10 +123,11 @@ def report(setting: Setting, args: argparse.Namespace) -> None:
     found = collect(setting, args.seeds)
     if not found:
         return
-    print(f"\n{setting.epochs} epochs, patch loss weight {args.patch_loss_weight:g} of {SELFPATCH}; figures of frozen "
-          f"features from 0 to 1, losses of the last epoch; ± is the standard deviation between seeds")
-    print(all_tables(found, (DINO, SELFPATCH)))
-    write_json({"figures": found, "differences": differences(found, (DINO, SELFPATCH))},
+    print(f"\n{setting.epochs} epochs; figures of frozen features from 0 to 1, losses of the last epoch; the number "
+          "after SelfPatch is the patch loss's weight; ± is the standard deviation between seeds")
+    pairs = [(DINO, method) for method, weight in setting.weights.items() if weight]
+    print(all_tables(found, pairs))
+    write_json({"figures": found, "differences": {method: differences(found, (DINO, method)) for _, method in pairs}},
                args.output_dir / "figures.json")
     draw_curves(setting, args.seeds, args.output_dir / "curves.png")
 
@@ -140,8 +142,9 @@ def get_parser() -> ArgumentParser:
                             allow_abbrev=False)  # --seed is main_selfpatch.py's, not short for --seeds
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of weights, images' order and scenes")
     parser.add_argument("--output_dir", type=user_path, default=Path("runs/evidence"), help="where everything goes")
-    parser.add_argument("--epochs", type=int, help="default: 15 of the scenes, 100 of photographs")
-    parser.add_argument("--patch_loss_weight", type=float, default=0.1, help="SelfPatch's; DINO's is 0")
+    parser.add_argument("--epochs", type=int, help="default: 8 of the scenes, 100 of photographs")
+    parser.add_argument("--patch_loss_weight", type=float, nargs="+", default=[0.1],
+                        help="SelfPatch's, a run for each; DINO's is 0")
     parser.add_argument("--minutes", type=float, default=0,
                         help="end after so many, saved: the same command again goes on; 0: no limit")
     parser.add_argument("--scenes", type=int, default=2000, help="to train on, without --data_path")
@@ -177,8 +180,8 @@ def check_options(args: argparse.Namespace) -> None:
     for name, least in (("epochs", 1), ("scenes", 1), ("minutes", 0)):
         if getattr(args, name) is not None and getattr(args, name) < least:
             raise ConfigError(f"--{name} {getattr(args, name)}: give {least} or more")
-    if args.patch_loss_weight <= 0:
-        raise ConfigError(f"--patch_loss_weight {args.patch_loss_weight:g}: is SelfPatch's, give more than 0")
+    if min(args.patch_loss_weight) <= 0:
+        raise ConfigError(f"--patch_loss_weight {min(args.patch_loss_weight):g}: is SelfPatch's, give more than 0")
     if (args.davis_path or args.segmentation_path) and not args.data_path:
         raise ConfigError("--davis_path and --segmentation_path go with --data_path: the scenes have their own clips "
                           "and materials")
@@ -198,17 +201,16 @@ def main(args: argparse.Namespace, others: list[str]) -> None:
     args.others, jobs = others, Jobs(args.minutes)
     setting = (Photographs if args.data_path else Scenes)(args, jobs)
     options = vars(pretraining_parser().parse_args([*setting.words(0, args.output_dir)[1:], *others]))
-    options["patch_loss_weight"] = args.patch_loss_weight
-    check_numbers(options)  # for SelfPatch, which asks for more than DINO
+    check_numbers(options | {"patch_loss_weight": args.patch_loss_weight[0]})  # SelfPatch asks for more than DINO
     decisive = {name: value for name, value in with_batch(options | {"world_size": 1}).items()
-                if name not in IRRELEVANT | {"seed"}}
+                if name not in IRRELEVANT | {"seed", "patch_loss_weight"}}
     check_settings(args.output_dir / "settings.json", decisive | setting.description())
     signal.signal(signal.SIGTERM, stop)
     try:
         for seed in args.seeds:
             setting.prepare(seed)
-            for method in METHODS:
-                work(setting, jobs, seed, method, args.patch_loss_weight if method == SELFPATCH else 0)
+            for method in setting.weights:
+                work(setting, jobs, seed, method)
         setting.overlay(args.output_dir / "overlay.gif", args.seeds[0])
     finally:
         report(setting, args)

@@ -22,7 +22,7 @@ from selfpatch.video.frame_features import FrameFeatures
 from selfpatch.video.scores import score_folder, summarise
 
 ROOT = Path(__file__).resolve().parents[1]
-UNTRAINED, DINO, SELFPATCH = METHODS = ("random", "DINO", "SelfPatch")
+UNTRAINED, DINO = "random", "DINO"
 HELD_OUT = 1000  # scenes for the k-NN of the curves, and how much higher the seed is that they are drawn with
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -84,12 +84,16 @@ class Setting:
 
     Args:
         args: the options of evidence.py, and in others those that are passed on to main_selfpatch.py.
+
+    Attributes:
+        weights: of the patch loss, by method.
     """
 
     EPOCHS: int
 
     def __init__(self, args: argparse.Namespace, jobs: Jobs):
         self.args, self.jobs, self.epochs = args, jobs, args.epochs or self.EPOCHS
+        self.weights = {UNTRAINED: 0.0, DINO: 0.0} | {f"SelfPatch {w:g}": w for w in args.patch_loss_weight}
 
     def place(self, seed: int) -> Path:
         """The folder of a seed, which has one for each method, with the run in it."""
@@ -102,7 +106,7 @@ class Setting:
 class Scenes(Setting):
     """The demo's scenes, network, recipe and figures; each seed has scenes of its own."""
 
-    EPOCHS = 15
+    EPOCHS = 8
 
     def __init__(self, args: argparse.Namespace, jobs: Jobs):
         super().__init__(args, jobs)
@@ -131,7 +135,7 @@ class Scenes(Setting):
         clip = self.unseen(seed).clips[0]
         demo.write_clip(output, clip, {"true": clip.objects} | {
             name: demo.follow(FrameFeatures(load_backbone(self.place(seed) / name / "run")), clip)
-            for name in METHODS})
+            for name in self.weights})
 
 
 class Photographs(Setting):
@@ -193,9 +197,9 @@ class Photographs(Setting):
     def overlay(self, output: Path, seed: int) -> None:
         """The first sequence of DAVIS, where that is given."""
         if self.args.davis_path:
-            masks = [str(self.place(seed) / name / "masks") for name in METHODS]
+            masks = [str(self.place(seed) / name / "masks") for name in self.weights]
             self.jobs("visualize.py", "overlay", "--davis_path", str(self.args.davis_path), "--results", *masks,
-                      "--labels", *METHODS, "--output", str(output), "--overwrite")
+                      "--labels", *self.weights, "--output", str(output), "--overwrite")
 
 
 def read(path: Path) -> dict:

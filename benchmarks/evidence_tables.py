@@ -23,12 +23,12 @@ def summary_row(name: str, rows: Sequence[Figures], columns: Sequence[str], sign
                     for column, found in zip(columns, cells, strict=True))]
 
 
-def all_tables(found: dict[int, dict[str, Figures]], pair: tuple[str, str]) -> str:
+def all_tables(found: dict[int, dict[str, Figures]], pairs: Sequence[tuple[str, str]]) -> str:
     """Nothing is chosen: every figure of every seed that there is, whichever method is ahead.
 
     Args:
         found: by seed, by method.
-        pair: two methods, of which the first one's figures are subtracted from the second one's, seed by seed.
+        pairs: of methods; the first one's figures are subtracted from the second one's, seed by seed.
     """
     known = {column for methods in found.values() for row in methods.values() for column in row}
     columns = [column for column in COLUMNS if column in known]
@@ -38,12 +38,12 @@ def all_tables(found: dict[int, dict[str, Figures]], pair: tuple[str, str]) -> s
     rows += [summary_row(f"{method}, mean", [each[method] for each in found.values() if method in each], columns)
              for method in methods]
     text = format_table(["", *columns], rows)
-    gains = differences(found, pair)
-    if gains:
-        columns = [column for column in columns if any(column in row for row in gains.values())]
-        rows = [summary_row(f"seed {seed}", [row], columns, "+") for seed, row in gains.items()]
-        rows.append(summary_row("mean", list(gains.values()), columns, "+"))
-        text += f"\n\n{pair[1]} - {pair[0]}, seed by seed\n{format_table(['', *columns], rows)}"
+    for pair in pairs:
+        if gains := differences(found, pair):
+            shared = [column for column in columns if any(column in row for row in gains.values())]
+            rows = [summary_row(f"seed {seed}", [row], shared, "+") for seed, row in gains.items()]
+            rows.append(summary_row("mean", list(gains.values()), shared, "+"))
+            text += f"\n\n{pair[1]} - {pair[0]}, seed by seed\n{format_table(['', *shared], rows)}"
     return text
 
 

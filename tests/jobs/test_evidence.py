@@ -50,13 +50,13 @@ def test_both_methods_once_and_no_figure_twice(evidence, settings, tmp_path, mon
     out = capfd.readouterr().out
     found = json.loads((tmp_path / "figures.json").read_text())
     methods = found["figures"]["0"]
-    assert list(methods) == ["random", "DINO", "SelfPatch"]
+    assert list(methods) == ["random", "DINO", "SelfPatch 0.1"]
     measured = {"k-NN", "J&F", "mean IoU"}
     trained = measured | {"image loss", "images", "seconds", "CPU s"}
     assert [set(row) for row in methods.values()] == [measured, trained, trained | {"patch loss"}]
-    assert methods["DINO"]["images"] == 64 and methods["random"] != methods["DINO"] != methods["SelfPatch"]
-    gain = methods["SelfPatch"]["J&F"] - methods["DINO"]["J&F"]
-    assert found["differences"]["0"]["J&F"] == pytest.approx(gain) and f"{gain:+.3f}" in out
+    assert methods["DINO"]["images"] == 64 and methods["random"] != methods["DINO"] != methods["SelfPatch 0.1"]
+    gain = methods["SelfPatch 0.1"]["J&F"] - methods["DINO"]["J&F"]
+    assert found["differences"]["SelfPatch 0.1"]["0"]["J&F"] == pytest.approx(gain) and f"{gain:+.3f}" in out
     row = json.loads((tmp_path / "seed0" / "DINO" / "run" / "log.txt").read_text())
     assert row["train_clsloss"] == methods["DINO"]["image loss"] and "knn_top1" in row
     assert Image.open(tmp_path / "overlay.gif").n_frames == 3 and (tmp_path / "curves.png").is_file()
@@ -80,7 +80,7 @@ def test_other_settings_are_refused_and_evaluations_can_be_added(evidence, tmp_p
             evidence.check_settings(path, change)
 
 
-@pytest.mark.parametrize("words", [("--epochs", 0), ("--minutes", -1), ("--patch_loss_weight", 0),
+@pytest.mark.parametrize("words", [("--epochs", 0), ("--minutes", -1), ("--patch_loss_weight", 0.1, 0),
                                    ("--davis_path", "/davis"), ("--data_path", "/no/photographs"),
                                    ("--local_crops_size", 16),  # DINO could do with that
                                    ("--seed", 5), ("--init_weights", "run")])
@@ -123,18 +123,19 @@ def test_tables_have_every_seed_the_spread_and_the_differences(evidence):
     found = {0: {"DINO": {"k-NN": 0.5, "image loss": 4.0}, "SelfPatch": {"k-NN": 0.4, "image loss": 4.5}},
              1: {"DINO": {"k-NN": 0.6, "image loss": 4.0}, "SelfPatch": {"k-NN": 0.7, "image loss": 4.1,
                                                                          "patch loss": 5.0}}}
-    text = evidence.all_tables(found, ("DINO", "SelfPatch"))
+    text = evidence.all_tables(found, [("DINO", "SelfPatch")])
     rows = {line.split("  ")[0]: line for line in text.splitlines()}
     spread = statistics.stdev([0.4, 0.7])
     assert f"0.550 ± {spread:.3f}" in rows["SelfPatch, mean"] and "5.000" in rows["SelfPatch, mean"]
     assert "-0.100" in rows["seed 0"] and "+0.100" in rows["seed 1"] and "+0.300 ± 0.283" in rows["mean"]
     assert "patch loss" not in text.split("seed by seed")[1] and "±" not in rows["seed 0"]
-    assert "SelfPatch - DINO" not in evidence.all_tables({0: {"DINO": {"k-NN": 0.5}}}, ("DINO", "SelfPatch"))
+    assert "SelfPatch - DINO" not in evidence.all_tables({0: {"DINO": {"k-NN": 0.5}}}, [("DINO", "SelfPatch")])
 
 
 def test_photographs_are_evaluated_by_jobs_that_know_their_options(evidence, settings, tmp_path, monkeypatch):
     started = []
     args = argparse.Namespace(output_dir=tmp_path, data_path=Path("/nette"), davis_path=Path("/davis"), epochs=None,
+                              patch_loss_weight=[0.03, 0.1],
                               segmentation_path="folders:/a,/b", num_classes=3,
                               others=["--device", "cpu", "--num_workers", "3", "--global_crops_size", "96"])
     monkeypatch.setattr(settings, "score_folder", lambda *_: None)
@@ -148,7 +149,7 @@ def test_photographs_are_evaluated_by_jobs_that_know_their_options(evidence, set
     jobs = {name: words for name, *words in started}
     for job in (eval_knn, eval_dense_retrieval, eval_video_segmentation, visualize):
         options = job.get_args_parser().parse_args(jobs[os.path.basename(job.__file__)])
-    assert "seed1/SelfPatch/masks" in options.results[2]
+    assert "seed1/SelfPatch 0.1/masks" in options.results[3]
     knn = eval_knn.get_args_parser().parse_args(jobs["eval_knn.py"])
     assert (knn.image_size, knn.num_workers, knn.device) == (96, 3, "cpu")
     (folder / "knn.json").write_text(json.dumps({"networks": [{"knn": {"20": {"top1": 50.0, "top5": 90.0}}}]}))
