@@ -211,11 +211,10 @@ def self_attention(backbone: Backbone, x: torch.Tensor, query: int, layer: int =
 
 def head_attention(backbone: Backbone, head: SelfPatchHead, x: torch.Tensor, layer: int = -1) -> torch.Tensor:
     """Attention of the SelfPatch head's second block from its class token to the N patches of x: [heads, N]."""
-    patches, c = backbone.features(x, layer).patches, head.cls_token[0]
-    first, second = head.cls_blocks
-    c = second.norm1(first.attend_projected(c, *first.project(patches)))
-    keys = torch.cat([second.attn.k(c), second.project(patches)[0][0]])
-    q, k = (part.unflatten(-1, (backbone.num_heads, -1)).transpose(0, 1) for part in (second.attn.q(c), keys))
+    patches, (first, second) = backbone.features(x, layer).patches, head.cls_blocks
+    u = second.norm1(torch.cat([first(head.cls_token[0], patches), patches[0]]))
+    q, k = (project(u).unflatten(-1, (backbone.num_heads, -1)).transpose(0, 1)
+            for project in (second.attn.q, second.attn.k))
     return attention_weights(q[:, 0], k)[:, 1:]
 
 

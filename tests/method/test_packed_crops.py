@@ -11,7 +11,6 @@ from selfpatch.method.optim import scale_together
 from selfpatch.method.packed_crops import (
     CastTogether,
     Layout,
-    PackedMultiCropWrapper,
     branch_scales,
     packed_block,
     packed_features,
@@ -19,7 +18,7 @@ from selfpatch.method.packed_crops import (
     packed_student,
     packed_targets,
 )
-from selfpatch.method.selfpatch_head import SelfPatchHead, positive_matching
+from selfpatch.method.selfpatch_head import PackedMultiCropWrapper, SelfPatchHead, positive_matching
 from selfpatch.method.vision_transformer import RECOMPUTED
 
 DEVICES = ["cpu", *["cuda"] * torch.cuda.is_available()]
