@@ -163,12 +163,7 @@ class VisionTransformer(nn.Module):
         """Patch features [B, N, D] of the last n blocks, or of the blocks with the given indices; no final norm."""
         depth = len(self.blocks)
         wanted = range(max(depth - n, 0), depth) if isinstance(n, int) else n
-        tokens, features = self.prepare_tokens(x), {}
-        for i, block in enumerate(self.blocks[:max(wanted) + 1]):
-            tokens = self._run(block, tokens)
-            if i in wanted:
-                features[i] = self._patches(tokens)
-        return [features[i] for i in wanted]
+        return [found.patches for found in self.intermediate_features(x, wanted, final_norm=False)]
 
     def features(self, x: torch.Tensor, layer: int = -1, keys: bool = False) -> Features:
         """Class token, patches and optionally keys of one block for images x [B, 3, H, W].
@@ -182,15 +177,16 @@ class VisionTransformer(nn.Module):
         """
         return self.intermediate_features(x, [layer], keys)[0]
 
-    def intermediate_features(self, x: torch.Tensor, layers: Sequence[int], keys: bool = False) -> list[Features]:
-        """features() of several blocks from one pass; the final norm, if any, is applied to each of them."""
+    def intermediate_features(self, x: torch.Tensor, layers: Sequence[int], keys: bool = False,
+                              final_norm: bool = True) -> list[Features]:
+        """features() of several blocks from one pass; the final norm, if any and asked for, is applied to each."""
         wanted = [range(len(self.blocks))[layer] for layer in layers]
         tokens, found = self.prepare_tokens(x), {}
         for i, block in enumerate(self.blocks[:max(wanted) + 1]):
             k = self._qkv(block, tokens)[1] if keys and i in wanted else None
             tokens = self._run(block, tokens)
             if i in wanted:
-                normed = self.norm(tokens)
+                normed = self.norm(tokens) if final_norm else tokens
                 found[i] = Features(normed[:, 0] if self.has_class_token else None, self._patches(normed),
                                     None if k is None else self._patches(k))
         return [found[i] for i in wanted]
