@@ -4,10 +4,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 
-import torch.distributed as dist
-
 from selfpatch.data.loader import CropLoader, TooManyBadImages
-from selfpatch.distributed.processes import Process, is_distributed, on_main_process, together
+from selfpatch.distributed.processes import Process, gather_objects, is_distributed, on_main_process, together
 from selfpatch.distributed.stopping import STOP, Interruption
 from selfpatch.errors import ConfigError, RunStopped
 from selfpatch.method.training_run import TrainingRun
@@ -144,11 +142,7 @@ class TrainingLoop:
 
     def record_bad_images(self) -> None:
         """Append to bad_images.txt what the ranks could not read, if there is anything new."""
-        errors = [self.loader.bad_images]
-        if is_distributed():
-            errors = [None] * dist.get_world_size()
-            dist.all_gather_object(errors, self.loader.bad_images)
-        found = set().union(*errors)
+        found = set().union(*gather_objects(self.loader.bad_images))
         self.loader.bad_images = found  # from here on every rank counts those of all ranks
         if found != self.recorded:
             on_main_process(lambda: self.folder.add_bad_images(found, len(self.loader.dataset)))
