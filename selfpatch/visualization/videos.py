@@ -47,13 +47,6 @@ def overlay(frame: np.ndarray, mask: np.ndarray, palette: bytes) -> np.ndarray:
     return drawn
 
 
-def side_by_side(panels: list[np.ndarray], labels: list[str], width: int) -> Image.Image:
-    """Scale RGB panels [H, W, 3] of one size to a width in pixels, and put them in a row below their labels."""
-    size = (width, round(width * panels[0].shape[0] / panels[0].shape[1]))
-    images = [Image.fromarray(panel).resize(size, Image.Resampling.BOX) for panel in panels]
-    return labelled_panels(list(zip(labels, images, strict=True)), columns=len(panels))
-
-
 def overlay_frames(frames: list[Path], masks: list[list[Path]], labels: list[str], width: int) -> Iterator[Image.Image]:
     """Draw each frame of a video beside copies tinted by one or several sets of masks.
 
@@ -74,7 +67,9 @@ def overlay_frames(frames: list[Path], masks: list[list[Path]], labels: list[str
             if mask.shape != panels[0].shape[:2]:
                 raise DataError(f"{path}: is {mask.shape[1]}×{mask.shape[0]}, not of its frame's size")
             panels.append(overlay(panels[0], mask, palette))
-        yield side_by_side(panels, ["video", *labels], width)
+        size = (width, round(width * panels[0].shape[0] / panels[0].shape[1]))
+        images = [Image.fromarray(panel).resize(size, Image.Resampling.BOX) for panel in panels]
+        yield labelled_panels(list(zip(["video", *labels], images, strict=True)), columns=len(images))
 
 
 # ---------------------------------------------------------------- video files
