@@ -154,11 +154,6 @@ def branch_scales(backbone: VisionTransformer, x: torch.Tensor, layout: Layout) 
 
 # ---------------------------------------------------------------- SelfPatch head
 
-def packed_student(head: nn.Module, x: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:
-    """head(x) for each resolution: class tokens [I, D], patches [T, D]."""
-    return head.norm(packed_class_tokens(head, x, layout)), head.norm(x)
-
-
 def packed_class_tokens(head: nn.Module, x: torch.Tensor, layout: Layout) -> torch.Tensor:
     """head.summarise(x) for each resolution, [I, D]."""
     c = head.cls_token[:, 0].expand(sum(layout.images), -1)

@@ -19,7 +19,6 @@ from selfpatch.method.packed_crops import (
     neighbours,
     packed_class_tokens,
     packed_features,
-    packed_student,
     packed_summaries,
     packed_targets,
 )
@@ -217,9 +216,8 @@ class MultiCropWrapper(nn.Module):
         Args:
             crops: V tensors [B, 3, H, W]; equal sizes are adjacent, the two global crops come first.
         """
-        if not self.use_patches:
-            return self.project([self.ca_head.image_token(x) for x, _ in self.features(crops)])
-        return self.project([self.ca_head(x) for x, _ in self.features(crops)])
+        head = self.ca_head if self.use_patches else self.ca_head.image_token
+        return self.project([head(x) for x, _ in self.features(crops)])
 
     def targets(self, crops: list[torch.Tensor]) -> CropLogits:
         """Teacher: logits of each crop's class token, and of its patches' targets."""
@@ -249,15 +247,14 @@ class MultiCropWrapper(nn.Module):
 
     def project(self, tokens: list[torch.Tensor]) -> CropLogits:
         """Tokens [V_r·B, 1 + N_r, D] of each resolution -> logits, by one pass of each projection head."""
-        image = torch.cat([t[:, 0] for t in tokens])
-        if not self.use_patches:
-            return CropLogits(self.c_head.factors(image), [])
-        patches = torch.cat([t[:, 1:].flatten(0, 1) for t in tokens])
+        image, patches = torch.cat([t[:, 0] for t in tokens]), torch.cat([t[:, 1:].flatten(0, 1) for t in tokens])
         return self.logits(image, patches, [(len(t), t.shape[1] - 1) for t in tokens])
 
     def logits(self, image: torch.Tensor, patches: torch.Tensor, shapes: list[tuple[int, int]]) -> CropLogits:
         """Logits of image tokens [I, D] and patches [T, D]; shapes: (images, patches per image) of each resolution."""
         image = self.c_head.factors(image)
+        if not self.use_patches:
+            return CropLogits(image, [])
         z, prototypes = self.p_head.factors(patches)
         parts = z.split([images * patches for images, patches in shapes])
         return CropLogits(image, [Logits(part.unflatten(0, shape), prototypes)
@@ -288,10 +285,8 @@ class PackedMultiCropWrapper(MultiCropWrapper):
         if not self.packs:
             return super().forward(crops)
         x, layout = self.packed_features(crops)
-        if not self.use_patches:
-            tokens = self.ca_head.norm(packed_class_tokens(self.ca_head, x, layout))
-            return CropLogits(self.c_head.factors(tokens), [])
-        return self.logits(*packed_student(self.ca_head, x, layout), layout.shapes)
+        tokens = self.ca_head.norm(packed_class_tokens(self.ca_head, x, layout))
+        return self.logits(tokens, self.ca_head.norm(x) if self.use_patches else None, layout.shapes)
 
     def targets(self, crops: list[torch.Tensor]) -> CropLogits:
         if not self.packs or not self.use_patches:

@@ -36,9 +36,7 @@ def overlay(frame: np.ndarray, mask: np.ndarray, palette: bytes) -> np.ndarray:
     Returns:
         RGB, uint8 [H, W, 3].
     """
-    colours = np.zeros((256, 3), np.uint8)
-    entries = np.frombuffer(palette, np.uint8).reshape(-1, 3)  # a palette may have fewer than 256
-    colours[:len(entries)] = entries
+    colours = np.frombuffer(palette.ljust(3 * 256, b"\0"), np.uint8).reshape(256, 3)  # it may have fewer than 256
     objects = (mask != 0) & (mask != VOID)
     drawn = np.where(objects[..., None], frame // 2 + colours[mask] // 2, frame)
     for i in np.unique(mask[objects]):
