@@ -26,7 +26,7 @@ from selfpatch.checkpoints.loading import load_backbone
 from selfpatch.data.files import is_hidden
 from selfpatch.data.normalisation import normalise
 from selfpatch.distributed.precision import choose_dtype
-from selfpatch.distributed.processes import Process, join, keep_freed_memory, pick_device, read_launcher
+from selfpatch.distributed.processes import Process, gather_objects, join, keep_freed_memory, pick_device, read_launcher
 from selfpatch.errors import POSITIVE_INT, ArgumentParser, ConfigError, Number, run_main, user_path
 from selfpatch.evaluation.model_options import add_model_options, add_precision_option
 from selfpatch.video import davis as davis_data
@@ -317,13 +317,10 @@ def main(args: argparse.Namespace) -> int:
     outcome = evaluate(share(sequences, rank, world_size), extract, args.output_dir, not args.no_score,
                        quiet=rank > 0, unfinished=unfinished, n_last_frames=args.n_last_frames,
                        size_mask_neighborhood=args.size_mask_neighborhood, topk=args.topk)
-    outcomes = [outcome]
-    if world_size > 1:
-        outcomes = [None] * world_size
-        dist.all_gather_object(outcomes, outcome)
-        dist.destroy_process_group()
     scores, unscored, failures = ({k: v for part in parts for k, v in part.items()}
-                                  for parts in zip(*outcomes, strict=True))
+                                  for parts in zip(*gather_objects(outcome), strict=True))
+    if world_size > 1:
+        dist.destroy_process_group()
     if rank:
         return 0
     unfinished.end()

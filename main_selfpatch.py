@@ -252,6 +252,9 @@ def start_line(args: argparse.Namespace, process: Process, loader: CropLoader, r
     small_batches = f" × {args.accum_steps}" if args.accum_steps > 1 else ""
     size = sum(p.numel() for p in run.student_module.backbone.parameters()) / 1e6
     images, classes = loader.dataset.images, len(loader.dataset.classes)
+    sizes = {"global_crops_size": args.global_crops_size} | (
+        {"local_crops_size": args.local_crops_size} if args.local_crops_number else {})
+    grid_note = small_grid_warning(sizes, args.patch_size) if args.patch_loss_weight else ""
     return (f"{args.arch}/{args.patch_size} ({size:.1f} M parameters), {len(images)} images"
             f"{f' in {classes} folders' if classes else ''}, {process.world_size} × {args.batch_size_per_gpu}"
             f"{small_batches} images per step on {process.device.type} in {str(run.dtype).removeprefix('torch.')}"
@@ -260,13 +263,7 @@ def start_line(args: argparse.Namespace, process: Process, loader: CropLoader, r
                if run.step % run.steps_per_epoch else
                f"resuming after epoch {run.epoch - 1}" if run.epoch else
                f"starting from {args.init_weights or 'scratch'}")
-            + "".join(f"\n{note}" for note in (images.unread_summary(), grid_note(args)) if note))
-
-
-def grid_note(args: argparse.Namespace) -> str:
-    sizes = {"global_crops_size": args.global_crops_size} | (
-        {"local_crops_size": args.local_crops_size} if args.local_crops_number else {})
-    return small_grid_warning(sizes, args.patch_size) if args.patch_loss_weight else ""
+            + "".join(f"\n{note}" for note in (images.unread_summary(), grid_note) if note))
 
 
 def main(loss_class: type[DINOLoss] | None = None) -> None:

@@ -1,6 +1,4 @@
 """The one rule for precision, in training and evaluations: what a device computes itself, never what it emulates."""
-import inspect
-
 import torch
 
 from selfpatch.errors import ConfigError
@@ -17,8 +15,7 @@ def has_bfloat16(device: torch.device) -> bool:
         return True
     if torch.version.hip is None:
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    known = inspect.signature(torch.cuda.is_bf16_supported).parameters
-    return torch.cuda.is_bf16_supported(**{name: False for name in ("including_emulation",) if name in known})
+    return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def choose_dtype(precision: str, device: torch.device, half: bool = False) -> torch.dtype:

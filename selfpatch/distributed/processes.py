@@ -269,6 +269,14 @@ def is_main_process() -> bool:
     return get_rank() == 0
 
 
+def gather_objects(value: T) -> list[T]:
+    """The values of all ranks, by rank. Every rank must call it."""
+    values = [value] * get_world_size()
+    if is_distributed():
+        dist.all_gather_object(values, value)
+    return values
+
+
 def together(function: Callable[[], T]) -> T:
     """Call function on every rank; if it raises on any, raise the first error on all.
 
@@ -279,13 +287,10 @@ def together(function: Callable[[], T]) -> T:
         result = function()
     except (ConfigError, TrainingError) as raised:
         error = raised
-    if is_distributed():
-        errors = [None] * get_world_size()
-        dist.all_gather_object(errors, error)
-        error = next((one for one in errors if one), None)
-        if error:
-            error.every_rank, error.on_all_ranks = False, True
-            time.sleep(0.5)  # a process that ends now would reset connections from which others still receive
+    error = next(filter(None, gather_objects(error)), None)
+    if error and is_distributed():
+        error.every_rank, error.on_all_ranks = False, True
+        time.sleep(0.5)  # a process that ends now would reset connections from which others still receive
     if error:
         raise error
     return result

@@ -98,14 +98,12 @@ class FusedDINOLoss(DINOLoss):
     It does not call teacher_probs and student_log_probs: to override them, subclass the plain DINOLoss.
     """
 
+    chunk_loss = staticmethod(chunk_loss)
+
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         if unused := {"teacher_probs", "student_log_probs"} & cls.__dict__.keys():
             raise TypeError(f"{cls.__name__}.{min(unused)} would have no effect: derive it from DINOLoss")
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.chunk_loss = chunk_loss
 
     def compile(self, **kwargs) -> None:
         """Compile the elementwise passes over a chunk's logits; matrix products and the loop stay as they are."""

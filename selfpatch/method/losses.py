@@ -161,7 +161,7 @@ class DINOLoss(nn.Module):
             batch_means: from the method of that name, for each small batch of the step; averaged over them and over
                 all ranks.
         """
-        self.move_centers(*self.sum_means(batch_means))
+        self.start_moving(batch_means)()
 
     def start_update(self, batch_means: Sequence[list[torch.Tensor]]) -> Callable[[], None]:
         """Begin the exchange of update_centers with other ranks; the function returned finishes the update.
@@ -170,23 +170,21 @@ class DINOLoss(nn.Module):
         """
         if type(self).update_centers is not DINOLoss.update_centers:  # overridden by a variant
             return partial(self.update_centers, batch_means)
-        return partial(self.move_centers, *self.sum_means(batch_means))
+        return self.start_moving(batch_means)
 
     @torch.no_grad()
-    def sum_means(self, batch_means: Sequence[list[torch.Tensor]]) -> tuple[list[torch.Tensor], dist.Work | None]:
-        """Start to sum a step's means over all ranks; the sums are valid after waiting for the exchange."""
+    def start_moving(self, batch_means: Sequence[list[torch.Tensor]]) -> Callable[[], None]:
         means = [torch.stack(means).mean(0) for means in zip(*batch_means, strict=True)]
-        if get_world_size() == 1:
-            return means, None
-        sums = torch.cat([mean.flatten() for mean in means])
-        exchange = dist.all_reduce(sums, async_op=True)
-        return [part.view_as(mean) for part, mean in
-                zip(sums.split([mean.numel() for mean in means]), means, strict=True)], exchange
+        sums = torch.cat([mean.flatten() for mean in means])  # over all ranks, once the exchange is over
+        exchange = dist.all_reduce(sums, async_op=True) if get_world_size() > 1 else None
 
-    @torch.no_grad()
-    def move_centers(self, sums: list[torch.Tensor], exchange: dist.Work | None) -> None:
-        if exchange:
-            exchange.wait()
-        # without a patch loss there are no patch means, and the patch centre stays as it is
-        for center, total in zip((self.center, self.patch_center), sums, strict=False):
-            center.lerp_(total / get_world_size() if exchange else total, 1 - self.center_momentum)
+        @torch.no_grad()
+        def finish() -> None:
+            if exchange:
+                exchange.wait()
+            parts = (sums / get_world_size()).split([mean.numel() for mean in means])
+            # without a patch loss there are no patch means, and the patch centre stays as it is
+            for center, part in zip((self.center, self.patch_center), parts, strict=False):
+                center.lerp_(part.view_as(center), 1 - self.center_momentum)
+
+        return finish

@@ -1,12 +1,13 @@
-"""MultiCropWrapper with half as many launches on a GPU: token-wise layers run on the tokens of all crops together.
+"""Crops of all sizes in one pass: token-wise layers run on the tokens of all of them, with half as many GPU launches.
 
     x, layout = packed_features(backbone, [global_crops, local_crops])  # tokens [T, D] of all images
     image_tokens, targets = packed_targets(head, x, layout)             # [I, D], [T, D]
 
-The functions compute the same as vision_transformer.py and selfpatch_head.py, which are easier to read. After changing
-those, use --pack_crops off, or make the change here as well: tests/method/test_packed_crops.py compares the two.
-Subclasses are not packed. Attention stays within an image, so it runs once per resolution (as in DINOv3). One launch
-casts all weights of a block to autocast's precision, instead of one launch each.
+The functions compute the same as vision_transformer.py and selfpatch_head.py, which are easier to read; those of the
+head are its fast form, also for crops of one size. After changing the plain form, use --pack_crops off, set the head's
+fast = False, or make the change here as well: tests/method/test_packed_crops.py compares the two. Subclasses are not
+packed. Attention stays within an image, so it runs once per resolution (as in DINOv3). One launch casts all weights of
+a block to autocast's precision, instead of one launch each.
 """
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,8 +18,7 @@ from timm.layers import Mlp
 from timm.models.vision_transformer import Attention, Block
 from torch import nn
 
-from selfpatch.method.selfpatch_head import ClassAttention, MultiCropWrapper, SelfPatchHead, check_grid
-from selfpatch.method.vision_transformer import CropLogits, VisionTransformer, recomputing
+from selfpatch.method.vision_transformer import VisionTransformer, recomputing
 
 Weights = dict[nn.Linear, tuple[torch.Tensor, torch.Tensor | None]]
 
@@ -154,25 +154,23 @@ def branch_scales(backbone: VisionTransformer, x: torch.Tensor, layout: Layout) 
 
 # ---------------------------------------------------------------- SelfPatch head
 
-def packed_student(head: SelfPatchHead, x: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:
-    """head(x) for each resolution: class tokens [I, D], patches [T, D]."""
-    return packed_class_tokens(head, x, layout), head.norm(x)
-
-
-def packed_class_tokens(head: SelfPatchHead, x: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """head.image_token(x) for each resolution, [I, D]."""
+def packed_class_tokens(head: nn.Module, x: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """head.summarise(x) for each resolution, [I, D]."""
     c = head.cls_token[:, 0].expand(sum(layout.images), -1)
     for block in head.cls_blocks:
         weights = cast_weights(block, x)
         u = block.norm1(x).to(autocast_dtype(x))
         c = c + attend_absorbed(block.attn, block.norm1(c), u, layout, weights)
         c = c + packed_mlp(block.mlp, block.norm2(c), weights)
-    return head.norm(c)
+    return c
 
 
-def attend_absorbed(attn: ClassAttention, c: torch.Tensor, u: torch.Tensor, layout: Layout,
+def attend_absorbed(attn: nn.Module, c: torch.Tensor, u: torch.Tensor, layout: Layout,
                     weights: Weights) -> torch.Tensor:
-    """ClassAttention.attend_absorbed of class tokens c [I, D] over themselves and the patches u [T, D] -> [I, D]."""
+    """ClassAttention of class tokens c [I, D] over themselves and the patches u [T, D], not projected -> [I, D].
+
+    The query absorbs the key projection, q·(K u) = (Kᵀ q)·u, and values are projected after mixing.
+    """
     heads = (attn.num_heads, -1)
     (K, k_bias), (V, v_bias) = weights[attn.k], weights[attn.v]
     q = F.linear(c, *weights[attn.q]).unflatten(-1, heads)
@@ -194,23 +192,31 @@ def mix_absorbed(q: torch.Tensor, bias: torch.Tensor, c: torch.Tensor, u: torch.
     return p[..., 1:] @ u + p[..., :1] * c
 
 
-def packed_targets(head: SelfPatchHead, x: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:
+def packed_targets(head: nn.Module, x: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:
     """head.targets(x, grid) for each resolution: class tokens [I, D], each patch's target [T, D]."""
-    for grid in layout.grids:
-        check_grid(grid[0] * grid[1], grid)
-    positives = packed_positives(x, layout, head.k_num)
+    c = packed_summaries(head, x, packed_positives(x, layout, head.k_num), layout)
+    return head.norm(c).split([sum(layout.images), len(x)])
+
+
+def packed_summaries(head: nn.Module, x: torch.Tensor, positives: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """head.summarise of each image's patches, then of each patch's positives: rows of x [T, k] -> [I + T, D].
+
+    Each patch is projected to key and value once, however often it is a positive.
+    """
     c = head.cls_token[:, 0]  # one row shared by all class tokens, of images and then of patches, until they attend
     for block in head.cls_blocks:
         weights, u = cast_weights(block, x), block.norm1(x).to(autocast_dtype(x))
         keys, values = (F.linear(u, *weights[layer]) for layer in (block.attn.k, block.attn.v))
         c = c + attend_projected(block.attn, block.norm1(c).to(u.dtype), keys, values, positives, layout, weights)
         c = c + packed_mlp(block.mlp, block.norm2(c), weights)
-    return head.norm(c).split([sum(layout.images), len(x)])
+    return c
 
 
-def attend_projected(attn: ClassAttention, c: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
+def attend_projected(attn: nn.Module, c: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
                      positives: torch.Tensor, layout: Layout, weights: Weights) -> torch.Tensor:
-    """ClassAttention.attend_projected for all images, and for the positives of all patches.
+    """ClassAttention over projected patches, for all images and for the positives of all patches.
+
+    With one query per row a fused kernel would save nothing, and on GPUs it is limited to 65,535 rows.
 
     Args:
         c: class tokens [I + T, D], or [1, D] if all are equal.
@@ -248,51 +254,18 @@ def packed_positives(x: torch.Tensor, layout: Layout, k_num: int) -> torch.Tenso
 
 
 def neighbour_rows(layout: Layout, device: torch.device) -> torch.Tensor:
-    """Rows of each token's 8 neighbours on a torus, [T, 8], in neighbour_similarity's order."""
+    """Rows of each token's 8 neighbours, [T, 8], in the order of neighbours."""
     start, parts = 0, []
-    cell = torch.arange(8, device=device)
-    cell = cell + (cell >= 4)  # 0 … 8 in the 3×3 window; cell 4 is the token itself
-    for images, (rows, columns) in zip(layout.images, layout.grids, strict=True):
-        token = torch.arange(rows * columns, device=device)[:, None]
-        row, column = (token // columns + cell // 3 - 1) % rows, (token % columns + cell % 3 - 1) % columns
-        first = start + rows * columns * torch.arange(images, device=device)[:, None, None]
-        parts.append((first + row * columns + column).flatten(0, 1))
-        start += images * rows * columns
+    for (images, tokens), grid in zip(layout.shapes, layout.grids, strict=True):
+        first = start + tokens * torch.arange(images, device=device)[:, None, None]
+        parts.append((first + neighbours(grid, device)).flatten(0, 1))
+        start += images * tokens
     return torch.cat(parts)
 
 
-# ---------------------------------------------------------------- both
-
-class PackedMultiCropWrapper(MultiCropWrapper):
-    """MultiCropWrapper with a single pass over all resolutions; its state dict is the same.
-
-    If backbone or ca_head is of a different class than VisionTransformer (without class token) and SelfPatchHead, which
-    may compute something else, it makes a pass for each resolution.
-    """
-
-    @property
-    def packs(self) -> bool:
-        return type(self.backbone) is VisionTransformer and type(self.ca_head) is SelfPatchHead and self.ca_head.fast
-
-    def packed_features(self, crops: list[torch.Tensor]) -> tuple[torch.Tensor, Layout]:
-        return packed_features(self.backbone, self.batches(crops))
-
-    def features(self, crops: list[torch.Tensor]) -> list[tuple[torch.Tensor, tuple[int, int]]]:
-        if not self.packs:
-            return super().features(crops)
-        x, layout = self.packed_features(crops)
-        return list(zip(layout.split(x), layout.grids, strict=True))
-
-    def forward(self, crops: list[torch.Tensor]) -> CropLogits:
-        if not self.packs:
-            return super().forward(crops)
-        x, layout = self.packed_features(crops)
-        if not self.use_patches:
-            return CropLogits(self.c_head.factors(packed_class_tokens(self.ca_head, x, layout)), [])
-        return self.logits(*packed_student(self.ca_head, x, layout), layout.shapes)
-
-    def targets(self, crops: list[torch.Tensor]) -> CropLogits:
-        if not self.packs or not self.use_patches:
-            return super().targets(crops)
-        x, layout = self.packed_features(crops)
-        return self.logits(*packed_targets(self.ca_head, x, layout), layout.shapes)
+def neighbours(grid: tuple[int, int], device: torch.device) -> torch.Tensor:
+    """Indices of each patch's 8 neighbours on a torus, [N, 8], in neighbour_similarity's order."""
+    (rows, columns), cell = grid, torch.arange(8, device=device)
+    cell = cell + (cell >= 4)  # 0 … 8 in the 3×3 window; cell 4 is the patch itself
+    patch = torch.arange(rows * columns, device=device)[:, None]
+    return (patch // columns + cell // 3 - 1) % rows * columns + (patch % columns + cell % 3 - 1) % columns

@@ -28,11 +28,7 @@ def cosine_schedule(base: float, final: float, steps: int, warmup_steps: int = 0
 
 def linear_warmup(start: float, end: float, warmup_epochs: int) -> Schedule:
     """From start to end over the first warmup_epochs, both included, then constant."""
-    def value(epoch: int) -> float:
-        if epoch >= warmup_epochs:
-            return end
-        return float(start + (end - start) * epoch / max(warmup_epochs - 1, 1))
-    return value
+    return cosine_schedule(end, end, warmup_epochs, warmup_epochs, start)
 
 
 def cosine_scheduler(base_value: float, final_value: float, epochs: int, niter_per_ep: int,

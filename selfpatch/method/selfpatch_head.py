@@ -14,7 +14,15 @@ from timm.layers import Mlp, trunc_normal_
 from torch import nn
 
 from selfpatch.errors import ConfigError
-from selfpatch.method.vision_transformer import CropLogits, Logits, init_weights
+from selfpatch.method.packed_crops import (
+    Layout,
+    neighbours,
+    packed_class_tokens,
+    packed_features,
+    packed_summaries,
+    packed_targets,
+)
+from selfpatch.method.vision_transformer import CropLogits, Logits, VisionTransformer, init_weights
 
 
 def neighbour_similarity(x: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
@@ -38,25 +46,24 @@ def neighbour_similarity(x: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor
 
 def positive_matching(x: torch.Tensor, grid: tuple[int, int], k_num: int) -> torch.Tensor:
     """Indices [B, N, k_num] of the neighbours most similar to each patch, best first (SelfPatch, Sec. 3)."""
-    _, neighbour = neighbour_similarity(x, grid).topk(k_num, dim=-1)
-    cell = neighbour + (neighbour >= 4)  # 0 … 8 in the 3×3 window; cell 4 is the patch itself
-    patch = torch.arange(x.shape[1], device=x.device)[:, None]
-    row = (patch // grid[1] + cell // 3 - 1) % grid[0]
-    column = (patch % grid[1] + cell % 3 - 1) % grid[1]
-    return row * grid[1] + column
+    _, best = neighbour_similarity(x, grid).topk(k_num, dim=-1)
+    return neighbours(grid, x.device).expand(len(x), -1, -1).gather(2, best)
+
+
+def patch_rows(index: torch.Tensor) -> torch.Tensor:
+    """Indices [B, N, k] within each image as rows of all images' patches, [B·N, k]."""
+    return (index + torch.arange(len(index), device=index.device)[:, None, None] * index.shape[1]).flatten(0, 1)
 
 
 def gather_patches(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """Rows of x [B, N, D] at index [B, N, k] -> [B·N, k, D]."""
-    rows = index + torch.arange(len(x), device=x.device)[:, None, None] * x.shape[1]
-    return x.flatten(0, 1)[rows.flatten(0, 1)]
+    return x.flatten(0, 1)[patch_rows(index)]
 
 
 class ClassAttention(nn.Module):
     """Multi-head attention with the class token as its only query (CaiT, Touvron et al. 2021, Sec. 3).
 
-    forward is the plain form. The two other methods compute the same faster: attend_projected for keys and values that
-    are used several times, attend_absorbed for many patches and one query.
+    This is the plain form. attend_absorbed and attend_projected in packed_crops.py compute the same faster.
     """
 
     def __init__(self, dim: int, num_heads: int):
@@ -71,32 +78,9 @@ class ClassAttention(nn.Module):
         weights = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1)
         return self.proj((weights @ v).transpose(1, 2).flatten(1))
 
-    def attend_projected(self, c: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """Class tokens c [B, D] over patches given as projected keys and values [B, M, D] -> [B, D]."""
-        k = torch.cat([self.k(c)[:, None], keys], dim=1)
-        v = torch.cat([self.v(c)[:, None], values], dim=1)
-        q, k, v = (t.unflatten(-1, (self.num_heads, -1)) for t in (self.q(c)[:, None], k, v))
-        # with one query per row a fused kernel saves nothing, and on GPUs it is limited to 65,535 rows
-        weights = ((q * k).sum(-1) * k.shape[-1] ** -0.5).softmax(dim=1)
-        return self.proj((weights[..., None] * v).sum(1).flatten(1))
-
-    def attend_absorbed(self, u: torch.Tensor) -> torch.Tensor:
-        """forward on u [B, 1 + M, D] without projecting the patches -> [B, D].
-
-        The query absorbs the key projection, q·(K u) = (Kᵀ q)·u, and values are projected after mixing.
-        """
-        q, (K, V) = self.q(u[:, 0]), (layer.weight.unflatten(0, (self.num_heads, -1)) for layer in (self.k, self.v))
-        q, bias = q.unflatten(-1, (self.num_heads, -1)), self.k.bias.unflatten(0, (self.num_heads, -1))
-        scores = torch.einsum("bhd,hdD->bhD", q, K) @ u.mT + (q * bias).sum(-1, keepdim=True)
-        mixed = (scores * q.shape[-1] ** -0.5).softmax(-1) @ u
-        return self.proj(torch.einsum("bhD,hdD->bhd", mixed, V).flatten(1) + self.v.bias)
-
 
 class ClassAttentionBlock(nn.Module):
-    """Pre-norm class attention and MLP: updates class tokens c, which attend to themselves and the patches x.
-
-    forward, attend_projected and attend_absorbed use ClassAttention's methods of the same names.
-    """
+    """Pre-norm class attention and MLP: updates class tokens c, which attend to themselves and the patches x."""
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float = 4.0):
         super().__init__()
@@ -108,19 +92,6 @@ class ClassAttentionBlock(nn.Module):
     def forward(self, c: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """Class tokens c [B, D] over patches x [B, M, D] -> [B, D]."""
         c = c + self.attn(self.norm1(torch.cat([c[:, None], x], dim=1)))
-        return c + self.mlp(self.norm2(c))
-
-    def project(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values [B, N, D] of patches x [B, N, D]."""
-        u = self.norm1(x)
-        return self.attn.k(u), self.attn.v(u)
-
-    def attend_projected(self, c: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        c = c + self.attn.attend_projected(self.norm1(c), keys, values)
-        return c + self.mlp(self.norm2(c))
-
-    def attend_absorbed(self, c: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        c = c + self.attn.attend_absorbed(self.norm1(torch.cat([c[:, None], x], dim=1)))
         return c + self.mlp(self.norm2(c))
 
 
@@ -197,22 +168,12 @@ class SelfPatchHead(nn.Module):
 
     def summarise_absorbed(self, x: torch.Tensor) -> torch.Tensor:
         """summarise without projecting the patches."""
-        c = self.cls_token[:, 0].expand(len(x), -1)
-        for block in self.cls_blocks:
-            c = block.attend_absorbed(c, x)
-        return c
+        return packed_class_tokens(self, x.flatten(0, 1), Layout([len(x)], [(1, x.shape[1])]))
 
     def aggregate_projected(self, x: torch.Tensor, positives: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """summarise(x) and aggregate(x, positives), projecting each patch once, however often it is a positive."""
-        B, N, D = x.shape
-        c = self.cls_token[:, 0].expand(B, D)
-        targets = self.cls_token[:, 0].expand(B * N, D)
-        for block in self.cls_blocks:
-            keys, values = block.project(x)
-            c = block.attend_projected(c, keys, values)
-            targets = block.attend_projected(targets, gather_patches(keys, positives),
-                                             gather_patches(values, positives))
-        return c, targets.unflatten(0, (B, N))
+        c = packed_summaries(self, x.flatten(0, 1), patch_rows(positives), Layout([len(x)], [(1, x.shape[1])]))
+        return c[:len(x)], c[len(x):].view_as(x)
 
 
 def check_grid(num_patches: int, grid: tuple[int, int] | None) -> tuple[int, int]:
@@ -255,9 +216,8 @@ class MultiCropWrapper(nn.Module):
         Args:
             crops: V tensors [B, 3, H, W]; equal sizes are adjacent, the two global crops come first.
         """
-        if not self.use_patches:
-            return self.project([self.ca_head.image_token(x) for x, _ in self.features(crops)])
-        return self.project([self.ca_head(x) for x, _ in self.features(crops)])
+        head = self.ca_head if self.use_patches else self.ca_head.image_token
+        return self.project([head(x) for x, _ in self.features(crops)])
 
     def targets(self, crops: list[torch.Tensor]) -> CropLogits:
         """Teacher: logits of each crop's class token, and of its patches' targets."""
@@ -287,16 +247,51 @@ class MultiCropWrapper(nn.Module):
 
     def project(self, tokens: list[torch.Tensor]) -> CropLogits:
         """Tokens [V_r·B, 1 + N_r, D] of each resolution -> logits, by one pass of each projection head."""
-        image = torch.cat([t[:, 0] for t in tokens])
-        if not self.use_patches:
-            return CropLogits(self.c_head.factors(image), [])
-        patches = torch.cat([t[:, 1:].flatten(0, 1) for t in tokens])
+        image, patches = torch.cat([t[:, 0] for t in tokens]), torch.cat([t[:, 1:].flatten(0, 1) for t in tokens])
         return self.logits(image, patches, [(len(t), t.shape[1] - 1) for t in tokens])
 
     def logits(self, image: torch.Tensor, patches: torch.Tensor, shapes: list[tuple[int, int]]) -> CropLogits:
         """Logits of image tokens [I, D] and patches [T, D]; shapes: (images, patches per image) of each resolution."""
         image = self.c_head.factors(image)
+        if not self.use_patches:
+            return CropLogits(image, [])
         z, prototypes = self.p_head.factors(patches)
         parts = z.split([images * patches for images, patches in shapes])
         return CropLogits(image, [Logits(part.unflatten(0, shape), prototypes)
                                   for part, shape in zip(parts, shapes, strict=True)])
+
+
+class PackedMultiCropWrapper(MultiCropWrapper):
+    """MultiCropWrapper with a single pass over all resolutions (packed_crops.py); its state dict is the same.
+
+    If backbone or ca_head is of a different class than VisionTransformer (without class token) and SelfPatchHead, which
+    may compute something else, it makes a pass for each resolution.
+    """
+
+    @property
+    def packs(self) -> bool:
+        return type(self.backbone) is VisionTransformer and type(self.ca_head) is SelfPatchHead and self.ca_head.fast
+
+    def packed_features(self, crops: list[torch.Tensor]) -> tuple[torch.Tensor, Layout]:
+        return packed_features(self.backbone, self.batches(crops))
+
+    def features(self, crops: list[torch.Tensor]) -> list[tuple[torch.Tensor, tuple[int, int]]]:
+        if not self.packs:
+            return super().features(crops)
+        x, layout = self.packed_features(crops)
+        return list(zip(layout.split(x), layout.grids, strict=True))
+
+    def forward(self, crops: list[torch.Tensor]) -> CropLogits:
+        if not self.packs:
+            return super().forward(crops)
+        x, layout = self.packed_features(crops)
+        tokens = self.ca_head.norm(packed_class_tokens(self.ca_head, x, layout))
+        return self.logits(tokens, self.ca_head.norm(x) if self.use_patches else None, layout.shapes)
+
+    def targets(self, crops: list[torch.Tensor]) -> CropLogits:
+        if not self.packs or not self.use_patches:
+            return super().targets(crops)
+        x, layout = self.packed_features(crops)
+        for grid in layout.grids:
+            check_grid(grid[0] * grid[1], grid)
+        return self.logits(*packed_targets(self.ca_head, x, layout), layout.shapes)

@@ -16,9 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 from selfpatch.errors import ConfigError
 from selfpatch.method.losses import DINOLoss
 from selfpatch.method.optim import load_optimizer
-from selfpatch.method.packed_crops import PackedMultiCropWrapper
 from selfpatch.method.schedules import Schedule, cosine_schedule
-from selfpatch.method.selfpatch_head import MultiCropWrapper, SelfPatchHead
+from selfpatch.method.selfpatch_head import MultiCropWrapper, PackedMultiCropWrapper, SelfPatchHead
 from selfpatch.method.vision_transformer import ARCHS, DINOHead, VisionTransformer
 
 

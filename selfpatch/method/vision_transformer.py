@@ -114,8 +114,8 @@ class VisionTransformer(nn.Module):
 
     def interpolate_pos_encoding(self, grid: tuple[int, int]) -> torch.Tensor:
         """Position embedding of the patches of a rows × columns grid, [1, rows·columns, D]."""
-        pos = self.pos_embed[:, -self._num_pos_patches:]
-        side = int(self._num_pos_patches ** 0.5)
+        pos = self.pos_embed[:, self.num_prefix_tokens:]
+        side = int(pos.shape[1] ** 0.5)
         if grid == (side, side):
             return pos
         pos = pos.reshape(1, side, side, -1).permute(0, 3, 1, 2)
@@ -134,10 +134,6 @@ class VisionTransformer(nn.Module):
         """Tokens before the patches: 1 with a class token, else 0."""
         return int(self.has_class_token)
 
-    @property
-    def _num_pos_patches(self) -> int:
-        return self.pos_embed.shape[1] - self.num_prefix_tokens
-
     def prepare_tokens(self, x: torch.Tensor) -> torch.Tensor:
         """Images [B, 3, H, W] -> embedded patches [B, N, D], preceded by the class token if there is one."""
         tokens = self.patch_embed(x) + self.interpolate_pos_encoding(self.grid_size(x))
@@ -145,9 +141,6 @@ class VisionTransformer(nn.Module):
             cls = self.cls_token + self.pos_embed[:, :1]
             tokens = torch.cat([cls.expand(x.shape[0], -1, -1), tokens], dim=1)  # len(x) is a constant to torch.export
         return tokens
-
-    def _patches(self, tokens: torch.Tensor) -> torch.Tensor:
-        return tokens[:, self.num_prefix_tokens:]
 
     def _run(self, block: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
         return run_block(block, tokens, self.checkpoint_activations)
@@ -157,18 +150,13 @@ class VisionTransformer(nn.Module):
         tokens = self.prepare_tokens(x)
         for block in self.blocks:
             tokens = self._run(block, tokens)
-        return self._patches(self.norm(tokens))
+        return self.norm(tokens)[:, self.num_prefix_tokens:]
 
     def get_intermediate_layers(self, x: torch.Tensor, n: int | Sequence[int] = 1) -> list[torch.Tensor]:
         """Patch features [B, N, D] of the last n blocks, or of the blocks with the given indices; no final norm."""
         depth = len(self.blocks)
         wanted = range(max(depth - n, 0), depth) if isinstance(n, int) else n
-        tokens, features = self.prepare_tokens(x), {}
-        for i, block in enumerate(self.blocks[:max(wanted) + 1]):
-            tokens = self._run(block, tokens)
-            if i in wanted:
-                features[i] = self._patches(tokens)
-        return [features[i] for i in wanted]
+        return [found.patches for found in self.intermediate_features(x, wanted, final_norm=False)]
 
     def features(self, x: torch.Tensor, layer: int = -1, keys: bool = False) -> Features:
         """Class token, patches and optionally keys of one block for images x [B, 3, H, W].
@@ -182,17 +170,18 @@ class VisionTransformer(nn.Module):
         """
         return self.intermediate_features(x, [layer], keys)[0]
 
-    def intermediate_features(self, x: torch.Tensor, layers: Sequence[int], keys: bool = False) -> list[Features]:
-        """features() of several blocks from one pass; the final norm, if any, is applied to each of them."""
+    def intermediate_features(self, x: torch.Tensor, layers: Sequence[int], keys: bool = False,
+                              final_norm: bool = True) -> list[Features]:
+        """features() of several blocks from one pass; the final norm, if any and asked for, is applied to each."""
         wanted = [range(len(self.blocks))[layer] for layer in layers]
-        tokens, found = self.prepare_tokens(x), {}
+        tokens, found, prefix = self.prepare_tokens(x), {}, self.num_prefix_tokens
         for i, block in enumerate(self.blocks[:max(wanted) + 1]):
             k = self._qkv(block, tokens)[1] if keys and i in wanted else None
             tokens = self._run(block, tokens)
             if i in wanted:
-                normed = self.norm(tokens)
-                found[i] = Features(normed[:, 0] if self.has_class_token else None, self._patches(normed),
-                                    None if k is None else self._patches(k))
+                normed = self.norm(tokens) if final_norm else tokens
+                found[i] = Features(normed[:, 0] if prefix else None, normed[:, prefix:],
+                                    None if k is None else k[:, prefix:])
         return [found[i] for i in wanted]
 
     def _qkv(self, block: Block, tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -294,10 +283,7 @@ class DINOHead(nn.Module):
         else:
             layers = []
             for dim in [in_dim] + [hidden_dim] * (nlayers - 2):
-                layers.append(nn.Linear(dim, hidden_dim))
-                if use_bn:
-                    layers.append(nn.BatchNorm1d(hidden_dim))
-                layers.append(nn.GELU())
+                layers += [nn.Linear(dim, hidden_dim), *[nn.BatchNorm1d(hidden_dim)] * use_bn, nn.GELU()]
             self.mlp = nn.Sequential(*layers, nn.Linear(hidden_dim, bottleneck_dim))
         self.apply(init_weights)
         self.last_layer = WeightNormLinear(bottleneck_dim, out_dim)

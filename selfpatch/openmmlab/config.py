@@ -32,7 +32,14 @@ def get_args_parser(job: str, description: str) -> ArgumentParser:
     parser = ArgumentParser(description=description)
     parser.add_argument("config", type=os.path.expanduser, help="one of configs/*.py")
     if job == "train":
-        add_train_options(parser)
+        parser.add_argument("--pretrained", type=os.path.expanduser, default="",
+                            help="any checkpoint, or the folder of a run, for the backbone")
+        parser.add_argument("--checkpoint_key", default="teacher", help="network of a training run: teacher or student")
+        parser.add_argument("--random_weights", action="store_true", help="start from an untrained backbone")
+        parser.add_argument("--amp", action="store_true", help="mixed precision, if there is a GPU")
+        parser.add_argument("--resume", type=os.path.expanduser, nargs="?", const="auto",
+                            help="continue from this checkpoint, or without a value from the latest in --work-dir, if "
+                                 "any")
     else:
         parser.add_argument("checkpoint", type=os.path.expanduser, help="a model saved by train.py, or a released one")
         parser.add_argument("--show-dir", type=os.path.expanduser,
@@ -47,16 +54,6 @@ def get_args_parser(job: str, description: str) -> ArgumentParser:
                         help="how the processes were started, if there are several")
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help="set by torch.distributed.launch")
     return parser
-
-
-def add_train_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--pretrained", type=os.path.expanduser, default="",
-                        help="any checkpoint, or the folder of a run, for the backbone")
-    parser.add_argument("--checkpoint_key", default="teacher", help="network of a training run: teacher or student")
-    parser.add_argument("--random_weights", action="store_true", help="start from an untrained backbone")
-    parser.add_argument("--amp", action="store_true", help="mixed precision, if there is a GPU")
-    parser.add_argument("--resume", type=os.path.expanduser, nargs="?", const="auto",
-                        help="continue from this checkpoint, or without a value from the latest in --work-dir, if any")
 
 
 def load_config(path: str | Path, overrides: dict | None = None, data_root: str | Path | None = None,

@@ -82,14 +82,13 @@ def head_state(head: nn.Module, name: str, info: CheckpointInfo) -> tuple[dict[s
     Raises:
         CheckpointError: their shapes fit, but they are sparse, not floating point or not finite.
     """
-    prefix = f"{name}." if info.kind.startswith(OURS) else "head." if name == "c_head" else None
+    ours = info.kind.startswith(OURS)
+    prefix = f"{name}." if ours else "head." if name == "c_head" else None
     state = {key.removeprefix(prefix): tensor for key, tensor in info.other_tensors.items()
              if prefix and key.startswith(prefix)}
-    if not info.kind.startswith(OURS) and "last_layer.weight_v" not in state:
-        return None, ""  # a classifier, if anything
-    expected = head.state_dict()
-    if not state:
+    if not state or not (ours or "last_layer.weight_v" in state):  # a classifier, if anything
         return None, ""
+    expected = head.state_dict()
     if {key: tensor.shape for key, tensor in state.items()} != {key: t.shape for key, t in expected.items()}:
         return None, f"another shape, see {HEADS[name]}" if HEADS[name] else "another shape"
     message = f"the {name} in {info.path} does not fit"

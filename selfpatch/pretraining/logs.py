@@ -216,7 +216,8 @@ class RunLog:
         self.trackers, self.mfu_per_rate = Trackers(), mfu_per_rate
         self.epochs, self.steps = JsonLines(output / "log.txt"), JsonLines(output / "steps.jsonl")
         self.unsaved = output / "unsaved.txt"
-        self.first_step, self.announced = run.step, False
+        self.first_step = self.measured = run.step  # the step until which the speed was measured last
+        self.announced = False
         try:
             self.drop_later_rows(older)
         except OSError as error:
@@ -288,11 +289,8 @@ class RunLog:
 
     def announce(self, seconds_per_step: float) -> None:
         """Print once how long the whole run takes, by the first speed that excludes the process's first steps."""
-        if self.announced:
-            return
-        if self.first_step is not None:
-            # this speed may include them, the next one does not
-            self.first_step = None if self.run.step - self.first_step >= FIRST_STEPS else self.first_step
+        since, self.measured = self.measured, self.run.step
+        if self.announced or since - self.first_step < FIRST_STEPS:
             return
         self.announced, epochs = True, self.run.schedules.epochs
         steps = epochs * self.run.steps_per_epoch

@@ -4,10 +4,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 
-import torch.distributed as dist
-
 from selfpatch.data.loader import CropLoader, TooManyBadImages
-from selfpatch.distributed.processes import Process, is_distributed, on_main_process, together
+from selfpatch.distributed.processes import Process, gather_objects, is_distributed, on_main_process, together
 from selfpatch.distributed.stopping import STOP, Interruption
 from selfpatch.errors import ConfigError, RunStopped
 from selfpatch.method.training_run import TrainingRun
@@ -69,9 +67,12 @@ class TrainingLoop:
             RunStopped: the run was asked to end, and has saved.
         """
         run, epochs = self.run, self.run.schedules.epochs
-        if probe and not within and probe.due(run.epoch - 1, epochs) and self.lacks_evaluation():
-            self.evaluate(probe)
-            self.track_epoch()
+        if probe and not within and probe.due(run.epoch - 1, epochs):
+            row = on_main_process(lambda: self.log.last_row)
+            # the run was stopped or killed before it could evaluate the last epoch that is done
+            if row and row["epoch"] == run.epoch - 1 and "knn_top1" not in row:
+                self.evaluate(probe)
+                self.track_epoch()
         for epoch in range(run.epoch, epochs):
             logger = MetricLogger(window=log_every)
             begin_epoch(run, self.loader, logger, within, seed, process)
@@ -144,11 +145,7 @@ class TrainingLoop:
 
     def record_bad_images(self) -> None:
         """Append to bad_images.txt what the ranks could not read, if there is anything new."""
-        errors = [self.loader.bad_images]
-        if is_distributed():
-            errors = [None] * dist.get_world_size()
-            dist.all_gather_object(errors, self.loader.bad_images)
-        found = set().union(*errors)
+        found = set().union(*gather_objects(self.loader.bad_images))
         self.loader.bad_images = found  # from here on every rank counts those of all ranks
         if found != self.recorded:
             on_main_process(lambda: self.folder.add_bad_images(found, len(self.loader.dataset)))
@@ -175,14 +172,6 @@ class TrainingLoop:
             print(f"epoch {epoch}: k-NN top-1 {accuracy['knn_top1']:.2f} %, top-5 {accuracy['knn_top5']:.2f} % "
                   f"({accuracy['knn_seconds']:.0f} s)", flush=True)
         on_main_process(lambda: self.log.amend_epoch(accuracy))
-
-    def lacks_evaluation(self) -> bool:
-        """Whether the run was stopped or killed before it could evaluate the last epoch that is done."""
-        def lacks() -> bool:
-            row = self.log.last_row
-            return row is not None and row["epoch"] == self.run.epoch - 1 and "knn_top1" not in row
-
-        return on_main_process(lacks)
 
     def track_epoch(self) -> None:
         if self.log:

@@ -8,13 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from selfpatch.checkpoints.files import read_checkpoint
 from selfpatch.data.dataset import TrainingImages
 from selfpatch.data.loader import CropLoader
 from selfpatch.data.seeds import mixed_seed
-from selfpatch.distributed.processes import Process, is_distributed, is_main_process
+from selfpatch.distributed.processes import Process, gather_objects, is_main_process
 from selfpatch.errors import ConfigError
 from selfpatch.method.training_run import TrainingRun
 from selfpatch.method.vision_transformer import ARCHS
@@ -112,10 +111,7 @@ def option(name: str) -> str:
 
 def compare_ranks(ours: dict) -> None:
     """Raise ConfigError, on every rank, if a rank's options or images differ from rank 0's."""
-    if not is_distributed():
-        return
-    everyone = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, ours)
+    everyone = gather_objects(ours)
     for rank, theirs in enumerate(everyone):
         for name in sorted((ours.keys() | theirs.keys()) - MAY_DIFFER_BETWEEN_RANKS):
             first, other = everyone[0].get(name), theirs.get(name)
@@ -130,12 +126,10 @@ def compare_ranks(ours: dict) -> None:
 
 def epoch_state(loader: CropLoader, logger: MetricLogger) -> dict:
     """What a checkpoint within an epoch holds besides the run's state: sums of losses and random states, by rank."""
-    own = random_state(loader.device) | {"meters": logger.state_dict()}
-    if not is_distributed():
-        return {"ranks": [own]}
-    ranks = [None] * dist.get_world_size()
-    dist.all_gather_object(ranks, own)
-    return {"ranks": ranks}
+    own = {"rng": torch.get_rng_state(), "meters": logger.state_dict()}
+    if loader.device.type == "cuda":
+        own["cuda_rng"] = torch.cuda.get_rng_state(loader.device)
+    return {"ranks": gather_objects(own)}
 
 
 def resume(run: TrainingRun, folder: RunFolder, path: Path | None, ours: dict) -> tuple[list[int] | None, dict]:
@@ -207,18 +201,6 @@ def convert_steps(steps: int, old_batch: int | None, new_batch: int, path: Path)
     return images // new_batch
 
 
-def random_state(device: torch.device) -> dict[str, torch.Tensor]:
-    """The state of the generators that stochastic depth draws from."""
-    state = {"rng": torch.get_rng_state()}
-    return state | ({"cuda_rng": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
-
-
-def set_random_state(state: dict, device: torch.device) -> None:
-    torch.set_rng_state(state["rng"])
-    if "cuda_rng" in state and device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda_rng"], device)
-
-
 def begin_epoch(run: TrainingRun, loader: CropLoader, logger: MetricLogger, within: dict, seed: int,
                 process: Process) -> None:
     """Seed everything for the epoch that run.step is in, and place loader and logger where they were within it.
@@ -233,7 +215,10 @@ def begin_epoch(run: TrainingRun, loader: CropLoader, logger: MetricLogger, with
     fix_random_seeds(seed, process.rank, run.epoch, *([] if same or not step else [step]))
     if same:
         own = ranks[process.rank]
-        set_random_state(own.get("loader", own), loader.device)  # "loader" until crops were seeded by image
+        generators = own.get("loader", own)  # those of stochastic depth; "loader" until crops were seeded by image
+        torch.set_rng_state(generators["rng"])
+        if "cuda_rng" in generators and loader.device.type == "cuda":
+            torch.cuda.set_rng_state(generators["cuda_rng"], loader.device)
         logger.load_state_dict(own["meters"])
     elif process.rank == 0:  # the epoch's means are over all ranks
         for name in ranks[0]["meters"] if ranks else ():

@@ -32,12 +32,8 @@ class DataError(ConfigError):
 
 def davis_palette() -> bytes:
     """256 RGB colours: bits 0, 3, 6 of an id are the highest bits of red, bits 1, 4, 7 of green, 2, 5 of blue."""
-    ids = np.arange(256)
-    colours = np.zeros((256, 3), np.uint8)
-    for channel in range(3):
-        for bit in range(3):
-            colours[:, channel] |= ((ids >> (3 * bit + channel) & 1) << (7 - bit)).astype(np.uint8)
-    return colours.tobytes()
+    ids, channel, bit = np.ogrid[:256, :3, :3]
+    return ((ids >> 3 * bit + channel & 1) << 7 - bit).sum(-1).astype(np.uint8).tobytes()
 
 
 DAVIS_PALETTE = davis_palette()

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from selfpatch.checkpoints.backbones import Backbone
 from selfpatch.errors import ConfigError
@@ -48,11 +48,7 @@ def panel_height(images: list[Image.Image]) -> int:
 
 def fit_panel(image: Image.Image, height: int, resample: Image.Resampling = Image.Resampling.BICUBIC) -> Image.Image:
     """Scale an image into PANEL_WIDTH × height pixels, centred on white."""
-    scale = min(PANEL_WIDTH / image.width, height / image.height)
-    size = [max(1, round(side * scale)) for side in image.size]
-    panel = Image.new("RGB", (PANEL_WIDTH, height), "white")
-    panel.paste(image.resize(size, resample), ((PANEL_WIDTH - size[0]) // 2, (height - size[1]) // 2))
-    return panel
+    return ImageOps.pad(image, (PANEL_WIDTH, height), resample, "white")
 
 
 def labelled_panels(panels: list[tuple[str, Image.Image]], columns: int) -> Image.Image:
@@ -211,11 +207,10 @@ def self_attention(backbone: Backbone, x: torch.Tensor, query: int, layer: int =
 
 def head_attention(backbone: Backbone, head: SelfPatchHead, x: torch.Tensor, layer: int = -1) -> torch.Tensor:
     """Attention of the SelfPatch head's second block from its class token to the N patches of x: [heads, N]."""
-    patches, c = backbone.features(x, layer).patches, head.cls_token[0]
-    first, second = head.cls_blocks
-    c = second.norm1(first.attend_projected(c, *first.project(patches)))
-    keys = torch.cat([second.attn.k(c), second.project(patches)[0][0]])
-    q, k = (part.unflatten(-1, (backbone.num_heads, -1)).transpose(0, 1) for part in (second.attn.q(c), keys))
+    patches, (first, second) = backbone.features(x, layer).patches, head.cls_blocks
+    u = second.norm1(torch.cat([first(head.cls_token[0], patches), patches[0]]))
+    q, k = (project(u).unflatten(-1, (backbone.num_heads, -1)).transpose(0, 1)
+            for project in (second.attn.q, second.attn.k))
     return attention_weights(q[:, 0], k)[:, 1:]
 
 
@@ -295,9 +290,6 @@ def dashed_rectangle(draw: ImageDraw.ImageDraw, corners: tuple[float, float, flo
     left, top, right, bottom = corners
     for start, end in (((left, top), (right, top)), ((left, bottom), (right, bottom)), ((left, top), (left, bottom)),
                        ((right, top), (right, bottom))):
-        length = math.dist(start, end)
-        pieces = max(1, round(length / (6 * width)))
-        for i in range(0, pieces, 2):
-            a, b = i / pieces, min((i + 1) / pieces, 1)
-            draw.line([tuple(s + (e - s) * part for s, e in zip(start, end, strict=True)) for part in (a, b)], "white",
-                      width)
+        points = np.linspace(start, end, 1 + max(1, round(math.dist(start, end) / (6 * width))))
+        for a, b in zip(points[::2], points[1::2], strict=False):
+            draw.line((*a, *b), "white", width)

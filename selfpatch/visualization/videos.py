@@ -36,22 +36,13 @@ def overlay(frame: np.ndarray, mask: np.ndarray, palette: bytes) -> np.ndarray:
     Returns:
         RGB, uint8 [H, W, 3].
     """
-    colours = np.zeros((256, 3), np.uint8)
-    entries = np.frombuffer(palette, np.uint8).reshape(-1, 3)  # a palette may have fewer than 256
-    colours[:len(entries)] = entries
+    colours = np.frombuffer(palette.ljust(3 * 256, b"\0"), np.uint8).reshape(256, 3)  # it may have fewer than 256
     objects = (mask != 0) & (mask != VOID)
     drawn = np.where(objects[..., None], frame // 2 + colours[mask] // 2, frame)
     for i in np.unique(mask[objects]):
         outlines, _ = cv2.findContours((mask == i).view(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
         cv2.drawContours(drawn, outlines, -1, colours[i].tolist(), thickness=2)
     return drawn
-
-
-def side_by_side(panels: list[np.ndarray], labels: list[str], width: int) -> Image.Image:
-    """Scale RGB panels [H, W, 3] of one size to a width in pixels, and put them in a row below their labels."""
-    size = (width, round(width * panels[0].shape[0] / panels[0].shape[1]))
-    images = [Image.fromarray(panel).resize(size, Image.Resampling.BOX) for panel in panels]
-    return labelled_panels(list(zip(labels, images, strict=True)), columns=len(panels))
 
 
 def overlay_frames(frames: list[Path], masks: list[list[Path]], labels: list[str], width: int) -> Iterator[Image.Image]:
@@ -74,7 +65,9 @@ def overlay_frames(frames: list[Path], masks: list[list[Path]], labels: list[str
             if mask.shape != panels[0].shape[:2]:
                 raise DataError(f"{path}: is {mask.shape[1]}×{mask.shape[0]}, not of its frame's size")
             panels.append(overlay(panels[0], mask, palette))
-        yield side_by_side(panels, ["video", *labels], width)
+        size = (width, round(width * panels[0].shape[0] / panels[0].shape[1]))
+        images = [Image.fromarray(panel).resize(size, Image.Resampling.BOX) for panel in panels]
+        yield labelled_panels(list(zip(["video", *labels], images, strict=True)), columns=len(images))
 
 
 # ---------------------------------------------------------------- video files

@@ -18,8 +18,7 @@ from selfpatch.distributed.collectives import sync_batchnorms
 from selfpatch.method.fused_loss import FusedDINOLoss
 from selfpatch.method.losses import DINOLoss
 from selfpatch.method.optim import get_params_groups
-from selfpatch.method.packed_crops import PackedMultiCropWrapper
-from selfpatch.method.selfpatch_head import MultiCropWrapper, SelfPatchHead
+from selfpatch.method.selfpatch_head import MultiCropWrapper, PackedMultiCropWrapper, SelfPatchHead
 from selfpatch.method.vision_transformer import DINOHead, vit_tiny
 from selfpatch.pretraining.engine import train_step
 

@@ -11,15 +11,14 @@ from selfpatch.method.optim import scale_together
 from selfpatch.method.packed_crops import (
     CastTogether,
     Layout,
-    PackedMultiCropWrapper,
     branch_scales,
     packed_block,
+    packed_class_tokens,
     packed_features,
     packed_positives,
-    packed_student,
     packed_targets,
 )
-from selfpatch.method.selfpatch_head import SelfPatchHead, positive_matching
+from selfpatch.method.selfpatch_head import PackedMultiCropWrapper, SelfPatchHead, positive_matching
 from selfpatch.method.vision_transformer import RECOMPUTED
 
 DEVICES = ["cpu", *["cuda"] * torch.cuda.is_available()]
@@ -128,7 +127,8 @@ def test_golden_selfpatch_head(n, side, k):
     golden = load("selfpatch_head.npz")
     head = set_weights(SelfPatchHead(192, 3, k), golden["salt"]).eval()
     x, layout = rand(n, 2, n, 192, salt=golden["salt"]).flatten(0, 1), Layout([2], [(side, side)])
-    parts = {f"loc_k{k}_n{n}": packed_targets(head, x, layout), f"noloc_n{n}": packed_student(head, x, layout)}
+    parts = {f"loc_k{k}_n{n}": packed_targets(head, x, layout),
+             f"noloc_n{n}": (head.norm(packed_class_tokens(head, x, layout)), head.norm(x))}
     for key, (c, patches) in parts.items():
         out = torch.cat([c[:, None], patches.unflatten(0, (2, n))], dim=1)
         if key != f"noloc_n{n}" or k == 4:

@@ -9,7 +9,7 @@ from networks import constant_run, small_wrapper
 from selfpatch.method.fused_loss import FusedDINOLoss
 from selfpatch.method.losses import DINOLoss
 from selfpatch.method.optim import build_optimizer
-from selfpatch.method.packed_crops import PackedMultiCropWrapper
+from selfpatch.method.selfpatch_head import PackedMultiCropWrapper
 from selfpatch.method.training_run import Schedules, TrainingRun
 from selfpatch.pretraining import engine
 from selfpatch.pretraining.engine import health_warnings, train_one_epoch, train_step

@@ -9,8 +9,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from selfpatch.method.fused_loss import FusedDINOLoss
 from selfpatch.method.losses import DINOLoss
-from selfpatch.method.packed_crops import PackedMultiCropWrapper
-from selfpatch.method.selfpatch_head import MultiCropWrapper
+from selfpatch.method.selfpatch_head import MultiCropWrapper, PackedMultiCropWrapper
 from selfpatch.pretraining.engine import train_step
 
 

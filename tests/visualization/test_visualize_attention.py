@@ -68,10 +68,9 @@ def test_self_attention_is_the_last_blocks(class_token):
 @torch.no_grad()
 def test_head_attention_is_the_second_blocks():
     backbone, head = set_weights(vit_tiny(), 0).eval(), set_weights(SelfPatchHead(192, 3), 0).eval()
-    x = torch.randn(1, 3, 48, 64)
+    head.fast, x = False, torch.randn(1, 3, 48, 64)  # the plain form calls the layers
     patches, attention = backbone(x), head.cls_blocks[1].attn
-    c = input_of(attention.q, lambda: head(patches))
-    values = torch.cat([attention.v(c), head.cls_blocks[1].project(patches)[1][0]])
+    values = attention.v(input_of(attention.v, lambda: head(patches)))[0]
     expected = input_of(attention.proj, lambda: head(patches))[0]
     weights = head_attention(backbone, head, x)
     assert weights.shape == (3, 12)
