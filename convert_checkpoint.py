@@ -226,7 +226,7 @@ def write_onnx_file(state: dict[str, torch.Tensor], info: CheckpointInfo, output
     metadata = {"arch": info.arch, "patch_size": str(info.patch_size), "source": info.path.name}
     difference = write_onnx(build_backbone(state, info), output, image_size, metadata)
     compared = (f"features differ by at most {difference:.1e} from the network's" if difference is not None else
-                "not compared with the network, since onnxruntime is not installed")
+                "not compared with the network, since onnxruntime is not installed: pip install onnxruntime")
     print(f"wrote {output}: images [batch, 3, {image_size[0]}, {image_size[1]}], {compared}")
 
 

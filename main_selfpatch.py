@@ -18,10 +18,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from selfpatch.data.augmentations import DataAugmentationDINO  # noqa: F401 (DINO's users import it from here)
 from selfpatch.data.dataset import build_dataset
-from selfpatch.data.files import UnreadableImage
+from selfpatch.data.files import UnreadableImage, decoder_note
 from selfpatch.data.loader import CropLoader
 from selfpatch.data.sources import prepare
 from selfpatch.distributed.collectives import sync_batchnorms
+from selfpatch.distributed.precision import describe_precision
 from selfpatch.distributed.processes import (
     Process,
     allow_tf32,
@@ -250,20 +251,22 @@ def train_dino(args: argparse.Namespace, loss_class: type[DINOLoss] | None = Non
 def start_line(args: argparse.Namespace, process: Process, loader: CropLoader, run: TrainingRun,
                compiled: bool) -> str:
     small_batches = f" × {args.accum_steps}" if args.accum_steps > 1 else ""
-    size = sum(p.numel() for p in run.student_module.backbone.parameters()) / 1e6
+    backbone = run.student_module.backbone
+    size = sum(p.numel() for p in backbone.parameters()) / 1e6
     images, classes = loader.dataset.images, len(loader.dataset.classes)
     sizes = {"global_crops_size": args.global_crops_size} | (
         {"local_crops_size": args.local_crops_size} if args.local_crops_number else {})
     grid_note = small_grid_warning(sizes, args.patch_size) if args.patch_loss_weight else ""
     return (f"{args.arch}/{args.patch_size} ({size:.1f} M parameters), {len(images)} images"
             f"{f' in {classes} folders' if classes else ''}, {process.world_size} × {args.batch_size_per_gpu}"
-            f"{small_batches} images per step on {process.device.type} in {str(run.dtype).removeprefix('torch.')}"
+            f"{small_batches} images per step on {process.device.type} in "
+            f"{describe_precision(process.device, run.dtype, backbone.embed_dim // backbone.num_heads)}"
             f"{', compiled (the first steps take minutes)' if compiled else ''}; "
             + (f"resuming in epoch {run.epoch} after step {run.step % run.steps_per_epoch}"
                if run.step % run.steps_per_epoch else
                f"resuming after epoch {run.epoch - 1}" if run.epoch else
                f"starting from {args.init_weights or 'scratch'}")
-            + "".join(f"\n{note}" for note in (images.unread_summary(), grid_note) if note))
+            + "".join(f"\n{note}" for note in (images.unread_summary(), decoder_note(), grid_note) if note))
 
 
 def main(loss_class: type[DINOLoss] | None = None) -> None:

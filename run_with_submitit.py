@@ -13,7 +13,7 @@ from pathlib import Path
 
 import main_selfpatch
 from selfpatch.data.sources import absolute, as_list
-from selfpatch.errors import ArgumentParser, ConfigError, run_main
+from selfpatch.errors import ArgumentParser, require, run_main
 
 
 def get_args() -> argparse.Namespace:
@@ -66,10 +66,9 @@ class Trainer:
 
 def main() -> None:
     args = get_args()
-    try:
-        import submitit
-    except ImportError:
-        raise ConfigError("run_with_submitit.py needs submitit: pip install submitit") from None
+    require("run_with_submitit.py", "submitit")
+    import submitit
+
     main_selfpatch.check_options(vars(args))
     folder = Path(args.output_dir).absolute()
     args.output_dir, args.data_path = str(folder), [absolute(path) for path in as_list(args.data_path)]

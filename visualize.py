@@ -18,7 +18,6 @@ scores: J&F of such folders by sequence, as a bar chart.
 curves: losses beside ln K, rates and k-NN accuracy of one or several training runs.
 """
 import argparse
-import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -33,7 +32,7 @@ from selfpatch.checkpoints.files import CheckpointError
 from selfpatch.checkpoints.loading import CheckpointInfo, build_head, load_with_info
 from selfpatch.data.files import load_rgb, open_image, orientation
 from selfpatch.data.normalisation import IMAGENET_MEAN, IMAGENET_STD, normalise
-from selfpatch.errors import POSITIVE_FLOAT, POSITIVE_INT, ArgumentParser, ConfigError, Number, run_main
+from selfpatch.errors import POSITIVE_FLOAT, POSITIVE_INT, ArgumentParser, ConfigError, Number, require, run_main
 from selfpatch.evaluation.model_options import add_model_options
 from selfpatch.evaluation.tables import check_output, tell_apart
 from selfpatch.method.selfpatch_head import SelfPatchHead, neighbour_similarity, positive_matching
@@ -102,11 +101,6 @@ def result_labels(args: argparse.Namespace) -> list[str]:
         if not Path(folder).is_dir():
             raise ConfigError(f"--results {folder}: no such folder")
     return labels
-
-
-def require_matplotlib(command: str) -> None:
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError(f"visualize.py {command} needs the package matplotlib: pip install matplotlib")
 
 
 # ---------------------------------------------------------------- images and backbones
@@ -248,7 +242,7 @@ def draw_overlay(args: argparse.Namespace) -> None:
 
 
 def draw_scores(args: argparse.Namespace) -> None:
-    require_matplotlib("scores")
+    require("visualize.py scores", "matplotlib")
     labels, output = result_labels(args), check_png(args.output, args.overwrite)
     scores = [score_folder(args.davis_path, folder, args.set, args.processes) for folder in args.results]
     annotations = first_annotations(args.davis_path, scores[0])
@@ -263,7 +257,7 @@ def draw_scores(args: argparse.Namespace) -> None:
 
 
 def draw_curves(args: argparse.Namespace) -> None:
-    require_matplotlib("curves")
+    require("visualize.py curves", "matplotlib")
     output = check_png(args.output, args.overwrite)
     if len(args.runs) > curves.NUM_COLOURS:
         raise ConfigError(f"{len(args.runs)} runs: give at most {curves.NUM_COLOURS}, or their colours repeat")

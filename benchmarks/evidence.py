@@ -8,7 +8,6 @@ curves.png, overlay.gif and figures.json go to --output_dir. Options that it doe
 same command again goes on where it was stopped: only the pictures are drawn anew. docs/EVIDENCE.md: what was found.
 """
 import argparse
-import importlib.util
 import json
 import signal
 import sys
@@ -24,7 +23,7 @@ from evidence_tables import Figures, all_tables, differences
 from main_selfpatch import build_run
 from selfpatch.checkpoints.files import write_checkpoint
 from selfpatch.distributed.processes import Process
-from selfpatch.errors import ArgumentParser, ConfigError, RunStopped, run_main, user_path
+from selfpatch.errors import ArgumentParser, ConfigError, RunStopped, require, run_main, user_path
 from selfpatch.evaluation.tables import write_json
 from selfpatch.pretraining.options import check_numbers
 from selfpatch.pretraining.options import get_args_parser as pretraining_parser
@@ -189,8 +188,7 @@ def check_options(args: argparse.Namespace) -> None:
     for folder in filter(None, folders):
         if not folder.is_dir():
             raise ConfigError(f"{folder} is no folder: --data_path has train and val in it, --davis_path ImageSets")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError("curves need the package matplotlib: pip install matplotlib")
+    require("evidence.py", "matplotlib")
 
 
 def main(args: argparse.Namespace, others: list[str]) -> None:

@@ -28,11 +28,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from published_order import PARTS
 from train_step import Way
 
+from selfpatch.distributed.precision import describe_precision
 from selfpatch.distributed.processes import get_world_size, is_main_process
 from selfpatch.errors import ConfigError, run_main
 from selfpatch.method.vision_transformer import ARCHS, RECOMPUTED
 from selfpatch.pretraining import engine
-from selfpatch.pretraining.auto_options import COMPILE_WAYS, uses_cuda_graphs
+from selfpatch.pretraining.auto_options import COMPILE_WAYS, choose_precision, uses_cuda_graphs
 
 GIB = 2**30
 CARDS = (16, 24, 40, 80, 141)  # GB on the label of T4 and V100, 3090 and A10, A100, A100 and H100, H200
@@ -213,7 +214,7 @@ def main() -> None:
     parser.add_argument("--batch_size", default=128, type=int)
     parser.add_argument("--accum_steps", default=1, type=int)
     parser.add_argument("--local_crops_number", default=8, type=int)
-    parser.add_argument("--precision", default="bf16", choices=["fp32", "bf16", "fp16"])
+    parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"])
     parser.add_argument("--compile", default="off", choices=[way for way in COMPILE_WAYS if way != "auto"])
     parser.add_argument("--pack_crops", default="auto", choices=["auto", "on", "off"])
     parser.add_argument("--checkpoint_activations", default="", nargs="?", const="block", choices=RECOMPUTED)
@@ -224,7 +225,10 @@ def main() -> None:
     null_runtime()
     if uses_cuda_graphs(args.compile):
         check_capture()
+    device = torch.device("cuda")
+    precision = describe_precision(device, choose_precision(args.precision, True, device))
     if args.fits:
+        print(f"in {precision} on compute capability {'.'.join(map(str, torch.cuda.get_device_capability()))}\n")
         results = fits(args)
     else:
         results = {"ours": count_step(args)}
@@ -232,7 +236,7 @@ def main() -> None:
             results["published order"] = count_step(args, plain=list(PARTS))
     if is_main_process():
         if not args.fits:
-            print(f"{args.arch}/{args.patch_size}, {args.batch_size} × {args.accum_steps} images, {args.precision}, "
+            print(f"{args.arch}/{args.patch_size}, {args.batch_size} × {args.accum_steps} images, {precision}, "
                   f"compile {args.compile}, {get_world_size()} process(es), torch {torch.__version__}")
             show(results, args.batch_size * args.accum_steps)
         if args.json:

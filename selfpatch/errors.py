@@ -7,6 +7,7 @@ Library code raises; only a job's main ends the process:
 """
 import argparse
 import errno
+import importlib.util
 import math
 import os
 import signal
@@ -142,6 +143,21 @@ class Number:
 
 
 POSITIVE_INT, POSITIVE_FLOAT = Number(int, 1), Number(float, above=0)
+
+
+def is_installed(package: str) -> bool:
+    """Whether a package can be imported; it is not imported. A folder of that name, without a module, is none."""
+    if package in sys.modules:
+        return sys.modules[package] is not None
+    specification = importlib.util.find_spec(package)
+    return specification is not None and specification.origin is not None
+
+
+def require(user: str, *packages: str) -> None:
+    """Raise ConfigError, with the command that installs what is missing, unless all packages are installed."""
+    if missing := [package for package in packages if not is_installed(package)]:
+        raise ConfigError(f"{user} needs the package{'s' * (len(missing) > 1)} {' and '.join(missing)}: pip install "
+                          f"{' '.join(missing)}")
 
 
 def describe(path: Path) -> str:

@@ -1,16 +1,13 @@
 """Helpers of the tests of detection/ and segmentation/: check for packages, tiny datasets, running scripts."""
 import json
 import os
-import runpy
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
-from repository import ROOT
 
 
 def skip_without_packages() -> None:
@@ -64,23 +61,6 @@ def check_stored_pixels(load: Callable[[dict], dict], folder: Path, tag: int) ->
     Image.fromarray(pixels).save(folder / "tagged.jpg", exif=exif)
     plain, tagged = (load({"img_path": str(folder / f"{name}.jpg")})["img"] for name in ("plain", "tagged"))
     assert plain.shape == (48, 64, 3) and np.array_equal(plain, tagged)
-
-
-def script_error(capsys: pytest.CaptureFixture, script: str, *options) -> str:
-    """Run a script in this process with options that it must refuse; return its only line on stderr.
-
-    Args:
-        script: path relative to the repository's root.
-    """
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
-        patch.setattr(sys, "argv", [script, *map(str, options)])
-        patch.setattr(sys, "path", list(sys.path))
-        patch.setenv("LOCAL_RANK", "0")  # --launcher sets it
-        runpy.run_path(str(ROOT / script), run_name="__main__")
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.endswith("\n") and error.count("\n") == 1, error
-    assert error.startswith(f"{Path(script).name}: error: ")
-    return error
 
 
 def start(*words, **environment) -> str:

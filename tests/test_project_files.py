@@ -41,7 +41,8 @@ def test_the_public_ci_runs_the_projects_own():
     yaml = pytest.importorskip("yaml", reason="PyYAML is not installed")
     job = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())["jobs"]["tests"]
     matrix = job["strategy"]["matrix"]["include"]
-    assert {one["script"] for one in matrix} == {".ci/run", ".ci/floor", ".ci/extras"}
+    assert {(one["script"], one["python-version"]) for one in matrix} == {
+        (".ci/floor", "3.10"), (".ci/run", "3.12"), (".ci/run", "3.13"), (".ci/extras", "3.12")}
     assert all(os.access(ROOT / one["script"], os.X_OK) for one in matrix)
     assert job["steps"][-1]["run"] == "${{ matrix.script }}"
 
@@ -53,6 +54,7 @@ def test_the_floor_is_what_the_project_promises():
     assert all(version.removesuffix(".0") == asked[name].removesuffix(".0") for name, version in floor.items())
     project = (ROOT / "pyproject.toml").read_text()
     assert 'requires-python = ">=3.10"' in project and "python3.10" in (ROOT / ".ci" / "floor").read_text()
+    assert f"Python 3.10 and PyTorch {asked['torch']} or later" in (ROOT / "README.md").read_text()
 
 
 def here(table):

@@ -6,7 +6,6 @@
 Needs the optional packages onnx and onnxscript, and onnxruntime for the comparison.
 """
 import contextlib
-import importlib.util
 import logging
 import warnings
 from collections.abc import Iterator
@@ -15,11 +14,10 @@ from pathlib import Path
 import torch
 
 from selfpatch.checkpoints.files import CheckpointError
-from selfpatch.errors import ConfigError
+from selfpatch.errors import ConfigError, is_installed, require
 from selfpatch.method.vision_transformer import VisionTransformer
 from selfpatch.whole_files import whole_file
 
-NEEDED = ("onnx", "onnxscript")
 LARGEST_SIDE = 4096
 TOLERANCE = 1e-3  # relative to the features' largest magnitude; float32 sums depend on their order
 INPUT, OUTPUT = "images", "patches"
@@ -27,16 +25,7 @@ INPUT, OUTPUT = "images", "patches"
 
 def check_packages() -> None:
     """Raise ConfigError if torch.onnx lacks a package."""
-    missing = [name for name in NEEDED if not is_installed(name)]
-    if missing:
-        raise ConfigError(f"--to onnx needs {' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not "
-                          f"installed: pip install {' '.join(NEEDED)} onnxruntime")
-
-
-def is_installed(name: str) -> bool:
-    with contextlib.suppress(ImportError, ValueError):  # ValueError: a loaded module without a spec
-        return importlib.util.find_spec(name) is not None
-    return False
+    require("--to onnx", "onnx", "onnxscript")
 
 
 def check_image_size(image_size: tuple[int, int], patch_size: int) -> None:

@@ -295,6 +295,11 @@ def installed_decoders() -> dict[str, Callable[[bytes], torch.Tensor]]:
 decode_jpeg = next(iter(installed_decoders().values()), None)  # None: PIL decodes everything
 
 
+def decoder_note() -> str:
+    """What to install where PIL has to decode JPEGs; otherwise empty."""
+    return "" if decode_jpeg else "PIL decodes JPEGs here, slower than torchcodec: pip install 'torchcodec>=0.16'"
+
+
 def jpeg_pixels(data: bytes) -> int:
     """Pixels of a JPEG by its frame header; 0 for anything else."""
     position = 2 if data.startswith(b"\xff\xd8\xff") else len(data)

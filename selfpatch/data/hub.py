@@ -9,7 +9,7 @@ import torch
 
 from selfpatch.data.files import UnreadableImage, read_bytes
 from selfpatch.data.names import NamedImages, common_top, in_order, number_classes
-from selfpatch.errors import ConfigError
+from selfpatch.errors import ConfigError, require
 
 
 class HubImages(NamedImages):
@@ -55,11 +55,7 @@ def split_of(path: str) -> tuple[str, str | None]:
         ConfigError: there is no name, or the package is not installed.
     """
     name = os.path.expanduser(path.removeprefix("hf:"))
-    try:
-        import datasets  # noqa: F401
-    except ImportError:
-        raise ConfigError(f"{path} is read by the package datasets, which is not installed: pip install datasets"
-                          ) from None
+    require(path, "datasets")
     name, _, split = (name, "", "") if os.path.exists(name) else name.partition(":")
     if not name:
         raise ConfigError(f"{path}: give the name of a data set, hf:NAME, or a folder, hf:/path/to/it")

@@ -3,6 +3,8 @@ import torch
 
 from selfpatch.errors import ConfigError
 
+# kernels of scaled_dot_product_attention, by the numbers of torch.nn.attention.SDPBackend
+ATTENTION = ("plain", "flash", "memory-efficient", "cuDNN's")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -35,6 +37,18 @@ def choose_dtype(precision: str, device: torch.device, half: bool = False) -> to
         raise ConfigError(f"--precision bf16: {torch.cuda.get_device_name(device)} would only emulate bfloat16: use "
                           "fp16 or fp32")
     return DTYPES.get(precision, torch.float32)
+
+
+def describe_precision(device: torch.device, dtype: torch.dtype, head_dim: int = 64) -> str:
+    """The dtype's name and, on a GPU, that of the kernel which torch chooses for attention in it.
+
+    FlashAttention needs compute capability 8.0.
+    """
+    name = str(dtype).removeprefix("torch.")
+    if device.type != "cuda":
+        return name
+    x = torch.empty(1, 1, 64, head_dim, dtype=dtype, device=device)
+    return f"{name} with {ATTENTION[torch._fused_sdp_choice(x, x, x)]} attention"
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:

@@ -1,5 +1,4 @@
 """Resolve options whose meaning depends on the machine: auto, precision, compilation, loss."""
-import importlib.util
 import os
 import shutil
 
@@ -7,7 +6,7 @@ import torch
 
 from selfpatch.distributed.precision import choose_dtype
 from selfpatch.distributed.processes import is_main_process
-from selfpatch.errors import ConfigError
+from selfpatch.errors import ConfigError, is_installed
 from selfpatch.method.fused_loss import FusedDINOLoss
 from selfpatch.method.losses import DINOLoss
 
@@ -42,8 +41,8 @@ def choose_compile(choice: str, device: torch.device) -> bool:
     missing = ""
     if not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
         missing = "there is no C++ compiler here: install g++, or set CXX"
-    elif device.type == "cuda" and importlib.util.find_spec("triton") is None:
-        missing = "torch's Triton is not installed"
+    elif device.type == "cuda" and not is_installed("triton"):
+        missing = "it needs the package triton: pip install triton"
     elif device.type == "cuda" and torch.cuda.get_device_capability(device) < (7, 0):
         missing = "it needs a GPU of compute capability 7.0 or more"
     if missing and choice != "auto":

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from selfpatch.data.loader import CropLoader
-from selfpatch.distributed.precision import autocast
+from selfpatch.distributed.precision import autocast, has_bfloat16
 from selfpatch.distributed.processes import get_world_size, is_main_process, peak_memory_gb
 from selfpatch.errors import TrainingError
 from selfpatch.method.losses import DINOLoss, Losses
@@ -143,7 +143,7 @@ def check_logged_steps(run: TrainingRun, logger: MetricLogger) -> None:
     steps = len(logger["total"].recent)  # the window is as long as the steps between two calls
     if run.scaler.is_enabled() and run.scaler.get_scale() < SMALLEST_SCALE:
         raise NotFiniteError(f"float16's gradients overflow at every scale down to {SMALLEST_SCALE:g}, so that no step "
-                             "is taken: use --precision bf16 or fp32")
+                             f"is taken: use --precision {'bf16 or ' * has_bfloat16(run.device)}fp32")
     skipped = int(run.skipped_steps)
     bad = [i for i, loss in enumerate(logger["total"].recent) if not math.isfinite(loss)]
     if skipped or bad:

@@ -1,12 +1,10 @@
 """Send a run's values to TensorBoard, Weights & Biases and trackio, each imported only where it is used."""
 import importlib
-import importlib.util
-import sys
 import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from selfpatch.errors import ConfigError
+from selfpatch.errors import ConfigError, require
 
 TRACKERS = ("tensorboard", "wandb", "trackio")
 
@@ -23,8 +21,7 @@ def check_trackers(names: list[str], output: Path) -> None:
         raise ConfigError(f"{curves} is not a folder, so --log_with tensorboard cannot use it: remove it, or choose "
                           "another --output_dir")
     for name in names:
-        if name not in sys.modules and importlib.util.find_spec(name) is None:
-            raise ConfigError(f"--log_with {name} needs the package of that name: pip install {name}")
+        require(f"--log_with {name}", name)
 
 
 class Trackers:

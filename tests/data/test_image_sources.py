@@ -184,12 +184,6 @@ def test_data_sets_that_cannot_be_read(tmp_path, monkeypatch):
         assert "\n" not in str(error.value)
 
 
-def test_without_the_package(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "datasets", None)
-    with pytest.raises(ConfigError, match="hf:x is read by the package datasets.*pip install datasets"):
-        open_images("hf:x")
-
-
 def test_rows_without_names_keep_their_order(image_folder, tmp_path):
     datasets = pytest.importorskip("datasets", reason="the package datasets is not installed")
     rows = [{"bytes": path.read_bytes(), "path": None} for path in files(image_folder)] + [None]

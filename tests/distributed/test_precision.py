@@ -1,8 +1,9 @@
 """Which dtype each device computes in, with stubbed compute capabilities."""
 import pytest
 import torch
+from torch.nn.attention import SDPBackend
 
-from selfpatch.distributed.precision import autocast, choose_dtype, has_bfloat16
+from selfpatch.distributed.precision import ATTENTION, autocast, choose_dtype, describe_precision, has_bfloat16
 from selfpatch.errors import ConfigError
 
 CPU, CUDA, MPS = map(torch.device, ("cpu", "cuda", "mps"))
@@ -51,3 +52,9 @@ def test_float32_means_no_autocast():
     for dtype in (torch.float32, torch.bfloat16):
         with autocast(CPU, dtype):
             assert (x @ x).dtype == dtype
+
+
+def test_attention_kernels_have_torchs_numbers():
+    kernels = SDPBackend.MATH, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION
+    assert [kernel.value for kernel in kernels] == list(range(len(ATTENTION)))
+    assert describe_precision(CPU, torch.float32) == "float32"

@@ -87,10 +87,12 @@ def test_steps_that_float16_skips_move_neither_teacher_nor_centres():
     assert not torch.equal(state(run)["teacher"]["backbone.pos_embed"], before["teacher"]["backbone.pos_embed"])
 
 
-def test_float16_that_never_takes_a_step_ends_the_run():
+@pytest.mark.parametrize("has_bfloat16, use", [(True, "bf16 or fp32"), (False, "fp32")])
+def test_float16_that_never_takes_a_step_ends_the_run(monkeypatch, has_bfloat16, use):
+    monkeypatch.setattr("selfpatch.pretraining.engine.has_bfloat16", lambda device: has_bfloat16)
     run, logger = make_run(dtype=torch.float16), MetricLogger(window=1)
     poison(run)
-    with pytest.raises(NotFiniteError, match="overflow at every scale.*--precision bf16 or fp32"):
+    with pytest.raises(NotFiniteError, match=f"overflow at every scale.*use --precision {use}$"):
         for _ in range(40):
             logger.update(**train_step(run, CROPS)._asdict())
             logger.read()

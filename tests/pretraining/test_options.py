@@ -67,7 +67,7 @@ def test_home_folder_in_path_options(monkeypatch):
     ("auto", "cuda", True, (8, 0), True), ("auto", "cuda", True, (6, 1), False), ("auto", "cuda", False, (8, 0), False),
     ("auto", "cpu", True, None, False), ("off", "cuda", True, (8, 0), False), ("on", "cpu", False, None, True)])
 def test_where_to_compile(monkeypatch, capsys, way, device, triton, capability, on):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: triton or None)
+    monkeypatch.setattr("selfpatch.pretraining.auto_options.is_installed", lambda name: triton)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
     assert main_selfpatch.choose_compile(way, torch.device(device)) is on
@@ -79,7 +79,7 @@ def test_the_compilers_modes_are_for_cuda(monkeypatch, mode):
     with pytest.raises(ConfigError, match=f"--compile {mode} is for CUDA, and the device is cpu"):
         main_selfpatch.choose_compile(mode, torch.device("cpu"))
     monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
+    monkeypatch.setattr("selfpatch.pretraining.auto_options.is_installed", lambda name: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     assert main_selfpatch.choose_compile(mode, torch.device("cuda"))
     assert main_selfpatch.compile_mode(mode) == mode and main_selfpatch.compile_mode("on") is None

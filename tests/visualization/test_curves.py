@@ -10,7 +10,6 @@ from PIL import Image
 from repository import ROOT
 
 import visualize
-from selfpatch.errors import ConfigError
 from selfpatch.visualization import curves
 
 EARLIER_RUN = ROOT / "tests" / "earlier_run"
@@ -90,12 +89,6 @@ def test_one_row_is_a_point(tmp_path):
     run(folder, "--output", tmp_path / "curves.png")
     figure = curves.draw_panels(list(panels_of(folder).values()), ["run"])
     assert figure.axes[0].lines[0].get_marker() == "o" and (tmp_path / "curves.png").is_file()
-
-
-def test_without_matplotlib(tmp_path, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match="pip install matplotlib"):
-        run(EARLIER_RUN, "--output", tmp_path / "x.png")
 
 
 def test_curves_refuse(tmp_path):

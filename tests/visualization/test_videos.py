@@ -8,7 +8,6 @@ from golden_rules import GOLDEN
 from PIL import Image
 
 import visualize
-from selfpatch.errors import ConfigError
 from selfpatch.video.davis import DAVIS_PALETTE, imwrite_indexed
 from selfpatch.visualization import videos
 
@@ -130,10 +129,3 @@ def test_bars_have_their_lengths_and_labels():
     assert [text.get_text() for text in axis.get_yticklabels()] == ["half", "less"]
     assert axis.get_title("left") == "title"
     assert [text.get_text() for text in axis.figure.legends[0].get_texts()] == ["a", "b"]
-
-
-def test_without_matplotlib(tmp_path, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    data = GOLDEN / "davis_scores"
-    with pytest.raises(ConfigError, match="visualize.py scores needs the package matplotlib: pip install matplotlib"):
-        run("scores", "--davis_path", data, "--results", data / "results", "--output", tmp_path / "scores.png")
