@@ -255,15 +255,6 @@ def report_scores(sequences: list[Sequence], names: list[str], scores: dict, uns
     return 1 if failed else 0
 
 
-def announce(sequences: list[Sequence], failed: dict[str, str], output_dir: str) -> None:
-    """Print which videos cannot be segmented, and which masks will be replaced."""
-    for name, error in failed.items():
-        print(f"{name}: {error}", file=sys.stderr)
-    replaced = [s.name for s in sequences if (Path(output_dir) / s.name).exists()]
-    if replaced:
-        print(f"replacing the masks of {', '.join(replaced)} in {output_dir}")
-
-
 def settings(args: argparse.Namespace) -> dict:
     """Everything that determines the masks: the options, and the size and time of the checkpoint."""
     irrelevant = ("no_score", "present_objects", "output_dir", "bs")
@@ -310,7 +301,11 @@ def main(args: argparse.Namespace) -> int:
         raise DataError(f"--output_dir {args.output_dir}: {error.strerror}") from None
     unfinished = Unfinished(args.output_dir, settings(args))
     if rank == 0:
-        announce([] if unfinished.continues() else sequences, failed, args.output_dir)
+        for name, error in failed.items():
+            print(f"{name}: {error}", file=sys.stderr)
+        replaced = [s.name for s in sequences if (Path(args.output_dir) / s.name).exists()]
+        if replaced and not unfinished.continues():
+            print(f"replacing the masks of {', '.join(replaced)} in {args.output_dir}")
         unfinished.begin()
     # the processes communicate once, at the end, to gather the scores
     join(process, "gloo", timeout=timedelta(days=1), option="")

@@ -85,13 +85,6 @@ def build_loader(args: argparse.Namespace, process: Process, compiled: bool) -> 
     return loader
 
 
-def build_probe(args: argparse.Namespace, process: Process, dtype: torch.dtype) -> KnnProbe | None:
-    if not args.knn_data:
-        return None
-    return KnnProbe(args.knn_data, args.global_crops_size, args.batch_size_per_gpu, args.num_workers, process.device,
-                    dtype, args.knn_every)
-
-
 def share_gradients(student: nn.Module, device: torch.device, reduce_dtype: str = "fp32") -> DistributedDataParallel:
     """The student with gradients that are averaged over all processes, sent as reduce_dtype (fp32 or bf16) says."""
     student = DistributedDataParallel(student, device_ids=[device] if device.type == "cuda" else None,
@@ -149,7 +142,8 @@ def pretrain(args: argparse.Namespace, loss_class: type[DINOLoss] | None = None)
                        if args.init_weights and not continues else None)
     on_main_process(lambda: prepare(args.data_path))
     loader = together(lambda: build_loader(args, process, compiled))
-    probe = together(lambda: build_probe(args, process, dtype))
+    probe = together(lambda: KnnProbe(args.knn_data, args.global_crops_size, args.batch_size_per_gpu, args.num_workers,
+                                      process.device, dtype, args.knn_every) if args.knn_data else None)
     saved_args = plain_args(vars(args), process.world_size, loader.dataset)
     together(lambda: compare_ranks(saved_args))
     fix_random_seeds(args.seed)

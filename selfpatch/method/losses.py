@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from selfpatch.distributed.processes import get_world_size
-from selfpatch.method.schedules import linear_warmup
+from selfpatch.method.schedules import cosine_schedule
 from selfpatch.method.vision_transformer import CropLogits, Logits
 
 
@@ -71,7 +71,9 @@ class DINOLoss(nn.Module):
         super().__init__()
         self.ncrops, self.student_temp, self.center_momentum = ncrops, student_temp, center_momentum
         self.patch_loss_weight = patch_loss_weight
-        self.teacher_temp = linear_warmup(warmup_teacher_temp, teacher_temp, warmup_teacher_temp_epochs)
+        # the warm-up, and then constant: a cosine between equal values
+        self.teacher_temp = cosine_schedule(teacher_temp, teacher_temp, steps=warmup_teacher_temp_epochs,
+                                            warmup_steps=warmup_teacher_temp_epochs, start=warmup_teacher_temp)
         self.register_buffer("center", torch.zeros(1, 1, out_dim))
         self.register_buffer("patch_center", torch.zeros(1, out_dim_selfpatch))
 

@@ -26,11 +26,6 @@ def cosine_schedule(base: float, final: float, steps: int, warmup_steps: int = 0
     return value
 
 
-def linear_warmup(start: float, end: float, warmup_epochs: int) -> Schedule:
-    """From start to end over the first warmup_epochs, both included, then constant."""
-    return cosine_schedule(end, end, warmup_epochs, warmup_epochs, start)
-
-
 def cosine_scheduler(base_value: float, final_value: float, epochs: int, niter_per_ep: int,
                      warmup_epochs: int = 0, start_warmup_value: float = 0) -> np.ndarray:
     """DINO's form of cosine_schedule: one value per iteration, [epochs · niter_per_ep]."""

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from selfpatch.data.loader import CropLoader
 from selfpatch.distributed.processes import peak_memory_gb
-from selfpatch.errors import PASSING_ERRORS, ConfigError, TrainingError, describe
+from selfpatch.errors import PASSING_ERRORS, ConfigError, TrainingError
 from selfpatch.method.training_run import TrainingRun
 from selfpatch.pretraining.engine import prototypes
 from selfpatch.pretraining.meters import MetricLogger
@@ -25,11 +25,7 @@ FIRST_STEPS = 3  # of a process: slow because of compilation, caches and startin
 
 
 def check_log(output: Path) -> None:
-    """Raise ConfigError if the folder's log.txt is not a text file, or its steps.jsonl not a file."""
-    for path in (output / "log.txt", output / "steps.jsonl"):
-        if os.path.lexists(path) and not path.is_file():
-            raise ConfigError(f"{path} is {describe(path)}, not the log of a run: remove it, or choose another "
-                              "--output_dir")
+    """Raise ConfigError if the folder's log.txt is a file that is not text, or cannot be read."""
     path = output / "log.txt"
     try:
         read(path).decode()
@@ -248,10 +244,9 @@ class RunLog:
 
     def set_steps_aside(self) -> None:
         """Add what steps.jsonl holds to earlier_steps.jsonl, and remove it."""
-        earlier = self.steps.path.with_name("earlier_steps.jsonl")
+        earlier = JsonLines(self.steps.path.with_name("earlier_steps.jsonl"))
         if self.steps.path.is_file():
-            with whole_file(earlier) as temporary:
-                temporary.write_bytes(read(earlier) + read(self.steps.path))
+            earlier.replace(read(earlier.path) + read(self.steps.path))
             self.steps.path.unlink()
 
     def state_dict(self) -> dict[str, list[int]]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from selfpatch.checkpoints.loading import resolve_path
 from selfpatch.data.sources import KINDS, check_paths
-from selfpatch.errors import POSITIVE_FLOAT, ArgumentParser, ConfigError, Number
+from selfpatch.errors import POSITIVE_FLOAT, ArgumentParser, ConfigError, Number, describe
 from selfpatch.method.vision_transformer import ARCHS, RECOMPUTED
 from selfpatch.pretraining.auto_options import COMPILE_WAYS
 from selfpatch.pretraining.logs import check_log
@@ -271,14 +271,19 @@ def small_grid_warning(sizes: dict[str, int], patch_size: int) -> str:
 
 
 def check_output_dir(output: Path) -> None:
-    """Check that the folder can be written to, and that the files of an earlier run are files."""
+    """Check that the folder can be written to, and that the files of an earlier run are files, and log.txt text."""
     try:
         output.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=output).close()
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"cannot write to --output_dir {output} ({reason}): choose another folder") from None
-    RunFolder(output).check()
+    checkpoint, log = "a checkpoint to resume from", "the log of a run"
+    for name, content in (("checkpoint.pth", checkpoint), ("previous.pth", checkpoint), ("log.txt", log),
+                          ("steps.jsonl", log)):
+        path = output / name
+        require(path.is_file() or not os.path.lexists(path),
+                f"{path} is {describe(path)}, not {content}: remove it, or choose another --output_dir")
     check_log(output)
 
 

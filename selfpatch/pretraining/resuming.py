@@ -156,7 +156,12 @@ def resume(run: TrainingRun, folder: RunFolder, path: Path | None, ours: dict) -
     for line in filter(None, lines if is_main_process() else ()):
         print(line)
     if steps := state.get("step_of_epoch"):
-        state["step_of_epoch"] = convert_steps(steps, with_batch(saved).get("batch"), with_batch(ours)["batch"], path)
+        old_batch, new_batch = (with_batch(args).get("batch") for args in (saved, ours))
+        images = steps * (old_batch or new_batch)
+        if images % new_batch:
+            raise ConfigError(f"{path} lies {images} images into an epoch, which is no whole number of steps of "
+                              f"{new_batch} images: continue with {old_batch} images a step until the epoch ends")
+        state["step_of_epoch"] = images // new_batch
     try:
         run.load_state_dict(state)
     except ConfigError as error:
@@ -186,19 +191,6 @@ def check_types(state: dict, path: Path) -> None:
              "older_log": isinstance(older, list) and [type(number) for number in older] == [int, int]}
     if wrong := [name for name, is_sound in sound.items() if not is_sound]:
         raise ConfigError(f"{path}: its {wrong[0]} is not what a training run writes: give another --output_dir")
-
-
-def convert_steps(steps: int, old_batch: int | None, new_batch: int, path: Path) -> int:
-    """The number of steps of new_batch images that cover the same images as steps of old_batch images.
-
-    Raises:
-        ConfigError: it is not a whole number.
-    """
-    images = steps * (old_batch or new_batch)
-    if images % new_batch:
-        raise ConfigError(f"{path} lies {images} images into an epoch, which is no whole number of steps of "
-                          f"{new_batch} images: continue with {old_batch} images a step until the epoch ends")
-    return images // new_batch
 
 
 def begin_epoch(run: TrainingRun, loader: CropLoader, logger: MetricLogger, within: dict, seed: int,

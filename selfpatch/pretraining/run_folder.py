@@ -22,7 +22,7 @@ from pathlib import Path
 
 from selfpatch.checkpoints.files import CheckpointError, read_checkpoint, write_checkpoint
 from selfpatch.distributed.processes import is_main_process
-from selfpatch.errors import PASSING_ERRORS, ConfigError, TrainingError, describe
+from selfpatch.errors import PASSING_ERRORS, ConfigError, TrainingError
 from selfpatch.whole_files import WriteError, whole_file
 
 try:
@@ -35,7 +35,7 @@ LEFTOVER = re.compile(r"\.(checkpoint\d*\.pth|previous\.pth|nan\.pth|log\.txt|st
 
 
 class RunFolder:
-    """The folder of one run. For rank 0, except check, keep_for_inspection and add_bad_images.
+    """The folder of one run. For rank 0, except keep_for_inspection and add_bad_images.
 
     Args:
         path: of the folder.
@@ -212,10 +212,3 @@ class RunFolder:
         except OSError as error:
             print(f"warning: cannot write {path} ({error.strerror}); the next save will try again", flush=True)
         print(f"warning: {len(errors)} of {num_images} images cannot be read, see {path}", flush=True)
-
-    def check(self) -> None:
-        """Raise ConfigError if checkpoint.pth or previous.pth is a folder, a broken link or the like."""
-        for path in (self.last, self.previous):
-            if os.path.lexists(path) and not path.is_file():
-                raise ConfigError(f"{path} is {describe(path)}, not a checkpoint to resume from: remove it, or choose "
-                                  "another --output_dir")

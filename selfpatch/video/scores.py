@@ -94,15 +94,6 @@ def num_objects(annotation: np.ndarray) -> int:
     return int(annotation[annotation != VOID].max(initial=0))
 
 
-def absent_objects(annotation: np.ndarray) -> list[int]:
-    """Ids from 1 to num_objects without a pixel in the first frame's annotation.
-
-    The official figures count them as objects with perfect, empty masks.
-    """
-    present = np.unique(annotation)
-    return [i for i in range(1, num_objects(annotation) + 1) if i not in present]
-
-
 def score_frame(annotation: np.ndarray, result: np.ndarray, objects: int) -> tuple[list[float], list[float]]:
     """J and F of objects 1 … n in one frame; both masks are ids, uint8 [H, W]. Void counts as background."""
     radius = tolerance(annotation.shape)
@@ -235,8 +226,12 @@ def first_annotations(davis_path: str | Path, names: Iterable[str]) -> dict[str,
 
 
 def find_absent(annotations: dict[str, np.ndarray]) -> dict[str, list[int]]:
-    """absent_objects by sequence, from first annotations [H, W]; sequences without any are left out."""
-    absent = {name: absent_objects(ids) for name, ids in annotations.items()}
+    """Ids from 1 to num_objects without a pixel in a sequence's first annotation [H, W]; no entry for no such id.
+
+    The official figures count them as objects with perfect, empty masks.
+    """
+    absent = {name: sorted(set(range(1, num_objects(annotation) + 1)) - set(np.unique(annotation).tolist()))
+              for name, annotation in annotations.items()}
     return {name: ids for name, ids in absent.items() if ids}
 
 

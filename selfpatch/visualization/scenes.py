@@ -45,23 +45,9 @@ def wave_of(x: np.ndarray) -> np.ndarray:
     return np.sin(2 * math.pi * x)
 
 
-def stripes(rng: np.random.Generator, size: int, wave: float) -> np.ndarray:
-    return soft_step(wave_of(lattice(rng, size, wave)[0]))
-
-
-def checks(rng: np.random.Generator, size: int, wave: float) -> np.ndarray:
-    u, v = lattice(rng, size, 1.5 * wave)
-    return soft_step(2 * wave_of(u) * wave_of(v))
-
-
-def dots(rng: np.random.Generator, size: int, wave: float) -> np.ndarray:
-    u, v = lattice(rng, size, wave)
-    return soft_step(wave_of(u) + wave_of(v) - 0.7)
-
-
-def zigzag(rng: np.random.Generator, size: int, wave: float) -> np.ndarray:
-    u, v = lattice(rng, size, wave)
-    return soft_step(wave_of(u + 2 * abs(v / 2 % 1 - 0.5)))
+def on_lattice(formula: Callable, stretch: float = 1) -> Callable:
+    """A material that is bright where formula(u, v) of a lattice's coordinates is positive, and dark elsewhere."""
+    return lambda rng, size, wave: soft_step(formula(*lattice(rng, size, stretch * wave)))
 
 
 def bricks(rng: np.random.Generator, size: int, wave: float) -> np.ndarray:
@@ -92,8 +78,12 @@ def plain(rng: np.random.Generator, size: int, wave: float) -> np.ndarray:
     return noise(rng, size, 5 * wave)
 
 
-MATERIALS: tuple[Callable, ...] = (stripes, checks, dots, zigzag, bricks, spots, cells, plain)
-NAMES = tuple(material.__name__ for material in MATERIALS)
+PATTERNS = {"stripes": on_lattice(lambda u, v: wave_of(u)),
+            "checks": on_lattice(lambda u, v: 2 * wave_of(u) * wave_of(v), stretch=1.5),
+            "dots": on_lattice(lambda u, v: wave_of(u) + wave_of(v) - 0.7),
+            "zigzag": on_lattice(lambda u, v: wave_of(u + 2 * abs(v / 2 % 1 - 0.5))),
+            "bricks": bricks, "spots": spots, "cells": cells, "plain": plain}
+NAMES, MATERIALS = tuple(PATTERNS), tuple(PATTERNS.values())
 
 
 # ---------------------------------------------------------------- scenes
