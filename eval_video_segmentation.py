@@ -26,7 +26,14 @@ from selfpatch.checkpoints.loading import load_backbone
 from selfpatch.data.files import is_hidden
 from selfpatch.data.normalisation import normalise
 from selfpatch.distributed.precision import choose_dtype
-from selfpatch.distributed.processes import Process, join, keep_freed_memory, pick_device, read_launcher
+from selfpatch.distributed.processes import (
+    Process,
+    join,
+    keep_freed_memory,
+    leave_processes,
+    pick_device,
+    read_launcher,
+)
 from selfpatch.errors import POSITIVE_INT, ArgumentParser, ConfigError, Number, run_main, user_path
 from selfpatch.evaluation.model_options import add_model_options, add_precision_option
 from selfpatch.video import davis as davis_data
@@ -321,7 +328,7 @@ def main(args: argparse.Namespace) -> int:
     if world_size > 1:
         outcomes = [None] * world_size
         dist.all_gather_object(outcomes, outcome)
-        dist.destroy_process_group()
+        leave_processes()
     scores, unscored, failures = ({k: v for part in parts for k, v in part.items()}
                                   for parts in zip(*outcomes, strict=True))
     if rank:
