@@ -17,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from PIL import Image
 from tqdm import tqdm
 
@@ -26,7 +25,15 @@ from selfpatch.checkpoints.loading import load_backbone
 from selfpatch.data.files import is_hidden
 from selfpatch.data.normalisation import normalise
 from selfpatch.distributed.precision import choose_dtype
-from selfpatch.distributed.processes import Process, gather_objects, join, keep_freed_memory, pick_device, read_launcher
+from selfpatch.distributed.processes import (
+    Process,
+    gather_objects,
+    join,
+    keep_freed_memory,
+    leave_processes,
+    pick_device,
+    read_launcher,
+)
 from selfpatch.errors import POSITIVE_INT, ArgumentParser, ConfigError, Number, run_main, user_path
 from selfpatch.evaluation.model_options import add_model_options, add_precision_option
 from selfpatch.video import davis as davis_data
@@ -315,7 +322,7 @@ def main(args: argparse.Namespace) -> int:
     scores, unscored, failures = ({k: v for part in parts for k, v in part.items()}
                                   for parts in zip(*gather_objects(outcome), strict=True))
     if world_size > 1:
-        dist.destroy_process_group()
+        leave_processes()
     if rank:
         return 0
     unfinished.end()

@@ -11,7 +11,6 @@ import errno
 from datetime import timedelta
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
@@ -31,6 +30,7 @@ from selfpatch.distributed.processes import (
     is_lost_contact,
     is_main_process,
     keep_freed_memory,
+    leave_processes,
     on_main_process,
     together,
 )
@@ -238,8 +238,7 @@ def train_dino(args: argparse.Namespace, loss_class: type[DINOLoss] | None = Non
         raise TrainingError("the data workers have run out of shared memory (/dev/shm): lower --num_workers (0 needs "
                             "none), or give a container more than Docker's 64 MB: docker run --shm-size=8g") from None
     finally:
-        if is_distributed():
-            dist.destroy_process_group()
+        leave_processes()
 
 
 def start_line(args: argparse.Namespace, process: Process, loader: CropLoader, run: TrainingRun,

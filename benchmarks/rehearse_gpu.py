@@ -21,7 +21,6 @@ from functools import cache
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch._dynamo.utils import counters
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -29,7 +28,7 @@ from published_order import PARTS
 from train_step import Way
 
 from selfpatch.distributed.precision import describe_precision
-from selfpatch.distributed.processes import get_world_size, is_main_process
+from selfpatch.distributed.processes import get_world_size, is_main_process, leave_processes
 from selfpatch.errors import ConfigError, run_main
 from selfpatch.method.vision_transformer import ARCHS, RECOMPUTED
 from selfpatch.pretraining import engine
@@ -242,8 +241,7 @@ def main() -> None:
         if args.json:
             Path(args.json).write_text(json.dumps({"options": vars(args), "torch": torch.__version__,
                                                    "results": results}, indent=1))
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    leave_processes()
 
 
 if __name__ == "__main__":

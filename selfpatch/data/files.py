@@ -194,10 +194,12 @@ def decode(image: Image.Image, low_bytes: bool = False) -> Image.Image:
 
 def swap_bytes(tile: tuple) -> tuple:
     """PIL's description of where pixels are in a file, for the other byte order: RGB;16B becomes RGB;16L."""
-    layout, *rest = (tile.args,) if isinstance(tile.args, str) else tile.args
+    *place, args = tile
+    layout, *rest = (args,) if isinstance(args, str) else args
     order = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}[layout[-1]]  # N: the machine's own
     layout = layout[:-1] + order
-    return tile._replace(args=layout if isinstance(tile.args, str) else (layout, *rest))
+    make = getattr(type(tile), "_make", tuple)  # a plain tuple before Pillow 11, then a named one
+    return make((*place, layout if isinstance(args, str) else (layout, *rest)))
 
 
 def orientation(image: Image.Image) -> int:

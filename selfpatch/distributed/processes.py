@@ -257,6 +257,15 @@ def is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
+def leave_processes() -> None:
+    """Leave the group of processes, if there is one."""
+    if is_distributed():
+        # torch 2.6: a thread of gloo may need the interpreter to free its last tensor, and leaving would
+        # keep that while it waits for the thread
+        time.sleep(0.1)
+        dist.destroy_process_group()
+
+
 def get_rank() -> int:
     return dist.get_rank() if is_distributed() else 0
 

@@ -6,7 +6,6 @@ from datetime import timedelta
 from typing import TypeVar
 
 import torch
-import torch.distributed as dist
 
 from selfpatch.distributed.precision import choose_dtype
 from selfpatch.distributed.processes import (
@@ -15,6 +14,7 @@ from selfpatch.distributed.processes import (
     is_distributed,
     is_lost_contact,
     keep_freed_memory,
+    leave_processes,
 )
 from selfpatch.errors import POSITIVE_INT, ConfigError, Number, user_path
 from selfpatch.evaluation.image_features import IMAGE_FEATURES, PATCH_FEATURES
@@ -123,8 +123,7 @@ def evaluate_each(candidates: list[Candidate], function: Callable[[Candidate], R
 def leave() -> bool:
     """Leave the group of processes; whether this is the first of them, which reports."""
     first = get_rank() == 0
-    if is_distributed():
-        dist.destroy_process_group()
+    leave_processes()
     return first
 
 

@@ -7,6 +7,7 @@ import torch
 from forked import run_ranks
 from golden_rules import assert_close, load, rand
 
+from selfpatch.distributed.processes import leave_processes
 from selfpatch.evaluation.dense_retrieval import PatchMemory, label_map, patch_labels, patch_scores, sample_patches
 from selfpatch.evaluation.nearest_neighbours import nearest
 from selfpatch.evaluation.segmentation import IGNORE, confusion_matrix, match_predictions, mean_iou
@@ -146,7 +147,7 @@ def worker(folder):
         if (i < 7) == (rank == 0):  # 7 maps and 1
             memory.add(features[i].flatten(0, 1), labels[i].flatten(0, 1))
     torch.save(memory.vote(features[8 + 2 * rank:10 + 2 * rank].flatten(0, 2)), f"{folder}/{rank}.pth")
-    torch.distributed.destroy_process_group()
+    leave_processes()
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ from forked import free_port
 from golden_rules import load, rand
 
 from selfpatch.distributed.collectives import gather_rows
+from selfpatch.distributed.processes import leave_processes
 from selfpatch.evaluation import knn
 from selfpatch.evaluation.knn import Accuracy, bank_dtype, class_ranks, classify, neighbours
 from selfpatch.evaluation.nearest_neighbours import BANK_ROWS, QUERY_ROWS, nearest, search
@@ -113,7 +114,7 @@ def share_of_three(rank, port, queries, truth, bank, labels, path):
     assert torch.equal(classes, expected[1])
     if rank == 2:
         torch.save({k: list(accuracy) for k, accuracy in found.items()}, path)
-    dist.destroy_process_group()
+    leave_processes()
 
 
 @pytest.mark.long

@@ -15,6 +15,7 @@ from torch import nn
 from main_selfpatch import share_gradients
 from selfpatch.checkpoints.loading import load_backbone
 from selfpatch.distributed.collectives import sync_batchnorms
+from selfpatch.distributed.processes import leave_processes
 from selfpatch.method.fused_loss import FusedDINOLoss
 from selfpatch.method.losses import DINOLoss
 from selfpatch.method.optim import get_params_groups
@@ -65,7 +66,7 @@ def worker(batch, folder):
     rank = torch.distributed.get_rank()
     for case, options in CASES.items():
         torch.save(run_step(batch, **options, rank=rank, world_size=2), f"{folder}/{case}.{rank}.pth")
-    torch.distributed.destroy_process_group()
+    leave_processes()
 
 
 def close(a, b, tolerance):

@@ -209,7 +209,7 @@ def test_ranks_of_another_projects_script(run, script):
     path = script("""
         import selfpatch, torch
         from torch import distributed as dist
-        from selfpatch.distributed.processes import init_distributed_mode
+        from selfpatch.distributed.processes import init_distributed_mode, leave_processes
         from selfpatch.method.losses import DINOLoss
 
         processes = init_distributed_mode("cpu")
@@ -218,7 +218,7 @@ def test_ranks_of_another_projects_script(run, script):
         assert processes.world_size == total == 2 and DINOLoss(8, 8, 4)
         if processes.rank == 0:
             print(selfpatch.__file__)
-        dist.destroy_process_group()
+        leave_processes()
     """)
     output = run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", path, cwd=ROOT)
     assert "site-packages" in output.splitlines()[-1]

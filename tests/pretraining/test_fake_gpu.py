@@ -23,6 +23,7 @@ def without_elements(model: nn.Module) -> nn.Module:
     return model
 
 
+@pytest.mark.skipif(torch.__version__.startswith("2.6."), reason="torch 2.6 asks the driver how to convolve")
 @pytest.mark.parametrize("loss_class, wrapper_class", [
     (FusedDINOLoss, PackedMultiCropWrapper), (FusedDINOLoss, MultiCropWrapper), (DINOLoss, MultiCropWrapper)])
 def test_every_tensor_of_a_step_is_on_the_gpu(loss_class, wrapper_class, monkeypatch):
