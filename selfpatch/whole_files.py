@@ -1,7 +1,12 @@
-"""Write a file or a folder whole: after a crash at any moment there is either the old one or the complete new one."""
+"""Write a file or a folder whole: after a crash at any moment there is either the old one or the complete new one.
+
+And read files that are whole: regular(path) refuses pipes.
+"""
 import contextlib
+import errno
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +23,18 @@ class WriteError(ConfigError):
 
     def __reduce__(self) -> tuple:
         return type(self), self.parts  # other ranks get it by pickle
+
+
+def regular(path: str | Path) -> str | Path:
+    """The path as it is, for the call that opens it: a pipe could make that call wait for ever, or be read in part.
+
+    Raises:
+        OSError: there is nothing at path, or a pipe, as for <(command), or a device.
+    """
+    mode = os.stat(path).st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # a folder's own error is clear
+        raise OSError(errno.EINVAL, "a pipe or a device, not a regular file: write its content to a file", str(path))
+    return path
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@
 - Whatever is wrong with a file is an UnreadableImage that names it. Only regular files are opened: a FIFO would hang.
 - Hidden files and folders (._photo.jpg, .ipynb_checkpoints) are not part of a data set.
 """
+import argparse
 import errno
 import io
 import os
@@ -17,7 +18,7 @@ import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
@@ -103,10 +104,29 @@ def is_image_name(path: str | Path) -> bool:
     return str(path).lower().endswith(IMAGE_SUFFIXES)
 
 
-def unread_formats(paths: Iterable[str]) -> Counter:
-    """How many of the files look like images of formats that are not read, by suffix."""
-    suffixes = (os.path.splitext(path)[1].lower() for path in paths)
-    return Counter(suffix for suffix in suffixes if suffix in OTHER_IMAGE_SUFFIXES)
+def long_suffix(path: str) -> str:
+    """What follows the first dot of a file's name, with it, in lower case: .seg.png of 0000.seg.png."""
+    name = os.path.basename(path).lower()
+    return name[name.find("."):] if "." in name else ""
+
+
+def is_chosen(path: str, suffixes: Sequence[str] = ()) -> bool:
+    """Whether a file is an image to read, with one of the long suffixes if any are given."""
+    return is_image_name(path) and (not suffixes or long_suffix(path) in suffixes)
+
+
+def image_suffix(text: str) -> str:
+    """Type of --image_suffix: .seg.png, also for seg.png."""
+    suffix = f".{text.lower().removeprefix('.')}"
+    if not is_image_name(suffix):
+        raise argparse.ArgumentTypeError(f"{text!r} is no suffix of images, such as {' '.join(IMAGE_SUFFIXES)}")
+    return suffix
+
+
+def unread_formats(paths: Sequence[str], suffixes: Sequence[str] = ()) -> Counter:
+    """How many of the files look like images and are not read, by suffix: for their format, or not being chosen."""
+    found = Counter(suffix for path in paths if (suffix := os.path.splitext(path)[1].lower()) in OTHER_IMAGE_SUFFIXES)
+    return found + Counter(long_suffix(path) for path in paths if is_image_name(path) and not is_chosen(path, suffixes))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -212,7 +212,7 @@ def test_links_and_later_members_in_a_tar(image_folder, tmp_path):
     images = open_images(tmp_path / "x.tar")
     assert list(images.names) == ["a/1.jpg", "a/2.jpg", "b/hard.jpg", "b/soft.jpg", "c/broken.jpg"]
     assert [images.read(i) for i in range(4)] == [second, first, first, second]
-    with pytest.raises(UnreadableImage, match="c/broken.jpg .0 bytes"):
+    with pytest.raises(UnreadableImage, match="c/broken.jpg .a link to a file that is not in the archive"):
         images.read(4)
 
 
