@@ -33,7 +33,7 @@ def regular(path: str | Path) -> str | Path:
     """
     mode = os.stat(path).st_mode
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # a folder's own error is clear
-        raise OSError(errno.EINVAL, "a pipe or a device, not a regular file: write its content to a file", str(path))
+        raise OSError(errno.EINVAL, "a pipe or a device, not a regular file", str(path))
     return path
 
 
@@ -50,9 +50,12 @@ def whole_file(path: str | Path, previous: Path | None = None, suffix: str = "")
         suffix: of the temporary file, for a writer that takes the format from it.
 
     Raises:
-        WriteError: the disk is full or cannot be written.
+        WriteError: the disk is full or cannot be written, or path is a pipe or a device.
     """
     path = Path(os.path.realpath(path))
+    if path.exists():
+        with write_errors(path):
+            regular(path)  # /dev/null would be replaced
     number = int.from_bytes(os.urandom(5), "big")  # unlike a process id, unique on all machines that share the disk
     temporary = path.with_name(f".{path.name}.{number}.tmp{suffix}")
     try:

@@ -154,7 +154,8 @@ def kind_of(path: str, option: str) -> Callable[..., NamedImages]:
         with open(regular(path), "rb") as file:
             is_text = b"\0" not in file.read(4096) and not is_image_name(path)
     except OSError as error:
-        raise ConfigError(f"{option}: cannot read {path} ({error.strerror})") from None
+        raise ConfigError(f"{option}: cannot read {path} ({error.strerror}): give a file, such as one that the output "
+                          "of a command was written to") from None
     if path.lower().endswith(ARCHIVE_SUFFIXES):
         return ArchiveImages
     if path.lower().endswith(COMPRESSED_TARS):
