@@ -100,7 +100,8 @@ def load_split(name: str, config: str, split: str):
             found = [] if split else datasets.get_dataset_split_names(name, config or None)
             return datasets.load_dataset(name, config or None, split=found[0] if len(found) == 1 else split or "train")
     except Exception as error:  # of many packages: about the network, the files, or the name
-        reason = what_is_missing(name, config, split)
+        reason = "has a split without rows" if saved and isinstance(error, IndexError) else \
+            what_is_missing(name, config, split)
         raise ConfigError(f"hf:{name} {reason}" if reason else
                           f"hf:{name} cannot be loaded ({' '.join(str(error).split())[:300]}): check the network and "
                           f"the name, {SYNTAX}") from None
