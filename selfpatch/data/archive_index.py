@@ -123,14 +123,14 @@ def zip_members(path: str) -> Iterator[tuple[str, tuple[int, ...] | str]]:
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            members = [member for member in archive.infolist() if not member.is_dir()]
+            members, names = [member for member in archive.infolist() if not member.is_dir()], archive.namelist()
             targets = {member.filename: archive.read(member).decode(errors="surrogateescape") for member in members
                        if stat.S_ISLNK(member.external_attr >> 16) and member.file_size <= 4096}
     except (zipfile.BadZipFile, ValueError, NotImplementedError, EOFError, RuntimeError, zlib.error) as error:
         raise ConfigError(f"{path} is cut off, or no zip archive ({error}): copy or download it again") from None
     check_whole_zip(path, members)
     # written on Windows against the format's rules; elsewhere \ is a character like any other
-    windows = any("\\" in name for name in archive.NameToInfo) and not any("/" in name for name in archive.NameToInfo)
+    windows = any("\\" in name for name in names) and not any("/" in name for name in names)
     for member in members:
         name = member.filename.replace("\\", "/") if windows else member.filename
         if member.filename in targets:

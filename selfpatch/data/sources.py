@@ -29,7 +29,8 @@ from selfpatch.data.names import NamedImages, Progress, common_top, in_order, nu
 from selfpatch.errors import ConfigError
 from selfpatch.whole_files import regular
 
-KINDS = "a folder of images, a text file of their paths, .zip or .tar archives, hf:NAME, or FILE.py:ARGUMENT"
+KINDS = ("a folder of images, a text file of their paths, .zip or .tar archives, hf:NAME, hf:NAME:CONFIG:SPLIT, or "
+         "FILE.py:ARGUMENT")
 MOST_SHARDS = 10**6
 
 
