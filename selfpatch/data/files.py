@@ -8,7 +8,6 @@
 - Whatever is wrong with a file is an UnreadableImage that names it. Only regular files are opened: a FIFO would hang.
 - Hidden files and folders (._photo.jpg, .ipynb_checkpoints) are not part of a data set.
 """
-import argparse
 import errno
 import io
 import os
@@ -113,14 +112,6 @@ def long_suffix(path: str) -> str:
 def is_chosen(path: str, suffixes: Sequence[str] = ()) -> bool:
     """Whether a file is an image to read, with one of the long suffixes if any are given."""
     return is_image_name(path) and (not suffixes or long_suffix(path) in suffixes)
-
-
-def image_suffix(text: str) -> str:
-    """Type of --image_suffix: .seg.png, also for seg.png."""
-    suffix = f".{text.lower().removeprefix('.')}"
-    if not is_image_name(suffix):
-        raise argparse.ArgumentTypeError(f"{text!r} is no suffix of images, such as {' '.join(IMAGE_SUFFIXES)}")
-    return suffix
 
 
 def unread_formats(paths: Sequence[str], suffixes: Sequence[str] = ()) -> Counter:

@@ -6,6 +6,7 @@
     hf:NAME:CONFIG:SPLIT a data set of Hugging Face or a local one of that kind (hub.py)
     mine.py:ARGUMENT     anything else: what the function open_images(ARGUMENT) of that file opens
 """
+import argparse
 import glob
 import os
 import re
@@ -102,6 +103,14 @@ def expand_braces(path: str, option: str) -> list[str]:
         words = ",".join(f"{number:0{width}}" for number in numbers)
     return [path[:match.start()] + word + rest for rest in expand_braces(path[match.end():], option)
             for word in words.split(",")]
+
+
+def image_suffix(text: str) -> str:
+    """Type of --image_suffix: .seg.png, also for seg.png."""
+    suffix = f".{text.lower().removeprefix('.')}"
+    if not is_image_name(suffix):
+        raise argparse.ArgumentTypeError(f"{text!r} is no suffix of images, such as {' '.join(IMAGE_SUFFIXES)}")
+    return suffix
 
 
 def absolute(path: str) -> str:

@@ -5,8 +5,7 @@ import tempfile
 from pathlib import Path
 
 from selfpatch.checkpoints.loading import resolve_path
-from selfpatch.data.files import image_suffix
-from selfpatch.data.sources import KINDS, check_paths
+from selfpatch.data.sources import KINDS, check_paths, image_suffix
 from selfpatch.errors import POSITIVE_FLOAT, ArgumentParser, ConfigError, Number
 from selfpatch.method.vision_transformer import ARCHS, RECOMPUTED
 from selfpatch.pretraining.auto_options import COMPILE_WAYS
