@@ -19,7 +19,7 @@ from selfpatch.data.augmentations import DataAugmentationDINO  # noqa: F401 (DIN
 from selfpatch.data.dataset import build_dataset
 from selfpatch.data.files import UnreadableImage, decoder_note
 from selfpatch.data.loader import CropLoader
-from selfpatch.data.sources import prepare
+from selfpatch.data.sources import open_images, prepare
 from selfpatch.distributed.collectives import sync_batchnorms
 from selfpatch.distributed.precision import describe_precision
 from selfpatch.distributed.processes import (
@@ -69,7 +69,8 @@ def images_per_step(args: argparse.Namespace, world_size: int) -> int:
 
 
 def build_loader(args: argparse.Namespace, process: Process, compiled: bool) -> CropLoader:
-    dataset = build_dataset(args.data_path, args.global_crops_scale, args.local_crops_scale, args.local_crops_number,
+    images = open_images(args.data_path, suffixes=args.image_suffix, column=args.image_column)
+    dataset = build_dataset(images, args.global_crops_scale, args.local_crops_scale, args.local_crops_number,
                             args.global_crops_size, args.local_crops_size,
                             choose_augment(args.augment, process.device))
     if len(dataset) < images_per_step(args, process.world_size):
@@ -140,7 +141,7 @@ def pretrain(args: argparse.Namespace, loss_class: type[DINOLoss] | None = None)
     # before the images are listed, which can take minutes
     weights = together(lambda: read_initial_weights(args.init_weights, args.arch, args.patch_size)
                        if args.init_weights and not continues else None)
-    on_main_process(lambda: prepare(args.data_path))
+    on_main_process(lambda: prepare(args.data_path, args.image_column))
     loader = together(lambda: build_loader(args, process, compiled))
     probe = together(lambda: KnnProbe(args.knn_data, args.global_crops_size, args.batch_size_per_gpu, args.num_workers,
                                       process.device, dtype, args.knn_every) if args.knn_data else None)
@@ -259,7 +260,7 @@ def start_line(args: argparse.Namespace, process: Process, loader: CropLoader, r
                if run.step % run.steps_per_epoch else
                f"resuming after epoch {run.epoch - 1}" if run.epoch else
                f"starting from {args.init_weights or 'scratch'}")
-            + "".join(f"\n{note}" for note in (images.unread_summary(), decoder_note(), grid_note) if note))
+            + "".join(f"\n{note}" for note in (*images.notes(), decoder_note(), grid_note) if note))
 
 
 def main(loss_class: type[DINOLoss] | None = None) -> None:

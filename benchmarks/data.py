@@ -30,9 +30,8 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from pictures import make_images
 
-from selfpatch.data.augmentations import DataAugmentationDINO
+from selfpatch.data.augmentations import DataAugmentationDINO, DeviceAugmentation, RandomCrops
 from selfpatch.data.dataset import build_dataset
-from selfpatch.data.device_augmentations import DeviceAugmentation, RandomCrops
 from selfpatch.data.files import installed_decoders, is_image_name, load_rgb, load_uint8, read_bytes, walk
 from selfpatch.data.loader import CropLoader
 from selfpatch.distributed.processes import (

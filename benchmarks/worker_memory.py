@@ -20,7 +20,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from pictures import make_images
 
-from selfpatch.data.device_augmentations import RandomCrops
+from selfpatch.data.augmentations import RandomCrops
 from selfpatch.data.files import load_uint8, read_bytes
 from selfpatch.data.names import NamedImages
 

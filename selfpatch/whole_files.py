@@ -1,7 +1,12 @@
-"""Write a file or a folder whole: after a crash at any moment there is either the old one or the complete new one."""
+"""Write a file or a folder whole: after a crash at any moment there is either the old one or the complete new one.
+
+And read files that are whole: regular(path) refuses pipes.
+"""
 import contextlib
+import errno
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +25,18 @@ class WriteError(ConfigError):
         return type(self), self.parts  # other ranks get it by pickle
 
 
+def regular(path: str | Path) -> str | Path:
+    """The path as it is, for the call that opens it: a pipe could make that call wait for ever, or be read in part.
+
+    Raises:
+        OSError: there is nothing at path, or a pipe, as for <(command), or a device.
+    """
+    mode = os.stat(path).st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # a folder's own error is clear
+        raise OSError(errno.EINVAL, "a pipe or a device, not a regular file", str(path))
+    return path
+
+
 @contextlib.contextmanager
 def whole_file(path: str | Path, previous: Path | None = None, suffix: str = "") -> Iterator[Path]:
     """Give the name of a temporary file beside path to write to, which replaces path at the end.
@@ -33,9 +50,12 @@ def whole_file(path: str | Path, previous: Path | None = None, suffix: str = "")
         suffix: of the temporary file, for a writer that takes the format from it.
 
     Raises:
-        WriteError: the disk is full or cannot be written.
+        WriteError: the disk is full or cannot be written, or path is a pipe or a device.
     """
     path = Path(os.path.realpath(path))
+    if path.exists():
+        with write_errors(path):
+            regular(path)  # /dev/null would be replaced
     number = int.from_bytes(os.urandom(5), "big")  # unlike a process id, unique on all machines that share the disk
     temporary = path.with_name(f".{path.name}.{number}.tmp{suffix}")
     try:

@@ -1,7 +1,8 @@
 """Images in .zip and .tar archives, read where they lie.
 
 An archive is read through once, to find where each image begins. That index is kept beside it, NAME.index.npz, and made
-anew when the archive's size or time of change is another. Names in an archive are names alone: nothing is unpacked.
+anew when the archive's size or time of change is another. Names in an archive are names alone: nothing is unpacked, and
+links lead to other members of the archive only.
 """
 import contextlib
 import os
@@ -9,72 +10,77 @@ import struct
 import tarfile
 import zipfile
 import zlib
-from array import array
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
 import numpy as np
 import torch
 
-from selfpatch.data.files import OTHER_IMAGE_SUFFIXES, UnreadableImage, is_hidden, is_image_name, with_retries
-from selfpatch.data.names import NamedImages, Progress, common_top, in_order, number_classes
+from selfpatch.data.archive_index import SPARSE, TAR, Index, make_index
+from selfpatch.data.files import UnreadableImage, is_chosen, unread_formats, with_retries
+from selfpatch.data.names import NamedImages, common_top, in_order, number_classes
 from selfpatch.errors import ConfigError
-from selfpatch.whole_files import WriteError, whole_file
+from selfpatch.whole_files import WriteError, regular, whole_file
 
-INDEX_VERSION = 1
-ARCHIVE_SUFFIXES = (".zip", ".tar")
+INDEX_VERSION, INDEX_SUFFIX = 2, ".index.npz"
 COMPRESSED_TARS = (".tgz", ".tbz", ".tbz2", ".txz", ".tzst", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
 # by method: from the bytes stored and the size that the directory gives; no more than one byte above it is unpacked
-ZIP_METHODS = {zipfile.ZIP_STORED: lambda data, _: data,
-               zipfile.ZIP_DEFLATED: lambda data, size: zlib.decompressobj(-15).decompress(data, size + 1)}
+UNPACK = {zipfile.ZIP_STORED: lambda data, _: data,
+          zipfile.ZIP_DEFLATED: lambda data, size: zlib.decompressobj(-15).decompress(data, size + 1)}
+MAX_BYTES = 2**31  # of an image: holes and compression would let a small archive fill the memory
 OPEN_ARCHIVES = 64  # at a time in a process, which may have 1024 files open by default
 
 
-class Index(NamedTuple):
-    """The images of an archive: names, and for each (start, bytes stored, bytes, method, CRC), int64 [n, 5].
-
-    Start is that of the data in a .tar, and of the local header in a .zip. A .tar has 0 as method, and no CRC.
-    """
-    names: list[str]
-    places: np.ndarray
-    unread: Counter
-
-
 class ArchiveImages(NamedImages):
-    """The images of one or several archives, in the order that they would have in a folder, were they unpacked."""
+    """The images of one or several archives, in the order that they would have in a folder, were they unpacked.
 
-    def __init__(self, paths: list[str]):
-        self.paths, indices = paths, [open_index(path) for path in paths]
+    Images of one name follow each other in the order of the archives' names, in whatever order these are given.
+
+    Args:
+        suffixes: take images whose names end so alone, see files.long_suffix.
+    """
+
+    def __init__(self, paths: list[str], suffixes: Sequence[str] = ()):
+        self.paths = sorted(paths, key=lambda path: (os.path.basename(path), path))
+        indices = [open_index(path) for path in self.paths]
         names = [name for index in indices for name in index.names]
         places = np.concatenate([index.places for index in indices])
         archives = np.repeat(np.arange(len(paths)), [len(index.names) for index in indices])
+        unread = sum((index.unread for index in indices), Counter())
+        if suffixes:
+            unread += unread_formats(names, suffixes)
+            kept = [i for i, name in enumerate(names) if is_chosen(name, suffixes)]
+            names, places, archives = [names[i] for i in kept], places[kept], archives[kept]
         self.top = common_top(names)
         names = [name[len(self.top):] for name in names]
         order = in_order(names)
         if nested := [i for i in order if "/" in names[i]]:  # as in a folder, where images beside folders are left out
             order, left_out = nested, len(order) - len(nested)
         names = [names[i] for i in order]
-        super().__init__(paths[0] if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more", names,
+        super().__init__(self.paths[0] if len(paths) == 1 else f"{self.paths[0]} and {len(paths) - 1} more", names,
                          *number_classes(names))
         self.places, self.archives = torch.from_numpy(places[order]), torch.from_numpy(archives[order]).to(torch.int32)
-        self.unread, self.outside = sum((index.unread for index in indices), Counter()), left_out if nested else 0
+        self.unread, self.outside = unread, left_out if nested else 0
+        self.suffixes = suffixes or self.suffixes
 
     def location(self, index: int) -> str:
         return f"{self.paths[self.archives[index]]}/{self.top}{self.names[index]}"
 
     def read(self, index: int) -> bytes:
         path, place = self.paths[self.archives[index]], self.places[index].tolist()
-        read = read_zip_member if path.lower().endswith(".zip") else read_tar_member
         try:
-            data = with_retries(lambda: read(path, *place))
-        except (OSError, ValueError, zlib.error) as error:
+            data = with_retries(lambda: read_member(path, *place))
+        except (OSError, ValueError, zlib.error, tarfile.TarError) as error:
             reason = getattr(error, "strerror", None) or error
             raise UnreadableImage(f"cannot read the image {self.location(index)} ({reason})") from None
         if not data:
             raise UnreadableImage(f"cannot read the image {self.location(index)} (0 bytes): remove it from the archive")
         return data
+
+    def sizes(self) -> torch.Tensor:
+        return self.places[:, 2]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -104,8 +110,29 @@ def read_at(path: str, start: int, count: int) -> bytes:
         raise
 
 
-def read_tar_member(path: str, start: int, stored: int, *_) -> bytes:
-    return read_at(path, start, stored)
+def read_member(path: str, start: int, stored: int, size: int, method: int, crc: int) -> bytes:
+    """The bytes of a member, of a place in an Index.
+
+    Raises:
+        ValueError, zlib.error, tarfile.TarError: it has none, or they are not what the archive says.
+    """
+    if start < 0:
+        raise ValueError("a link to a file that is not in the archive")
+    if size > MAX_BYTES:
+        raise ValueError(f"{size:,} bytes, more than {MAX_BYTES:,}")
+    if method == SPARSE:
+        return read_sparse(path, start)
+    return read_at(path, start, stored) if method == TAR else read_zip_member(path, start, stored, size, method, crc)
+
+
+def read_sparse(path: str, start: int) -> bytes:
+    """The bytes of a tar's member with holes, which are not stored."""
+    with open(path, "rb") as file:  # by itself, since tarfile moves the position
+        file.seek(start)
+        with tarfile.open(fileobj=file, mode="r:") as archive:
+            if (member := archive.next()) is None or not member.issparse():
+                raise ValueError("there is no member with holes where the index says")
+            return archive.extractfile(member).read()
 
 
 def read_zip_member(path: str, start: int, stored: int, size: int, method: int, crc: int) -> bytes:
@@ -118,7 +145,9 @@ def read_zip_member(path: str, start: int, stored: int, size: int, method: int, 
     if header[:4] != b"PK\3\4":
         raise ValueError("there is no member of the archive where its directory says")
     name, extra = struct.unpack("<HH", header[26:])
-    data = ZIP_METHODS[method](read_at(path, start + 30 + name + extra, stored), size)
+    if method not in UNPACK:  # a link leads to it
+        raise ValueError(f"compressed by method {method}, which is not read")
+    data = UNPACK[method](read_at(path, start + 30 + name + extra, stored), size)
     if len(data) != size or zlib.crc32(data) != crc:
         raise ValueError("damaged in the archive: wrong checksum")
     return data
@@ -135,9 +164,9 @@ def open_index(path: str) -> Index:
         ConfigError: the archive cannot be read, is cut off, compressed as a whole, or encrypted.
     """
     try:
-        status = os.stat(path)
+        status = os.stat(regular(path))
         stamp = [INDEX_VERSION, status.st_size, status.st_mtime_ns]
-        kept = f"{path}.index.npz"
+        kept = f"{path}{INDEX_SUFFIX}"
         if (index := read_kept_index(kept, stamp)) is None:
             index = make_index(path)
             keep_index(kept, index, stamp)
@@ -146,100 +175,10 @@ def open_index(path: str) -> Index:
     return index
 
 
-def make_index(path: str) -> Index:
-    """Where each image of an archive is; of several members with one name the last counts, as when it is unpacked."""
-    rows, names, places, unread = {}, [], array("q"), Counter()
-    is_zip = path.lower().endswith(".zip")
-    progress = Progress(f"indexing {path}")
-    for name, place in progress(zip_members(path) if is_zip else tar_members(path)):
-        name = plain_name(name)
-        if isinstance(place, str):  # a link; to nothing it has no bytes, which is reported when it is to be read
-            row = rows.get(plain_name(place))
-            place = (0,) * 5 if row is None else places[5 * row:5 * row + 5]
-        if any(is_hidden(part) for part in name.split("/") if part != ".."):
-            continue
-        suffix = os.path.splitext(name)[1].lower()
-        if not is_image_name(name):
-            unread.update([suffix] * (suffix in OTHER_IMAGE_SUFFIXES or suffix in ARCHIVE_SUFFIXES))
-        elif name in rows:
-            places[5 * rows[name]:5 * rows[name] + 5] = array("q", place)
-        else:
-            rows[name] = len(names)
-            names.append(name)
-            places.extend(place)
-    return Index(names, np.array(places, dtype=np.int64).reshape(-1, 5), unread)
-
-
-def plain_name(name: str) -> str:
-    """A member's name without the . and / that it may begin with."""
-    return "/".join(part for part in name.split("/") if part not in ("", "."))
-
-
-def zip_members(path: str) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """(name, place) of every file of a .zip, by its directory."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = archive.infolist()
-    except (zipfile.BadZipFile, ValueError, NotImplementedError, EOFError) as error:
-        raise ConfigError(f"{path} is cut off, or no zip archive ({error}): copy or download it again") from None
-    for member in members:
-        if member.is_dir() or not is_image_name(member.filename):
-            yield member.filename, ()
-            continue
-        if member.flag_bits & 1:
-            raise ConfigError(f"{path} is encrypted ({member.filename}): unpack it, or pack it anew without a password")
-        if member.compress_type not in ZIP_METHODS:
-            raise ConfigError(f"{path} is compressed by method {member.compress_type} ({member.filename}), which is "
-                              "not read: pack it anew with zip -0, which is the fastest to read as well")
-        yield member.filename, (member.header_offset, member.compress_size, member.file_size, member.compress_type,
-                                member.CRC)
-
-
-def tar_members(path: str) -> Iterator[tuple[str, tuple[int, ...] | str]]:
-    """(name, place) of every file of a .tar, and at the end (name, name of the file that it leads to) of every link.
-
-    Raises:
-        ConfigError: it is cut off, or compressed.
-    """
-    links = []
-    try:
-        with open(path, "rb") as file:
-            refuse_compressed(path, file)
-            with tarfile.open(fileobj=file, mode="r:") as archive:
-                while (member := archive.next()) is not None:
-                    archive.members = []  # which would hold an object for every member
-                    if member.issym() or member.islnk():
-                        target = member.linkname
-                        links.append((member.name, target if member.islnk() else os.path.normpath(
-                            os.path.join(os.path.dirname(member.name), target))))
-                    elif member.isreg():
-                        yield member.name, (member.offset_data, member.size, member.size, 0, 0)
-                end = archive.offset
-            file.seek(end)
-            # every writer ends with blocks of zeros: without them it was cut off between two members
-            complete = file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
-    except tarfile.TarError as error:
-        raise ConfigError(f"{path} is cut off, or no tar archive ({error}): copy or download it again") from None
-    if not complete:
-        raise ConfigError(f"{path} is cut off or damaged at byte {end:,}: copy or download it again")
-    for name, target in links:
-        yield name, target
-
-
-def refuse_compressed(path: str, file: BinaryIO) -> None:
-    magic = file.read(6)
-    file.seek(0)
-    for start, name, command in ((b"\x1f\x8b", "gzip", "gunzip"), (b"BZh", "bzip2", "bunzip2"),
-                                 (b"\xfd7zXZ", "xz", "unxz"), (b"\x28\xb5\x2f\xfd", "zstd", "unzstd")):
-        if magic.startswith(start):
-            raise ConfigError(f"{path} is compressed as a whole ({name}), so that no image in it can be read by "
-                              f"itself: decompress it with {command} and give the .tar")
-
-
 def read_kept_index(kept: str, stamp: list[int]) -> Index | None:
     """An index that was kept, if it belongs to the archive as it is now."""
     try:
-        with np.load(kept, allow_pickle=False) as content:
+        with np.load(regular(kept), allow_pickle=False) as content:
             if content["stamp"].tolist() != stamp:
                 return None
             names = content["names"].tobytes().decode(errors="surrogateescape").split("\0")[:-1]

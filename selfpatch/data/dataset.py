@@ -5,8 +5,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import Dataset
 
-from selfpatch.data.augmentations import DataAugmentationDINO
-from selfpatch.data.device_augmentations import RandomCrops
+from selfpatch.data.augmentations import DataAugmentationDINO, RandomCrops
 from selfpatch.data.files import UnreadableImage, load_rgb, load_uint8
 from selfpatch.data.names import NamedImages
 from selfpatch.data.sources import open_images
@@ -62,13 +61,15 @@ class TrainingImages(Dataset):
         raise UnreadableImage(f"{error}; and neither can the {others} images after it")
 
 
-def build_dataset(data_path: str | Path | list[str], global_crops_scale: tuple[float, float] = (0.25, 1.0),
+def build_dataset(data_path: str | Path | list[str] | NamedImages,
+                  global_crops_scale: tuple[float, float] = (0.25, 1.0),
                   local_crops_scale: tuple[float, float] = (0.05, 0.25), local_crops_number: int = 8,
                   global_crops_size: int = 224, local_crops_size: int = 96, augment: str = "device") -> TrainingImages:
     """Images, each as 2 global crops and local_crops_number local ones.
 
     Args:
-        data_path: a folder, list or data set of images, or one or several archives, see sources.py.
+        data_path: a folder, list or data set of images, or one or several archives, see sources.py; or the images
+            that open_images has found there.
         global_crops_scale, local_crops_scale: (least, most) share of the image's area that a crop covers.
         augment: device, where images become uint8 crops that CropLoader augments in batches; pil, where they become
             normalised crops, augmented one by one.
@@ -81,4 +82,5 @@ def build_dataset(data_path: str | Path | list[str], global_crops_scale: tuple[f
     transform, loader = (RandomCrops, load_uint8) if augment == "device" else (DataAugmentationDINO, load_rgb)
     transform = transform(global_crops_scale, local_crops_scale, local_crops_number, global_crops_size,
                           local_crops_size)
-    return TrainingImages(open_images(data_path), transform, loader)
+    images = data_path if isinstance(data_path, NamedImages) else open_images(data_path)
+    return TrainingImages(images, transform, loader)

@@ -17,7 +17,7 @@ import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
@@ -103,10 +103,21 @@ def is_image_name(path: str | Path) -> bool:
     return str(path).lower().endswith(IMAGE_SUFFIXES)
 
 
-def unread_formats(paths: Iterable[str]) -> Counter:
-    """How many of the files look like images of formats that are not read, by suffix."""
-    suffixes = (os.path.splitext(path)[1].lower() for path in paths)
-    return Counter(suffix for suffix in suffixes if suffix in OTHER_IMAGE_SUFFIXES)
+def long_suffix(path: str) -> str:
+    """What follows the first dot of a file's name, with it, in lower case: .seg.png of 0000.seg.png."""
+    name = os.path.basename(path).lower()
+    return name[name.find("."):] if "." in name else ""
+
+
+def is_chosen(path: str, suffixes: Sequence[str] = ()) -> bool:
+    """Whether a file is an image to read, with one of the long suffixes if any are given."""
+    return is_image_name(path) and (not suffixes or long_suffix(path) in suffixes)
+
+
+def unread_formats(paths: Sequence[str], suffixes: Sequence[str] = ()) -> Counter:
+    """How many of the files look like images and are not read, by suffix: for their format, or not being chosen."""
+    found = Counter(suffix for path in paths if (suffix := os.path.splitext(path)[1].lower()) in OTHER_IMAGE_SUFFIXES)
+    return found + Counter(long_suffix(path) for path in paths if is_image_name(path) and not is_chosen(path, suffixes))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -18,8 +18,8 @@ from multiprocessing.sharedctypes import RawArray
 import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, get_worker_info
 
+from selfpatch.data.augmentations import DeviceAugmentation, RandomCrops
 from selfpatch.data.dataset import TrainingImages
-from selfpatch.data.device_augmentations import DeviceAugmentation, RandomCrops
 from selfpatch.data.seeds import seeded
 from selfpatch.distributed.processes import Process
 from selfpatch.distributed.stopping import SIGNALS

@@ -7,13 +7,15 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 
 import torch
 
-from selfpatch.data.files import IMAGE_SUFFIXES, read_bytes
+from selfpatch.data.files import IMAGE_SUFFIXES, long_suffix, read_bytes
 from selfpatch.errors import is_first_of_machine
 
 PROGRESS_SECONDS = 5.0  # between two lines about a long scan
+SHOWN = 8  # suffixes in a line
 
 
 class PackedNames(Sequence):
@@ -52,17 +54,23 @@ class NamedImages:
         labels: the class of each image; None where none are known.
 
     Attributes:
-        unread: how many files look like images but are of formats that are not read, by suffix.
+        unread: how many files look like images but are of formats that are not read, or of no suffix asked for.
         outside: number of images left out because they lie beside class folders.
+        suffixes: ends of the names of images.
+        remarks: lines for the user about what was found.
+        expects: what a source without images should have.
     """
+
+    expects = f"files ending in {' '.join(IMAGE_SUFFIXES)}"
 
     def __init__(self, root: str, names: Iterable[str], classes: Iterable[str] = (),
                  labels: Sequence[int] | torch.Tensor | None = None):
-        self.root, self.names, self.classes = root, PackedNames(names), list(classes)
+        names = list(names)
+        self.root, self.names, self.classes, self.remarks = root, PackedNames(names), list(classes), remarks_on(names)
         self.source = root  # for messages
         self.labels = torch.full((len(self),), -1) if labels is None else torch.as_tensor(labels)
         self.labels = self.labels.to(torch.int32)
-        self.unread, self.outside = Counter(), 0
+        self.unread, self.outside, self.suffixes = Counter(), 0, IMAGE_SUFFIXES
 
     def __len__(self) -> int:
         return len(self.names)
@@ -83,13 +91,41 @@ class NamedImages:
         """
         return read_bytes(self.location(index))
 
+    def sizes(self) -> torch.Tensor | None:
+        """The size of each image in bytes, int64 [n], where it is known without looking at each."""
+        return None
+
+    def notes(self) -> list[str]:
+        """Lines for the user: what was found, and what is left out."""
+        return [*self.remarks, *filter(None, [self.unread_summary()])]
+
     def unread_summary(self) -> str:
         """The files that look like images but are not used, in words; empty if there are none."""
-        counts = ", ".join(f"{count} {suffix}" for suffix, count in sorted(self.unread.items()))
-        parts = [f"{counts} (only {' '.join(IMAGE_SUFFIXES)} are)"] * bool(counts)
+        parts = [f"{in_words(self.unread)} (only {' '.join(self.suffixes)} are)"] * bool(self.unread)
         if self.outside:
             parts.append(f"{self.outside} beside the class folders (move them into one)")
         return f"not read: {'; '.join(parts)}" if parts else ""
+
+
+def remarks_on(names: list[str]) -> list[str]:
+    """Lines about names, in order, that occur twice, or that look like photographs with their masks."""
+    remarks, repeated = [], sum(one == other for one, other in pairwise(names))
+    if repeated:
+        remarks.append(f"{repeated} images have the same name as another one, and count as images of their own")
+    end = os.path.splitext(names[0])[1] if names else ""
+    if all(name.endswith(end) and name.count(".") == 1 for name in names):  # nearly always, and soon known
+        return remarks
+    keys = {name[:-len(end)] if (end := long_suffix(name)) else name for name in names}
+    if (alike := len(names) - repeated - len(keys)) > 0:
+        remarks.append(f"{alike} images differ from another one only behind the first dot of the name "
+                       f"({in_words(Counter(map(long_suffix, names)))}): if some are masks, --image_suffix chooses")
+    return remarks
+
+
+def in_words(counts: Counter) -> str:
+    """4 .jpg, 2 .seg.png"""
+    words = ", ".join(f"{count} {suffix}" for suffix, count in sorted(counts.most_common(SHOWN)))
+    return words + f" and {len(counts) - SHOWN} other kinds" * (len(counts) > SHOWN)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -2,61 +2,115 @@
 
     folder               with class folders or without, nested as deep as it is
     list.txt             a text file with the path of an image on each line, a class behind it or not
-    a.zip b.tar          one or several archives, read in place (archives.py)
-    hf:NAME              a data set of Hugging Face or a local one of that kind (hub.py)
+    a.zip b.tar          one or several archives, read in place (archives.py); 'x/{000..099}.tar' 'x/*.tar' as well
+    hf:NAME:CONFIG:SPLIT a data set of Hugging Face or a local one of that kind (hub.py)
     mine.py:ARGUMENT     anything else: what the function open_images(ARGUMENT) of that file opens
 """
-import importlib.util
+import argparse
+import glob
 import os
+import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from selfpatch.data.archives import ARCHIVE_SUFFIXES, COMPRESSED_TARS, ArchiveImages, open_index
+from selfpatch.data.archive_index import ARCHIVE_SUFFIXES
+from selfpatch.data.archives import COMPRESSED_TARS, INDEX_SUFFIX, ArchiveImages, open_index
 from selfpatch.data.files import (
     IMAGE_SUFFIXES,
-    UnreadableImage,
+    is_chosen,
     is_hidden,
     is_image_name,
     refuse_folder,
     unread_formats,
     walk,
 )
-from selfpatch.data.hub import HubImages, split_of
+from selfpatch.data.hub import HubImages, OwnImages, parts_of
 from selfpatch.data.names import NamedImages, Progress, common_top, in_order, number_classes
 from selfpatch.errors import ConfigError
+from selfpatch.whole_files import regular
 
-KINDS = "a folder of images, a text file of their paths, .zip or .tar archives, hf:NAME, or FILE.py:ARGUMENT"
+KINDS = ("a folder of images, a text file of their paths, .zip or .tar archives, hf:NAME, hf:NAME:CONFIG:SPLIT, or "
+         "FILE.py:ARGUMENT")
+MOST_SHARDS = 10**6
 
 
-def open_images(paths: str | Path | list[str], option: str = "--data_path") -> NamedImages:
+def open_images(paths: str | Path | list[str], option: str = "--data_path", suffixes: Sequence[str] = (),
+                column: str = "") -> NamedImages:
     """The images that a path stands for, or several archives together.
+
+    Args:
+        suffixes: --image_suffix, of folders, lists and archives: take images whose names end so from the first dot on.
+        column: --image_column, of a Hugging Face data set; "" for the first one of images.
 
     Raises:
         ConfigError: there are none, or they cannot be read; the message names the option.
     """
-    opens, paths = check_paths(paths, option), as_list(paths)
-    images = opens(paths) if opens is ArchiveImages else opens(paths[0])
+    opens, paths = check_paths(paths, option, suffixes, column), expand(paths, option)
+    images = (opens(paths, suffixes) if opens is ArchiveImages else opens(paths[0]) if opens is OwnImages else
+              opens(paths[0], column if opens is HubImages else suffixes))
     if not len(images):
-        reason = images.unread_summary() or f"files ending in {' '.join(IMAGE_SUFFIXES)}"
+        reason = images.unread_summary() or images.expects
         if any(images.unread[suffix] for suffix in ARCHIVE_SUFFIXES):
             reason += "; give the archives in it themselves" + ", unpacked from this one" * (opens is ArchiveImages)
         raise ConfigError(f"{option} {images.source} has no images in it: {reason}")
     return images
 
 
-def prepare(paths: str | Path | list[str]) -> None:
+def prepare(paths: str | Path | list[str], column: str = "") -> None:
     """Index archives, and load a data set into its cache, so that other processes find them there."""
     opens = check_paths(paths)
-    for path in as_list(paths):
+    for path in expand(paths):
         if opens is ArchiveImages:
             open_index(path)
         elif opens is HubImages:
-            HubImages(path)
+            HubImages(path, column)
 
 
 def as_list(paths: str | Path | list[str]) -> list[str]:
     return [str(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
+
+
+def expand(paths: str | Path | list[str], option: str = "--data_path") -> list[str]:
+    """The paths, with those that 'x/{000..099}.tar' and 'x/*.tar' stand for; indices of archives are left out.
+
+    Raises:
+        ConfigError: there is no file for such a pattern.
+    """
+    found = []
+    for path in as_list(paths):
+        if path.startswith("hf:") or ".py:" in path or os.path.lexists(path):
+            found.append(path)
+            continue
+        for pattern in expand_braces(path, option):
+            matches = sorted(glob.glob(os.path.expanduser(pattern))) if glob.has_magic(pattern) else [pattern]
+            if not matches:
+                raise ConfigError(f"{option} {path}: there is no file of such a name")
+            found += matches
+    return [path for path in found if not path.endswith(INDEX_SUFFIX)] or found
+
+
+def expand_braces(path: str, option: str) -> list[str]:
+    """The paths that {000..099} and {a,b} in one stand for, as in a shell."""
+    if not (match := re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", path)):
+        return [path]
+    first, last, words = match.groups()
+    if words is None:
+        width = len(first) if first.startswith("0") else 0
+        if abs(int(last) - int(first)) >= MOST_SHARDS:
+            raise ConfigError(f"{option} {path}: these are more than {MOST_SHARDS:,} archives")
+        numbers = range(min(int(first), int(last)), max(int(first), int(last)) + 1)
+        words = ",".join(f"{number:0{width}}" for number in numbers)
+    return [path[:match.start()] + word + rest for rest in expand_braces(path[match.end():], option)
+            for word in words.split(",")]
+
+
+def image_suffix(text: str) -> str:
+    """Type of --image_suffix: .seg.png, also for seg.png."""
+    suffix = f".{text.lower().removeprefix('.')}"
+    if not is_image_name(suffix):
+        raise argparse.ArgumentTypeError(f"{text!r} is no suffix of images, such as {' '.join(IMAGE_SUFFIXES)}")
+    return suffix
 
 
 def absolute(path: str) -> str:
@@ -69,24 +123,36 @@ def absolute(path: str) -> str:
     return f"{os.path.abspath(file)}{mark}{argument}"
 
 
-def check_paths(paths: str | Path | list[str], option: str = "--data_path") -> Callable[..., NamedImages]:
-    """What opens the paths, found without reading more than the beginning of a file.
+def check_paths(paths: str | Path | list[str], option: str = "--data_path", suffixes: Sequence[str] = (),
+                column: str = "") -> Callable[..., NamedImages]:
+    """What opens the paths, found without reading more than the beginning of a file; arguments as of open_images.
 
     Raises:
-        ConfigError: one of them is not there, or is none of the kinds; or there are several that are no archives.
+        ConfigError: one of them is not there, or is none of the kinds; or several are no archives, or not different.
     """
-    paths = as_list(paths)
+    paths = expand(paths, option)
     kinds = [kind_of(path, option) for path in paths]
     if len(paths) > 1 and set(kinds) != {ArchiveImages}:
         other = next(path for path, kind in zip(paths, kinds, strict=True) if kind is not ArchiveImages)
         raise ConfigError(f"{option} {other}: of several values each must be a .zip or .tar archive; give one folder, "
                           "list or data set")
+    if kinds[0] is ArchiveImages:
+        seen = {}
+        for path, status in ((path, os.stat(path)) for path in paths):
+            if path is not (first := seen.setdefault((status.st_dev, status.st_ino), path)):
+                raise ConfigError(f"{option}: {path} is the same archive as {first}" if path != first else
+                                  f"{option}: {path} is given twice")
+    if suffixes and kinds[0] in (HubImages, OwnImages):
+        raise ConfigError(f"--image_suffix {' '.join(suffixes)}: is for folders, lists and archives, and {option} "
+                          f"{paths[0]} is none of them")
+    if column and kinds[0] is not HubImages:
+        raise ConfigError(f"--image_column {column}: is for hf:NAME only, and {option} is {paths[0]}")
     return kinds[0]
 
 
 def kind_of(path: str, option: str) -> Callable[..., NamedImages]:
     if path.startswith("hf:"):
-        split_of(path)
+        parts_of(path)
         return HubImages
     if ".py:" in path:
         return OwnImages
@@ -94,42 +160,42 @@ def kind_of(path: str, option: str) -> Callable[..., NamedImages]:
         return open_folder
     if not os.path.exists(path):
         raise ConfigError(f"there is no folder {path}, and no file of that name: give {option} {KINDS}")
+    try:
+        with open(regular(path), "rb") as file:
+            is_text = b"\0" not in file.read(4096) and not is_image_name(path)
+    except OSError as error:
+        raise ConfigError(f"{option}: cannot read {path} ({error.strerror}): give a file, such as one that the output "
+                          "of a command was written to") from None
     if path.lower().endswith(ARCHIVE_SUFFIXES):
         return ArchiveImages
     if path.lower().endswith(COMPRESSED_TARS):
         raise ConfigError(f"{option} {path} is compressed as a whole, so that no image in it can be read by itself: "
                           "decompress it (gunzip, bunzip2, unxz or unzstd) and give the .tar")
-    if not is_text(path):
+    if path.endswith(".py"):
+        raise ConfigError(f"{option} {path}: give {path}:ARGUMENT, for the images that its open_images(ARGUMENT) opens")
+    if not is_text:
         raise ConfigError(f"{option} {path} is no folder, archive or text: give {KINDS}")
     return open_list
-
-
-def is_text(path: str) -> bool:
-    try:
-        with open(path, "rb") as file:
-            return b"\0" not in file.read(4096) and not is_image_name(path)
-    except OSError as error:
-        raise ConfigError(f"cannot read {path} ({error.strerror})") from None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Folders
 
 
-def open_folder(directory: str) -> NamedImages:
+def open_folder(directory: str, suffixes: Sequence[str] = ()) -> NamedImages:
     """The images of a folder: those of its class folders, or where these have none, those in it, without classes."""
-    images = open_class_folders(directory)
+    images = open_class_folders(directory, suffixes)
     if len(images):
         return images
     names = sorted(name for name in os.listdir(directory) if not is_hidden(name)
                    and not os.path.isdir(os.path.join(directory, name)))
-    bare = NamedImages(directory, filter(is_image_name, names))
-    bare.unread = images.unread + unread_formats(names) + Counter(
+    bare = NamedImages(directory, [name for name in names if is_chosen(name, suffixes)])
+    bare.suffixes, bare.unread = images.suffixes, images.unread + unread_formats(names, suffixes) + Counter(
         suffix for name in names if (suffix := os.path.splitext(name)[1].lower()) in ARCHIVE_SUFFIXES)
     return bare
 
 
-def open_class_folders(directory: str) -> NamedImages:
+def open_class_folders(directory: str, suffixes: Sequence[str] = ()) -> NamedImages:
     """The images below the folders in a folder, which are their classes, in torchvision's order.
 
     Hidden files and folders are left out, and each folder is read once: of links to one folder, or to a class folder,
@@ -143,12 +209,12 @@ def open_class_folders(directory: str) -> NamedImages:
     start = len(os.path.join(directory, ""))
     for label, folder in enumerate(folders):
         paths = list(progress(walk(folder, visited)))
-        unread.update(unread_formats(paths))
-        found = sorted(filter(is_image_name, paths), key=os.path.split)
+        unread.update(unread_formats(paths, suffixes))
+        found = sorted((path for path in paths if is_chosen(path, suffixes)), key=os.path.split)
         names += [path[start:] for path in found]
         labels += [label] * len(found)
     images = NamedImages(directory, names, classes, labels)
-    images.unread = unread
+    images.unread, images.suffixes = unread, suffixes or images.suffixes
     images.outside = sum(is_image_name(name) and not is_hidden(name) for name in os.listdir(directory))
     return images
 
@@ -172,7 +238,7 @@ def class_folders(directory: str) -> list[str]:
 # Lists
 
 
-def open_list(path: str) -> NamedImages:
+def open_list(path: str, suffixes: Sequence[str] = ()) -> NamedImages:
     """The images of a text file, a path on each line, below the file's folder unless it begins with /.
 
     A class may follow the path, behind a tab, a space or a comma; without, the folder is the class.
@@ -193,21 +259,21 @@ def open_list(path: str) -> NamedImages:
                                   "before it: give one on every line, or on none")
             if is_hidden(os.path.basename(name)):
                 continue
-            if is_image_name(name):
+            if is_chosen(name, suffixes):
                 listed.append((name, label))
-            elif formats := unread_formats([name]):
+            elif formats := unread_formats([name], suffixes):
                 unread.update(formats)
             else:
                 raise ConfigError(f"{path}, line {number}: {name} is no image, whose name ends in "
                                   f"{' '.join(IMAGE_SUFFIXES)}: correct the line or remove it")
     images = listed_images(folder, listed, unread)
-    images.source = path
+    images.source, images.suffixes = path, suffixes or images.suffixes
     return images
 
 
 def text_lines(path: str) -> Iterator[str]:
     try:
-        with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
+        with open(regular(path), encoding="utf-8-sig", errors="surrogateescape") as file:
             for line in file:
                 yield line.rstrip("\n")
     except OSError as error:
@@ -256,49 +322,3 @@ def listed_images(folder: str, listed: list[tuple[str, str | None]], unread: Cou
     images = NamedImages(os.path.join(folder, top), names, classes, labels)
     images.unread = unread
     return images
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Anything else
-
-
-class OwnImages(NamedImages):
-    """Images that a function of the user's opens: FILE.py:ARGUMENT calls open_images(ARGUMENT) of that file.
-
-    The function returns the names of the images and a function from a name to the bytes of an image file. It is called
-    again in worker processes that are started anew instead of forked.
-    """
-
-    def __init__(self, path: str):
-        file, argument = path.split(".py:", 1)
-        self.file, self.argument = f"{file}.py", argument
-        names, self.read_name = self.call()
-        names = list(names)
-        order = in_order(names)
-        names = [names[i] for i in order]
-        super().__init__(path, names, *number_classes(names))
-
-    def call(self) -> tuple[Iterable[str], Callable[[str], bytes]]:
-        if not os.path.isfile(self.file):
-            raise ConfigError(f"there is no file {self.file}, which should have a function open_images")
-        specification = importlib.util.spec_from_file_location("own_images", self.file)
-        module = importlib.util.module_from_spec(specification)
-        specification.loader.exec_module(module)
-        if not callable(function := getattr(module, "open_images", None)):
-            raise ConfigError(f"{self.file} has no function open_images(argument) that returns names, and a function "
-                              "from a name to bytes")
-        return function(self.argument)
-
-    def location(self, index: int) -> str:
-        return f"{self.root}: {self.names[index]}"
-
-    def read(self, index: int) -> bytes:
-        self.read_name = self.read_name or self.call()[1]
-        try:
-            return self.read_name(self.names[index])
-        except Exception as error:  # whatever the function raises is about this image
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise UnreadableImage(f"cannot read the image {self.location(index)} ({reason})") from None
-
-    def __getstate__(self) -> dict:
-        return self.__dict__ | {"read_name": None}

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from selfpatch.data.files import IMAGE_SUFFIXES, is_image_name, walk
-from selfpatch.errors import ConfigError
+from selfpatch.errors import ConfigError, user_path
 from selfpatch.evaluation.segmentation import (
     check_sizes,
     existing_folder,
@@ -28,6 +28,7 @@ from selfpatch.evaluation.segmentation import (
 )
 from selfpatch.evaluation.tables import tell_apart
 from selfpatch.video.davis import VOID, read_mask
+from selfpatch.whole_files import regular
 
 HELP = "voc:FOLDER, coco:JSON,IMAGES, folders:IMAGES,MASKS (boxes around the masks) or images:FOLDER (no boxes)"
 
@@ -113,7 +114,7 @@ def _coco(place: str) -> list[BoxImage]:
         raise ConfigError(f"--data coco:{place}: give a file and a folder, coco:JSON,IMAGES")
     root, boxes = existing_folder(folder), defaultdict(list)
     try:
-        content = json.loads(Path(file).expanduser().read_text())
+        content = json.loads(Path(regular(user_path(file))).read_text())
         for found in content["annotations"]:
             if not found.get("iscrowd"):
                 x, y, width, height = found["bbox"]

@@ -47,8 +47,9 @@ def check_output(output: str | Path | None, overwrite: bool, option: str = "--ou
     if not output:
         return
     path = Path(output)
-    if os.path.lexists(path) and (path.is_dir() or not overwrite):
-        raise ConfigError(f"{option} {path} exists: give another name" + ("" if path.is_dir() else ", or --overwrite"))
+    odd = path.exists() and not path.is_file()  # a folder, pipe or device is never replaced
+    if odd or os.path.lexists(path) and not overwrite:
+        raise ConfigError(f"{option} {path} exists: give another name" + ("" if odd else ", or --overwrite"))
     if not path.parent.is_dir():
         raise ConfigError(f"{option} {path}: {path.parent} is not a folder, create it first")
     if not os.access(path.parent, os.W_OK):

@@ -5,7 +5,7 @@ import tempfile
 from pathlib import Path
 
 from selfpatch.checkpoints.loading import resolve_path
-from selfpatch.data.sources import KINDS, check_paths
+from selfpatch.data.sources import KINDS, check_paths, image_suffix
 from selfpatch.errors import POSITIVE_FLOAT, ArgumentParser, ConfigError, Number, describe
 from selfpatch.method.vision_transformer import ARCHS, RECOMPUTED
 from selfpatch.pretraining.auto_options import COMPILE_WAYS
@@ -158,6 +158,11 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("run")
     group.add_argument("--data_path", default="/path/to/imagenet/train", type=os.path.expanduser, nargs="+",
                        action=OneOrSeveral, help="the images: " + KINDS + "; see docs/DATA.md")
+    group.add_argument("--image_suffix", default=[], type=image_suffix, nargs="+", metavar="SUFFIX",
+                       help="where photographs and masks are together: take the images alone whose names go on so "
+                            "after the first dot, .jpg of 0001.jpg and 0001.seg.png; for folders, lists and archives")
+    group.add_argument("--image_column", default="", metavar="NAME",
+                       help="of a Hugging Face data set; default: the first column of images")
     group.add_argument("--output_dir", default=".", type=os.path.expanduser,
                        help="where checkpoints and log.txt are written, and where a run is resumed from")
     group.add_argument("--saveckp_freq", default=10, type=INTERVAL,
@@ -216,7 +221,7 @@ def check_options(options: dict) -> None:
         ConfigError: the first such option, and what to give.
     """
     check_numbers(options)
-    check_paths(options["data_path"])
+    check_paths(options["data_path"], suffixes=options["image_suffix"], column=options["image_column"])
     output = Path(options["output_dir"])
     check_output_dir(output)
     check_trackers(chosen_trackers(options["log_with"], options["tensorboard"]), output)

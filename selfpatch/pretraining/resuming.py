@@ -20,18 +20,21 @@ from selfpatch.method.vision_transformer import ARCHS
 from selfpatch.pretraining.meters import MetricLogger
 from selfpatch.pretraining.run_folder import RunFolder
 
-# Changing any of these makes it a different run; "batch" is the images of a step, "data" the images themselves.
+# Changing any of these makes it a different run; "batch" is the images of a step, "data" the images themselves,
+# "data_sizes" those of their files, where the data say them.
 # With a different network or optimizer the checkpoint does not fit at all.
 FIXED = ("k_num", "norm_last_layer", "patch_loss_weight", "global_crops_scale", "global_crops_size",
-         "local_crops_number", "local_crops_scale", "local_crops_size", "seed", "batch", "data")
+         "local_crops_number", "local_crops_scale", "local_crops_size", "seed", "batch", "data", "data_sizes")
 # these say where files are and how the work is done, not what is computed
-IRRELEVANT = {"data_path", "output_dir", "init_weights", "saveckp_freq", "save_every_minutes", "save_every_steps",
-              "log_every", "log_with", "tensorboard", "peak_tflops", "num_workers", "max_bad_images", "loader_timeout",
+IRRELEVANT = {"data_path", "image_suffix", "output_dir", "init_weights", "saveckp_freq", "save_every_minutes",
+              "save_every_steps", "log_every", "log_with", "tensorboard", "peak_tflops", "num_workers",
+              "max_bad_images", "loader_timeout",
               "allow_changed", "knn_data", "knn_every", "device", "dist_url", "dist_timeout", "port", "local_rank",
               "world_size", "batch_size_per_gpu", "accum_steps", "fused_loss", "compile", "checkpoint_activations",
               "pack_crops"}
 # paths of one folder on different machines, and what each process or machine has for itself; "data" is compared
-MAY_DIFFER_BETWEEN_RANKS = {"data_path", "knn_data", "num_workers", "device", "dist_url", "port", "local_rank"}
+MAY_DIFFER_BETWEEN_RANKS = {"data_path", "data_sizes", "knn_data", "num_workers", "device", "dist_url", "port",
+                            "local_rank"}
 
 
 def fix_random_seeds(*seed: int) -> None:
@@ -46,7 +49,12 @@ def plain_args(options: dict, world_size: int, dataset: TrainingImages | None = 
     """The options as plain values, which torch.load(weights_only=True) reads, and what identifies images and crops."""
     plain = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
     plain |= {"world_size": world_size, "crop_seeds": "(seed, epoch, index)"}
-    return plain | ({"data": describe_images(dataset)} if dataset else {})
+    if not dataset:
+        return plain
+    plain["data"] = describe_images(dataset)
+    if (sizes := dataset.images.sizes()) is not None:
+        plain["data_sizes"] = f"checksum {zlib.crc32(sizes.numpy().tobytes()):08x}"
+    return plain
 
 
 def describe_images(dataset: TrainingImages) -> str:
@@ -106,7 +114,8 @@ def unused_weights(given: str, saved: str | None, path: Path) -> str:
 
 
 def option(name: str) -> str:
-    return {"batch": "images in a step:", "data": "data:"}.get(name, f"--{name}")
+    return {"batch": "images in a step:", "data": "data:", "data_sizes": "sizes of the images' files:"}.get(
+        name, f"--{name}")
 
 
 def compare_ranks(ours: dict) -> None:

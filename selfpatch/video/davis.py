@@ -19,7 +19,7 @@ from PIL import Image
 
 from selfpatch.data.files import UnreadableImage, is_hidden, load_ids, load_rgb, open_image, orientation, read_bytes
 from selfpatch.errors import ConfigError
-from selfpatch.whole_files import whole_file
+from selfpatch.whole_files import regular, whole_file
 
 VOID = 255
 SCALE_SIZE = 480  # short side in pixels of the backbone's input
@@ -95,7 +95,7 @@ def read_set(davis_path: str | Path, name: str = "val") -> list[str]:
 def read_lines(path: Path) -> list[str]:
     """Read the lines of a UTF-8 text, with or without a byte order mark."""
     try:
-        data = path.read_bytes()
+        data = Path(regular(path)).read_bytes()
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; give the folder that has ImageSets and JPEGImages in it") from None
     except OSError as error:

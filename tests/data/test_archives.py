@@ -117,6 +117,35 @@ def test_an_archive_that_is_cut_off_is_one_line(archive, share):
     assert "\n" not in str(error.value)
 
 
+def test_two_zips_in_one_file_and_a_part_of_a_split_one(image_folder, tmp_path):
+    first, second = (write_zip(image_folder, tmp_path / name).read_bytes() for name in ("a.zip", "b.zip"))
+    (tmp_path / "joined.zip").write_bytes(first + second)
+    (tmp_path / "part.zip").write_bytes(first[len(first) // 2:])
+    (tmp_path / "program.zip").write_bytes(b"#!/bin/sh\nexit\n" + first)
+    for name, message in (("joined.zip", f"is two zip archives in one file.*begins at byte {len(first):,}: "),
+                          ("part.zip", "part.zip is a part of a split zip archive: join its parts")):
+        with pytest.raises(ConfigError, match=message):
+            open_images(tmp_path / name)
+    assert len(open_images(tmp_path / "program.zip")) == 12
+
+
+def test_what_follows_a_tar(image_folder, tmp_path):
+    path = write_tar(image_folder, tmp_path / "x.tar")
+    whole = path.read_bytes()
+    path.write_bytes(whole + b"more")
+    with pytest.raises(ConfigError, match=f"x.tar is followed by something .* no tar archive at byte {len(whole):,}"):
+        open_images(path)
+    path.write_bytes(bytes(1024))  # an empty one
+    with pytest.raises(ConfigError, match="x.tar has no images in it: files ending in"):
+        open_images(path)
+    with tarfile.open(path, "w") as archive:
+        part = tarfile.TarInfo("a.jpg")
+        part.type = b"M"
+        archive.addfile(part)
+    with pytest.raises(ConfigError, match="a part of a tar archive of several volumes .a.jpg began in another one"):
+        open_images(path)
+
+
 def test_a_tar_that_is_cut_off_between_members(image_folder, tmp_path):
     path = write_tar(image_folder, tmp_path / "x.tar")
     with tarfile.open(path) as archive:
@@ -212,8 +241,67 @@ def test_links_and_later_members_in_a_tar(image_folder, tmp_path):
     images = open_images(tmp_path / "x.tar")
     assert list(images.names) == ["a/1.jpg", "a/2.jpg", "b/hard.jpg", "b/soft.jpg", "c/broken.jpg"]
     assert [images.read(i) for i in range(4)] == [second, first, first, second]
-    with pytest.raises(UnreadableImage, match="c/broken.jpg .0 bytes"):
+    with pytest.raises(UnreadableImage, match="c/broken.jpg .a link to a file that is not in the archive"):
         images.read(4)
+
+
+def test_links_lead_through_links_and_are_stored_in_zips_too(image_folder, tmp_path):
+    images = [(image_folder / "class0" / name).read_bytes() for name in ("00.jpg", "02.jpg")]
+    links = {"a/1.jpg": "../b/1.jpg", "b": ".store/deep", ".store/deep/1.jpg": "blob", "a/2.jpg": "/c/3.jpg",
+             "c/3.jpg": "4.JPG", "d/circle.jpg": "circle.jpg", "d/out.jpg": "../../../etc/passwd"}
+    with tarfile.open(tmp_path / "x.tar", "w") as tar, zipfile.ZipFile(tmp_path / "x.zip", "w") as zipped:
+        for name, target in links.items():
+            link, member = tarfile.TarInfo(name), zipfile.ZipInfo(name)
+            link.type, link.linkname, member.external_attr = tarfile.SYMTYPE, target, 0o120777 << 16
+            tar.addfile(link)
+            zipped.writestr(member, target)
+        for name, data in ((".store/deep/blob", images[0]), ("c/4.JPG", images[1])):
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+            zipped.writestr(name, data)
+    for kind in WRITERS:
+        found = open_images(tmp_path / f"x.{kind}")
+        assert list(found.names) == ["a/1.jpg", "a/2.jpg", "c/3.jpg", "c/4.JPG", "d/circle.jpg", "d/out.jpg"]
+        assert [found.read(i) for i in range(4)] == [images[i] for i in (0, 1, 1, 1)]
+        for i in (4, 5):
+            with pytest.raises(UnreadableImage, match="a link to a file that is not in the archive"):
+                found.read(i)
+
+
+def test_members_with_holes_are_read_whole(image_folder, tmp_path):
+    """As tar -S writes them; here in the PAX form: a map of what is stored, then that."""
+    whole = bytes(5000) + (image_folder / "class0" / "00.jpg").read_bytes()
+    stored = f"1\n5000\n{len(whole) - 5000}\n".encode().ljust(512, b"\0") + whole[5000:]
+    for path, size in ((tmp_path / "x.tar", len(whole)), (tmp_path / "y.tar", 2**40)):
+        with tarfile.open(path, "w") as archive:
+            for name in ("a/0.jpg", "a/1.jpg"):
+                member = tarfile.TarInfo("GNUSparseFile.0/x")
+                member.size, member.pax_headers = len(stored), {
+                    "GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.name": name,
+                    "GNU.sparse.realsize": str(size)}
+                archive.addfile(member, io.BytesIO(stored))
+    images = open_images(tmp_path / "x.tar")
+    assert list(images.names) == ["a/0.jpg", "a/1.jpg"] and images.read(0) == images.read(1) == whole
+    with pytest.raises(UnreadableImage, match="1,099,511,627,776 bytes, more than"):
+        open_images(tmp_path / "y.tar").read(0)
+
+
+def test_shards_whose_members_have_the_same_names(image_folder, tmp_path):
+    """As WebDataset's: in the order of the shards' names, whatever that of the arguments; others are told apart."""
+    def pack(*numbers):
+        for shard, start in zip("ab", numbers, strict=True):
+            with tarfile.open(tmp_path / f"{shard}.tar", "w") as archive:
+                for i in range(3):
+                    archive.add(paths[start + i], f"{i:04}.jpg")
+        return open_images([tmp_path / "b.tar", tmp_path / "a.tar"])
+
+    paths = sorted(image_folder.rglob("*.jpg"))
+    images = pack(0, 3)
+    assert [images.read(i) for i in range(6)] == [paths[i].read_bytes() for i in (0, 3, 1, 4, 2, 5)]
+    assert images.notes() == ["3 images have the same name as another one, and count as images of their own"]
+    others = pack(3, 0)
+    assert list(others.names) == list(images.names) and not torch.equal(others.sizes(), images.sizes())
 
 
 def test_an_archive_without_images_or_with_images_beside_its_folders(image_folder, tmp_path):

@@ -226,7 +226,7 @@ def test_too_many_unreadable_images_end_the_epoch_with_a_list(folder):
 
 
 @pytest.mark.parametrize("path, augment, message", [
-    ("nowhere", "pil", "no folder nowhere"), (__file__, "pil", "line 1: there is no file .*The data set's files"),
+    ("nowhere", "pil", "no folder nowhere"), (__file__, "pil", "give .*test_data.py:ARGUMENT"),
     (".", "auto", "must be device or pil")])
 def test_arguments_that_make_no_data_set(path, augment, message):
     with pytest.raises(ConfigError, match=message):

@@ -9,8 +9,8 @@ import torchvision.transforms.functional as TF
 from PIL import Image, ImageFilter
 from torchvision.transforms import RandomResizedCrop
 
-from selfpatch.data import device_augmentations as ours
-from selfpatch.data.device_augmentations import DeviceAugmentation, Draws, RandomCrops, apply, draw, draw_boxes
+from selfpatch.data import augmentations as ours
+from selfpatch.data.augmentations import DeviceAugmentation, Draws, RandomCrops, apply, draw, draw_boxes
 from selfpatch.data.normalisation import IMAGENET_MEAN, IMAGENET_STD
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")

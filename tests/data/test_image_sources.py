@@ -6,43 +6,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from image_kinds import SIZES, epoch, files, write_hub, write_list, write_sqlite, write_tar, write_two_tars, write_zip
-from repository import example
+from image_kinds import FORMS, SIZES, epoch, files, write_list, write_tar
 
 from main_selfpatch import get_args_parser
 from selfpatch.data import names as names
 from selfpatch.data.dataset import build_dataset
+from selfpatch.data.files import UnreadableImage
+from selfpatch.data.loader import CropLoader
 from selfpatch.data.names import NamedImages, PackedNames, Progress, common_top
-from selfpatch.data.sources import absolute, open_class_folders, open_folder, open_images, prepare
+from selfpatch.data.sources import absolute, expand, open_class_folders, open_folder, open_images, prepare
 from selfpatch.distributed.processes import Process
 from selfpatch.errors import ConfigError
 from selfpatch.pretraining.resuming import describe_images
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning",
                                         "ignore:.*fork.*:DeprecationWarning")
-
-
-def write_function(folder, path):
-    write_sqlite(folder, path)
-    code = example("docs/DATA.md", "Anything else")
-    assert len(code.splitlines()) <= 14
-    path.with_name("sqlite_images.py").write_text(code)
-    return f"{path.with_name('sqlite_images.py')}:{path}"
-
-
-def write_relative_list(folder, path):
-    shutil.copytree(folder, path.parent / "copy")
-    path = path.with_suffix(".txt")
-    path.write_text("".join(f"./copy/{image.relative_to(folder)}\tclass{i % 3}\r\n"
-                            for i, image in enumerate(files(folder))))
-    return path
-
-
-KINDS = {"list": write_list, "list with spaces": lambda folder, path: write_list(folder, path, lambda image: " 7"),
-         "relative list": write_relative_list, "zip": lambda folder, path: write_zip(folder, path.with_suffix(".zip")),
-         "stored zip": lambda folder, path: write_zip(folder, path.with_suffix(".zip"), "train", 0),
-         "tar": lambda folder, path: write_tar(folder, path.with_suffix(".tar"), "./train"), "tars": write_two_tars,
-         "function": write_function, "hub": write_hub}
 
 
 @pytest.fixture(scope="module")
@@ -52,21 +30,24 @@ def expected(image_folder):
     return ranks, describe_images(build_dataset(image_folder, **SIZES))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", FORMS)
 def test_every_kind_gives_the_batches_of_the_folder_to_both_ranks(image_folder, expected, tmp_path, kind):
-    data_path = KINDS[kind](image_folder, tmp_path / "images")
+    data_path = FORMS[kind](image_folder, tmp_path / "images")
     ranks, description = expected
     for rank in range(2):
         loader, found = epoch(data_path, process=Process(rank, 2))
         assert len(found) == 3 and all(map(torch.equal, found, ranks[rank]))
     if "relative" not in kind and "spaces" not in kind:  # whose classes are others
         assert describe_images(loader.dataset) == description
-    assert not loader.bad_images
+    images = loader.dataset.images
+    sizes = [(image_folder / name).stat().st_size for name in open_images(image_folder).names]
+    assert not loader.bad_images and (images.sizes() is None or images.sizes().tolist() == sizes)
+    assert not [note for note in images.notes() if "not read" in note or "same name" in note]
 
 
 @pytest.mark.parametrize("kind", ["function", "hub"])
 def test_other_kinds_in_workers(image_folder, tmp_path, kind):
-    data_path = KINDS[kind](image_folder, tmp_path / "images")
+    data_path = FORMS[kind](image_folder, tmp_path / "images")
     found, expected = epoch(data_path, num_workers=2)[1], epoch(image_folder, num_workers=2)[1]
     assert len(found) == 6 and all(map(torch.equal, found, expected))
     images = open_images(data_path)
@@ -134,6 +115,53 @@ def test_paths_for_a_process_that_starts_in_another_folder(tmp_path, monkeypatch
         f"{tmp_path}/a", f"{tmp_path}/mine.py:s3://bucket/x", f"hf:{tmp_path}/saved:train", "hf:owner/name"]
 
 
+# ---------------------------------------------------------------- what is chosen, and what is told
+
+
+def test_patterns_are_those_of_a_shell(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("b1.tar", "a10.tar", "a9.tar", "a9.tar.index.npz", "{x}.tar"):
+        (tmp_path / name).touch()
+    assert expand("{a,b}{09..11}.tar") == [f"{name}{i:02}.tar" for i in (9, 10, 11) for name in "ab"]
+    assert expand("s{8..10}") == ["s8", "s9", "s10"] == expand("s{10..8}") and expand("{x}.tar") == ["{x}.tar"]
+    assert expand(["a*", "b?.tar"]) == ["a10.tar", "a9.tar", "b1.tar"] and expand("{z}") == ["{z}"]
+    assert expand(["hf:a*", "f.py:s3://{0..9}"]) == ["hf:a*", "f.py:s3://{0..9}"]
+    for pattern, message in (("c*.tar", "there is no file of such a name"), ("{0..9999999}", "more than 1,000,000")):
+        with pytest.raises(ConfigError, match=f"--knn_data .*{message}"):
+            expand(pattern, "--knn_data")
+
+
+@pytest.mark.parametrize("form", ["folder", "list", "tar"])
+def test_photographs_and_masks_of_one_name(image_folder, tmp_path, form):
+    source = tmp_path / "source"
+    for i, image in enumerate(files(image_folder)):
+        for suffix in (".jpg", ".seg.jpg"):
+            (source / image.parent.name).mkdir(parents=True, exist_ok=True)
+            shutil.copy(image, source / image.parent.name / f"{i:04}{suffix}")
+    data = source if form == "folder" else {"list": write_list, "tar": write_tar}[form](source, tmp_path / f"x.{form}")
+    everything = open_images(data)
+    assert len(everything) == 24 and everything.notes() == [
+        "12 images differ from another one only behind the first dot of the name (12 .jpg, 12 .seg.jpg): if some are "
+        "masks, --image_suffix chooses"]
+    images = open_images(data, suffixes=[".jpg"])
+    assert len(images) == 12 and images.notes() == ["not read: 12 .seg.jpg (only .jpg are)"]
+    assert not [name for name in images.names if "seg" in name] and len(open_images(data, suffixes=[".seg.jpg"])) == 12
+    with pytest.raises(ConfigError, match="has no images in it: not read: 12 .jpg, 12 .seg.jpg .only .png are"):
+        open_images(data, suffixes=[".png"])
+
+
+def test_options_for_other_kinds_of_data(image_folder, capsys):
+    for words, message in (({"suffixes": [".jpg"], "paths": "f.py:x"}, "--image_suffix .jpg: is for folders, lists"),
+                           ({"column": "mask", "paths": image_folder}, "--image_column mask: is for hf:NAME only")):
+        with pytest.raises(ConfigError, match=message):
+            open_images(**words)
+    parse = get_args_parser().parse_args
+    assert parse(["--image_suffix", "JPG", ".seg.png"]).image_suffix == [".jpg", ".seg.png"]
+    with pytest.raises(SystemExit):
+        parse(["--image_suffix", ".cls"])
+    assert "'.cls' is no suffix of images" in capsys.readouterr().err
+
+
 # ---------------------------------------------------------------- what is none of these
 
 
@@ -141,20 +169,76 @@ def test_paths_for_a_process_that_starts_in_another_folder(tmp_path, monkeypatch
     (["{0}", "{0}"], "each must be a .zip or .tar archive"), (["{0}/class0/00.jpg"], "is no folder, archive or text"),
     (["{1}/x.tar.gz"], "compressed as a whole.*decompress it"), (["nowhere"], "no folder nowhere, and no file"),
     (["{1}/none.py:3"], "there is no file .*none.py"), (["{1}/empty.py:3"], "has no function open_images"),
-    (["{1}"], "has no images in it: not read: 1 .tar .*give the archives in it themselves")])
+    (["{1}/empty.py"], "give .*empty.py:ARGUMENT"), (["{1}/x.tar", "{1}/x.tar"], "x.tar is given twice"),
+    (["{1}/x.tar", "{1}/link.tar"], "link.tar is the same archive as .*x.tar"),
+    (["{1}"], "has no images in it: not read: 2 .tar .*give the archives in it themselves")])
 def test_what_cannot_be_read_is_one_line(image_folder, tmp_path, words, message):
     (tmp_path / "x.tar.gz").touch()
     (tmp_path / "empty.py").touch()
     (tmp_path / "x.tar").touch()
+    (tmp_path / "link.tar").symlink_to("x.tar")
     with pytest.raises(ConfigError, match=message) as error:
         open_images([word.format(image_folder, tmp_path) for word in words])
     assert "\n" not in str(error.value)
 
 
-def test_an_error_of_the_function_is_about_its_image(tmp_path):
-    (tmp_path / "f.py").write_text("def open_images(a):\n    return ['x.jpg'], lambda name: {}[name]\n")
-    with pytest.raises(ConfigError, match="cannot read the image .*f.py:a: x.jpg .'x.jpg'"):
-        open_images(f"{tmp_path}/f.py:a").read(0)
+# ---------------------------------------------------------------- functions of users
+
+
+def write_own(folder: Path, returned: str, before: str = "") -> str:
+    (folder / "f.py").write_text(f"from __future__ import annotations\n{before}\ndef open_images(a):\n    "
+                                 f"return {returned}\n")
+    return f"{folder}/f.py:a"
+
+
+@pytest.mark.parametrize("value, message", [
+    ("{}[name]", "cannot read the image .*f.py:a: x.jpg .'x.jpg'"), ("None", "x.jpg .the function .* returned None"),
+    ("b''", "x.jpg .0 bytes"), ("exit(3)", "cannot read the image .*x.jpg .3"),
+    ("memoryview(b'x')", "x.jpg: the function that open_images returns gave a memoryview"), ("'x'", "gave a str, and"),
+    ("__import__('io').BytesIO(b'x')", "gave a BytesIO, and should give the bytes")])
+def test_what_a_function_gives_for_an_image(tmp_path, value, message):
+    images = open_images(write_own(tmp_path, f"['x.jpg'], lambda name: {value}"))
+    with pytest.raises(ConfigError, match=message) as error:
+        images.read(0)
+    # one image is at fault, and another takes its place; or the function is, and nothing goes on
+    assert isinstance(error.value, UnreadableImage) == ("gave a" not in message)
+
+
+@pytest.mark.parametrize("returned, message", [
+    ("None", "open_images returned None, and should return two values"), ("'x', read", "returned a str, a function"),
+    ("read, ['x']", "returned a function, a list, and should"), ("['x'], read, 1", "a list, a function, a int"),
+    ("[b'x'], read", "must be text, and b'x' is a bytes"), ("range(3), read", "must be text, and 0 is a int"),
+    ("[__import__('pathlib').Path('x')], read", "and PosixPath.'x'. is a PosixPath"),
+    ("[], read", "has no images in it: its open_images returned no names"),
+    ("(1 / 0 for _ in 'x'), read", "f.py, line 4: ZeroDivisionError: division by zero"),
+    ("exit('locked')", "f.py, line 4: SystemExit: locked")])
+def test_what_else_a_function_returns(tmp_path, returned, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        open_images(write_own(tmp_path, returned, "read = lambda name: b'x'"))
+    assert "\n" not in str(error.value)
+    (tmp_path / "f.py").write_text("def f(:\n")
+    with pytest.raises(ConfigError, match="f.py: SyntaxError: "):
+        open_images(f"{tmp_path}/f.py:a")
+
+
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+def test_a_function_with_a_dataclass_and_a_module_beside_it(image_folder, tmp_path, context):
+    (tmp_path / "beside_it.py").write_text("ROOT = " + repr(str(image_folder)))
+    (tmp_path / "later_too.py").write_text("def read(path):\n    return open(path, 'rb').read()")
+    data = write_own(tmp_path, "[f'class{i % 2}/{i:02}.jpg' for i in range(12)], read", """
+from dataclasses import dataclass
+import beside_it
+@dataclass
+class Row:
+    path: str
+def read(name):
+    import later_too
+    return later_too.read(Row(f'{beside_it.ROOT}/{name}').path)
+""")
+    loader = CropLoader(build_dataset(data, **SIZES), 6, num_workers=1)
+    loader.batches.multiprocessing_context = context
+    loader.set_epoch(1)
+    assert len(list(loader)) == 2 and not loader.bad_images
 
 
 def test_one_value_stays_a_text(image_folder, tmp_path, monkeypatch):
@@ -175,13 +259,47 @@ def test_data_sets_that_cannot_be_read(tmp_path, monkeypatch):
     datasets.Dataset.from_dict({"text": ["a"], "label": [1]}).save_to_disk(tmp_path / "text")
     datasets.DatasetDict(a=datasets.Dataset.from_dict({"x": [1]}), b=datasets.Dataset.from_dict({"x": [1]})
                          ).save_to_disk(tmp_path / "splits")
+    datasets.Dataset.from_dict({"image": []}, features=datasets.Features(image=datasets.Image())
+                               ).save_to_disk(tmp_path / "empty")
     for path, message in ((f"hf:{tmp_path}/text", "has no column of images, but text, label"),
+                          (f"hf:{tmp_path}/empty", "has a split without rows|its split has no rows"),
+                          (f"hf:{tmp_path}/splits:c:a", "without configurations: give hf:.*/splits:a"),
                           (f"hf:{tmp_path}/splits", "has no split train, but a, b"), ("hf:", "give the name"),
                           (f"hf:{tmp_path}/splits:a", "has no column of images"),
                           ("hf:nobody/nothing", "hf:nobody/nothing cannot be loaded")):
         with pytest.raises(ConfigError, match=message) as error:
             open_images(path)
         assert "\n" not in str(error.value)
+
+
+def test_configurations_and_columns(image_folder, tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets", reason="the package datasets is not installed")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    data = [path.read_bytes() for path in files(image_folder)]
+    columns = {"photo": data, "mask": data[::-1], "raw": data[1:] + data[:1]}
+    features = datasets.Features(photo=datasets.Image(), mask=datasets.Image(), raw=datasets.Value("binary"))
+    (tmp_path / "x").mkdir()
+    for name, count in (("big", 12), ("small", 3)):
+        datasets.Dataset.from_dict({name: values[:count] for name, values in columns.items()}, features=features
+                                   ).to_parquet(tmp_path / "x" / f"{name}.parquet")
+    (tmp_path / "x" / "README.md").write_text("---\nconfigs:\n" + "".join(
+        f"- config_name: {name}\n  data_files: {{split: {split}, path: {name}.parquet}}\n".replace(
+            "{split", "\n  - {split") for name, split in (("big", "train"), ("small", "test"))) + "---\n")
+    start = f"hf:{tmp_path / 'x'}"
+    for column, first in (("", data[0]), ("photo", data[0]), ("mask", data[-1]), ("raw", data[1])):
+        images = open_images(f"{start}:big:train", column=column)
+        assert len(images) == 12 and images.read(0) == first
+        assert f"images of the column {column or 'photo'} (there are also " in images.notes()[0]
+    assert len(open_images(f"{start}:small:test")) == len(open_images(f"{start}:small:")) == 3
+    for path, column, message in (("", "", "has the configurations big, small: give one with .*:big:SPLIT"),
+                                  (":no:train", "", "has no configuration no, but big, small: give hf:.*:big:SPLIT"),
+                                  (":small:train", "", "has no split train, but test: give hf:.*/x:small:test"),
+                                  (":a:b:c", "", "hf:NAME:CONFIG:SPLIT"),
+                                  (":big:train", "text", "no column of images text, but photo, mask: give one")):
+        with pytest.raises(ConfigError, match=message) as error:
+            open_images(start + path, column=column)
+        assert "\n" not in str(error.value) and "load_dataset" not in str(error.value)
 
 
 def test_rows_without_names_keep_their_order(image_folder, tmp_path):

@@ -36,7 +36,7 @@ def test_published_defaults():
         "peak_tflops": 0,
         "accum_steps": 1, "compile": "auto", "checkpoint_activations": "", "augment": "auto", "fused_loss": "auto",
         "max_bad_images": 0.001, "init_weights": "", "freeze_backbone_epochs": 0, "layer_decay": 1.0,
-        "head_hidden_dim": 2048, "pack_crops": "auto", "reduce_dtype": "fp32"}
+        "head_hidden_dim": 2048, "pack_crops": "auto", "reduce_dtype": "fp32", "image_suffix": [], "image_column": ""}
 
 
 def test_published_command_and_launchers_options():

@@ -2,11 +2,13 @@
 import shutil
 
 import pytest
+from image_kinds import write_tar
 from small_job import load, options
 
 from main_selfpatch import train_dino
+from selfpatch.data.dataset import build_dataset
 from selfpatch.errors import ConfigError
-from selfpatch.pretraining.resuming import differences
+from selfpatch.pretraining.resuming import compare_with_checkpoint, differences, plain_args
 
 pytestmark = [pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning"),
               pytest.mark.usefixtures("small_network")]
@@ -70,3 +72,17 @@ def test_what_identifies_the_images_is_what_it_was():
     """Earlier versions wrote the number of folders too, which a list of the same images does not have."""
     earlier, now = ({"data": f"12 images{folders}, checksum 1a5e5fd3"} for folders in (" in 2 folders", ""))
     assert not differences(now, earlier) and differences(now, {"data": "12 images in 2 folders, checksum 00000000"})
+
+
+def test_other_archives_of_the_same_names_are_another_run(image_folder, tmp_path):
+    """As far as the sizes of their images tell; a folder does not say them, and may continue an archive's run."""
+    def settings(data):
+        return plain_args({}, 1, build_dataset(data))
+
+    ours, folder = settings(write_tar(image_folder, tmp_path / "x.tar")), settings(image_folder)
+    shutil.copytree(image_folder, tmp_path / "other")
+    shutil.copy(image_folder / "class0" / "02.jpg", tmp_path / "other" / "class0" / "00.jpg")
+    theirs = settings(write_tar(tmp_path / "other", tmp_path / "x.tar"))
+    assert not differences(ours, folder) and ours["data"] == theirs["data"] == folder["data"]
+    with pytest.raises(ConfigError, match="sizes of the images' files: checksum .*--allow_changed data_sizes"):
+        compare_with_checkpoint(ours, theirs, [], tmp_path / "checkpoint.pth")

@@ -1,0 +1,67 @@
+"""Options that take a file are given a pipe, as of <(command), or a device: one line at once, nothing read in part."""
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from repository import ROOT
+
+from selfpatch.checkpoints.files import read_checkpoint
+from selfpatch.data.files import load_rgb
+from selfpatch.data.sources import open_images
+from selfpatch.errors import ConfigError
+from selfpatch.evaluation.box_data import find_box_data
+from selfpatch.evaluation.tables import check_output, write_json
+from selfpatch.video.davis import read_set
+
+
+@pytest.fixture
+def pipe(tmp_path):
+    signal.alarm(60)  # opening it would wait for a writer
+    yield lambda name: os.mkfifo(tmp_path / name) or tmp_path / name
+    signal.alarm(0)
+
+
+def read_sequences(path: Path) -> None:
+    (path.parent / "ImageSets" / "2017").mkdir(parents=True)
+    path.rename(path.parent / "ImageSets" / "2017" / "val.txt")
+    read_set(path.parent)
+
+
+@pytest.mark.parametrize("name, read, message", [
+    ("list", open_images, "--data_path: cannot read .*list .a pipe or a device.*: give a file"),
+    ("x.txt", lambda path: open_images([path], "--knn_data"), "--knn_data: cannot read .*x.txt .a pipe"),
+    ("x.zip", open_images, "cannot read .*x.zip .a pipe"), ("x.tar", open_images, "cannot read .*x.tar .a pipe"),
+    ("x.py", lambda path: open_images(f"{path}:a"), "there is no file .*x.py, which"),
+    ("x.pth", read_checkpoint, "x.pth is a FIFO"), ("x.jpg", load_rgb, "x.jpg is not a regular file"),
+    ("x.json", lambda path: find_box_data(f"coco:{path},{path.parent}"), "cannot read .*x.json .a pipe"),
+    ("val.txt", read_sequences, "val.txt: cannot be read .a pipe"),
+    ("y.json", lambda path: write_json({}, path), "y.json cannot be written: a pipe"),
+    ("z.json", lambda path: check_output(path, overwrite=True), "z.json exists: give another name$")])
+def test_a_pipe_is_one_line(pipe, name, read, message):
+    path = pipe(name)
+    with pytest.raises(ConfigError, match=message) as error:
+        read(path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_device_is_never_replaced():
+    with pytest.raises(ConfigError, match="/dev/null cannot be written: a pipe or a device"):
+        write_json({}, "/dev/null")
+    assert Path("/dev/null").is_char_device()
+
+
+def test_what_a_command_writes_and_standard_input(image_folder, tmp_path):
+    """<(cat list) is a pipe; standard input may be a file, which is read like any other."""
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n" + (
+        "from selfpatch.data.sources import open_images\nfrom selfpatch.errors import ConfigError\n"
+        "try: print(len(open_images(sys.argv[1])))\nexcept ConfigError as error: print(error)\n")
+    (tmp_path / "open.py").write_text(code)
+    (tmp_path / "list").write_text("".join(f"{path}\n" for path in image_folder.rglob("*.jpg")))
+    words = f"{sys.executable} {tmp_path}/open.py"
+    script = f"{words} <(cat {tmp_path}/list); cat {tmp_path}/list | {words} /dev/stdin; " \
+             f"{words} /dev/stdin < {tmp_path}/list"
+    lines = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=300).stdout.splitlines()
+    assert ["a pipe or a device" in line for line in lines] == [True, True, False] and lines[2] == "12"
