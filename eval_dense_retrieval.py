@@ -39,8 +39,8 @@ from selfpatch.evaluation.dense_retrieval import (
     sample_patches,
 )
 from selfpatch.evaluation.image_features import PatchFeature
+from selfpatch.evaluation.knn import BANK_ROWS
 from selfpatch.evaluation.model_options import Candidate, load_candidates
-from selfpatch.evaluation.nearest_neighbours import BANK_ROWS
 from selfpatch.evaluation.segmentation import (
     IGNORE,
     Pair,

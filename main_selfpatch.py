@@ -36,6 +36,7 @@ from selfpatch.distributed.processes import (
 from selfpatch.distributed.rank_watch import RankWatch
 from selfpatch.distributed.stopping import Interruption
 from selfpatch.errors import ArgumentParser, ConfigError, TrainingError, run_main
+from selfpatch.evaluation.labelled_images import Places
 from selfpatch.method.fused_loss import FusedDINOLoss
 from selfpatch.method.losses import DINOLoss
 from selfpatch.method.optim import build_optimizer
@@ -87,7 +88,8 @@ def build_loader(args: argparse.Namespace, process: Process, compiled: bool) -> 
 def build_probe(args: argparse.Namespace, process: Process, dtype: torch.dtype) -> KnnProbe | None:
     if not args.knn_data:
         return None
-    return KnnProbe(args.knn_data, args.global_crops_size, args.batch_size_per_gpu, args.num_workers, process.device,
+    places = Places(args.knn_data, val_labels=args.knn_val_labels)
+    return KnnProbe(places, args.global_crops_size, args.batch_size_per_gpu, args.num_workers, process.device,
                     dtype, args.knn_every)
 
 

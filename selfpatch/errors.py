@@ -141,6 +141,13 @@ class Number:
         return " and ".join([*words, "finite"] if endless else words)
 
 
+class OneOrSeveral(argparse.Action):
+    """Of an option with nargs="+": a single value as it is, several as a list."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, values if len(values) > 1 else values[0])
+
+
 POSITIVE_INT, POSITIVE_FLOAT = Number(int, 1), Number(float, above=0)
 
 

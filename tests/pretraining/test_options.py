@@ -30,7 +30,7 @@ def test_published_defaults():
         "local_crops_number": 8, "local_crops_scale": (0.05, 0.25), "output_dir": ".", "saveckp_freq": 10, "seed": 0,
         "num_workers": 10, "dist_url": "env://", "local_rank": 0, "port": 29500,
         "dist_timeout": 30, "save_every_minutes": 15, "save_every_steps": 0, "loader_timeout": 600,
-        "allow_changed": [], "knn_data": "", "knn_every": 10,
+        "allow_changed": [], "knn_data": "", "knn_val_labels": "", "knn_every": 10,
         "patch_loss_weight": 0.1, "drop_path_rate": 0.1, "global_crops_size": 224, "local_crops_size": 96,
         "log_every": 10, "device": "auto", "precision": "auto", "log_with": [], "tensorboard": False,
         "peak_tflops": 0,
