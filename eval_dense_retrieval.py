@@ -222,7 +222,9 @@ def main(args: argparse.Namespace) -> None:
 
     def retrieve(candidate: Candidate) -> Column:
         feature = PatchFeature(candidate.model, args.feature, args.layer, dtype)
-        return figures(score(feature, data, args, device), args.hungarian)
+        confusion = score(feature, data, args, device)
+        data.check_shift(confusion)
+        return figures(confusion, args.hungarian)
 
     table = evaluate_each(candidates, retrieve, device)
     finish(f"dense retrieval, {data.name}", candidates, table, vars(args), train_images=len(data.train),

@@ -167,6 +167,12 @@ def is_first_of_machine() -> bool:
     return os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0"
 
 
+def warn(text: str) -> None:
+    """Print a warning as one line on stderr, from the first process of each machine."""
+    if is_first_of_machine():
+        print(f"warning: {printable(text)}", file=sys.stderr, flush=True)
+
+
 def report(error: Exception) -> int:
     """Print an error as one line on stderr, and return the exit status.
 

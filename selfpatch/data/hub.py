@@ -18,10 +18,10 @@ class HubImages(NamedImages):
     Only that column is read, from memory-mapped files that workers share. Images stay as they were encoded.
     """
 
-    def __init__(self, path: str):
+    def __init__(self, path: str, column: str = ""):
         name, split = split_of(path)
         dataset = load_split(name, split)
-        column, label = image_column(dataset, path), label_column(dataset)
+        column, label = column or image_column(dataset, path), label_column(dataset)
         from datasets import Image  # which load_split has found
 
         classes = dataset.features[label].names if label else []

@@ -6,7 +6,6 @@
 """
 import copy
 import os
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -16,11 +15,11 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from selfpatch.data.files import UnreadableImage, load_rgb
-from selfpatch.data.hub import split_of
-from selfpatch.data.names import NamedImages, class_folder, in_order, number_classes
+from selfpatch.data.names import NamedImages, class_folder, number_classes
 from selfpatch.data.sources import open_images, text_lines
 from selfpatch.distributed.processes import get_rank, get_world_size
-from selfpatch.errors import ConfigError, is_first_of_machine
+from selfpatch.errors import ConfigError, warn
+from selfpatch.evaluation.places import NamedPart
 
 Paths = str | Path | list[str]
 PARTS = ("train", "val")
@@ -90,18 +89,6 @@ def open_labelled(paths: Paths, option: str, transform: Callable | None = None) 
     return with_classes(NamedPart(open_images(paths, option)), option, transform)
 
 
-class NamedPart(NamedTuple):
-    """Those of some images whose names begin with top, such as train/; all where that is empty."""
-    images: NamedImages
-    top: str = ""
-
-    def numbered(self) -> tuple[torch.Tensor, list[str]]:
-        """The images' numbers in the order of a folder, and their names below top."""
-        names = [(name[len(self.top):], i) for i, name in enumerate(self.images.names) if name.startswith(self.top)]
-        order = in_order([name for name, _ in names]) if self.top else range(len(names))
-        return torch.tensor([names[i][1] for i in order]), [names[i][0] for i in order]
-
-
 def with_classes(part: NamedPart, option: str, transform: Callable | None = None,
                  labels_option: str = "") -> LabelledImages:
     """The images of a part that have a class. A line reports images without class, and classes without images.
@@ -138,11 +125,6 @@ def has_given_classes(images: NamedImages) -> bool:
 
 def shortened(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + ", …" * (len(names) > 5)
-
-
-def warn(text: str) -> None:
-    if is_first_of_machine():
-        print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def hold_out(images: LabelledImages, share: float,
@@ -229,7 +211,8 @@ def open_pair(places: Places, train_transform: Callable | None = None,
 def find_parts(data: Paths, option: str) -> list[NamedPart]:
     """Training and test images of data, or all images where it is not divided."""
     if str(data).startswith("hf:"):
-        if split_of(str(data))[-1] is None:
+        name = str(data).removeprefix("hf:")
+        if ":" not in name or os.path.exists(os.path.expanduser(name)):  # without a split
             return [NamedPart(open_images(f"{data}:{split}", option)) for split in HUB_SPLITS]
     elif not isinstance(data, list) and all(os.path.isdir(os.path.join(data, part)) for part in PARTS):
         return [NamedPart(open_images(os.path.join(data, part), option)) for part in PARTS]
