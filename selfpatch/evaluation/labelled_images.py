@@ -16,7 +16,7 @@ from torchvision.transforms import v2
 
 from selfpatch.data.files import UnreadableImage, load_rgb
 from selfpatch.data.names import NamedImages, class_folder, number_classes
-from selfpatch.data.sources import open_images, text_lines
+from selfpatch.data.sources import as_list, open_images, text_lines
 from selfpatch.distributed.processes import get_rank, get_world_size
 from selfpatch.errors import ConfigError, warn
 from selfpatch.evaluation.places import NamedPart
@@ -210,12 +210,12 @@ def open_pair(places: Places, train_transform: Callable | None = None,
 
 def find_parts(data: Paths, option: str) -> list[NamedPart]:
     """Training and test images of data, or all images where it is not divided."""
-    if str(data).startswith("hf:"):
-        name = str(data).removeprefix("hf:")
-        if ":" not in name or os.path.exists(os.path.expanduser(name)):  # without a split
-            return [NamedPart(open_images(f"{data}:{split}", option)) for split in HUB_SPLITS]
-    elif not isinstance(data, list) and all(os.path.isdir(os.path.join(data, part)) for part in PARTS):
-        return [NamedPart(open_images(os.path.join(data, part), option)) for part in PARTS]
+    first, *more = as_list(data)
+    name = os.path.expanduser(first.removeprefix("hf:"))
+    if first.startswith("hf:") and (":" not in name or os.path.exists(name)):  # without a split
+        return [NamedPart(open_images(f"{first}:{split}", option)) for split in HUB_SPLITS]
+    if not more and all(os.path.isdir(os.path.join(first, part)) for part in PARTS):
+        return [NamedPart(open_images(os.path.join(first, part), option)) for part in PARTS]
     images = open_images(data, option)
     divided = set(map(class_folder, images.names)) >= set(PARTS)
     return [NamedPart(images, f"{part}/") for part in PARTS] if divided else [NamedPart(images)]

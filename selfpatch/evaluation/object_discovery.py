@@ -226,7 +226,7 @@ def unique_names(paths: Sequence[str | Path]) -> list[str]:
 def report_odd(odd: list[str], file: str) -> None:
     """Name the first of the boxes that are left out."""
     if odd:
-        warn(f"{len(odd)} boxes of {file} are left out, being no four numbers around some pixels: {odd[0]}"
+        warn(f"{len(odd)} boxes of {file} are left out, since they are not four numbers around any pixel: {odd[0]}"
              + ", …" * (len(odd) > 1))
 
 
@@ -280,7 +280,8 @@ def _coco(place: str) -> list[BoxImage]:
         raise ConfigError(f"--data coco: cannot read {file} ({error.strerror})") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"--data coco: {file} has no instances in COCO's format ({error!r})") from None
-    if repeated := [number for number, count in Counter(numbers).items() if count > 1]:
+    different = Counter(number for number, _ in set(zip(numbers, files, strict=True)))
+    if repeated := [number for number, count in different.items() if count > 1]:
         raise ConfigError(f"--data coco: {file} has several images of the id {repeated[0]}: their boxes are mixed up")
     return [BoxImage(name, item, np.array(boxes[number], np.float64).reshape(-1, 4))
             for name, item, number in zip(names, Tree(folder).find(list(files)), numbers, strict=True)]
