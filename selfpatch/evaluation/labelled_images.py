@@ -16,10 +16,10 @@ from torchvision.transforms import v2
 
 from selfpatch.data.files import UnreadableImage, load_rgb
 from selfpatch.data.names import NamedImages, class_folder, number_classes
-from selfpatch.data.sources import as_list, open_images, text_lines
+from selfpatch.data.sources import as_list, text_lines
 from selfpatch.distributed.processes import get_rank, get_world_size
 from selfpatch.errors import ConfigError, warn
-from selfpatch.evaluation.places import NamedPart
+from selfpatch.evaluation.places import NamedPart, open_reported
 
 Paths = str | Path | list[str]
 PARTS = ("train", "val")
@@ -74,7 +74,7 @@ class LabelledImages(Dataset):
 
 def share_loader(images: LabelledImages, batch_size: int, num_workers: int = 0, on_gpu: bool = False) -> DataLoader:
     """Batches of this process's share of the images: r, r + world size, …"""
-    share = images.subset(range(get_rank(), len(images), get_world_size()))
+    share = images.subset(torch.arange(get_rank(), len(images), get_world_size()))
     return DataLoader(share, batch_size, num_workers=num_workers, pin_memory=on_gpu)
 
 
@@ -86,7 +86,7 @@ def open_labelled(paths: Paths, option: str, transform: Callable | None = None) 
     Raises:
         ConfigError: there are none, or they have no classes; the message names the option.
     """
-    return with_classes(NamedPart(open_images(paths, option)), option, transform)
+    return with_classes(NamedPart(open_reported(paths, option)), option, transform)
 
 
 def with_classes(part: NamedPart, option: str, transform: Callable | None = None,
@@ -184,11 +184,13 @@ def open_pair(places: Places, train_transform: Callable | None = None,
         raise ConfigError("give either --data_path, with train/ and val/ in it, or both --train_path and --val_path")
     if places.val_share is not None and (not data or places.val_labels):
         raise ConfigError("--val_share divides the images of --data_path: give that alone")
+    if places.val_labels and not os.path.isfile(places.val_labels):
+        raise ConfigError(f"{places.labels_option} {places.val_labels}: there is no regular file of that name")
     if not data:
-        pair = [NamedPart(open_images(places.train, "--train_path")), NamedPart(open_images(places.val, "--val_path"))]
         options = "--train_path", "--val_path"
+        pair = [NamedPart(open_reported(*one)) for one in zip((places.train, places.val), options, strict=True)]
     else:
-        pair = find_parts(data, option) if places.val_share is None else [NamedPart(open_images(data, option))]
+        pair = find_parts(data, option) if places.val_share is None else [NamedPart(open_reported(data, option))]
         options = option, option
     share = places.undivided_share if places.val_share is None else places.val_share
     if len(pair) == 2:
@@ -213,10 +215,10 @@ def find_parts(data: Paths, option: str) -> list[NamedPart]:
     first, *more = as_list(data)
     name = os.path.expanduser(first.removeprefix("hf:"))
     if first.startswith("hf:") and (":" not in name or os.path.exists(name)):  # without a split
-        return [NamedPart(open_images(f"{first}:{split}", option)) for split in HUB_SPLITS]
+        return [NamedPart(open_reported(f"{first}:{split}", option)) for split in HUB_SPLITS]
     if not more and all(os.path.isdir(os.path.join(first, part)) for part in PARTS):
-        return [NamedPart(open_images(os.path.join(first, part), option)) for part in PARTS]
-    images = open_images(data, option)
+        return [NamedPart(open_reported(os.path.join(first, part), option)) for part in PARTS]
+    images = open_reported(data, option)
     divided = set(map(class_folder, images.names)) >= set(PARTS)
     return [NamedPart(images, f"{part}/") for part in PARTS] if divided else [NamedPart(images)]
 

@@ -15,6 +15,7 @@ from 0, the last two exclusive.
 """
 import json
 import math
+import os
 import xml.etree.ElementTree as ElementTree
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
@@ -235,10 +236,9 @@ def _voc(place: str) -> list[BoxImage]:
     names = [words[0] for words in
              read_list(tree, "ImageSets/Main/trainval.txt", "a VOC folder, such as VOCdevkit/VOC2007")]
     images = tree.find([f"JPEGImages/{name}.jpg" for name in names])
-    found = [BoxImage(name, image, voc_boxes(tree, f"Annotations/{name}.xml", odd))
-             for name, image in zip(names, images, strict=True)]
+    boxes = [voc_boxes(tree, f"Annotations/{name}.xml", odd) for name in names]
     report_odd(odd, place)
-    return found
+    return list(map(BoxImage, unique_names([f"{name}.jpg" for name in names]), images, boxes))
 
 
 def voc_boxes(tree: Tree, path: str, odd: list[str]) -> np.ndarray:
@@ -270,6 +270,8 @@ def _coco(place: str) -> list[BoxImage]:
     file, _, folder = place.rpartition(",")
     if not file:
         raise ConfigError(f"--data coco:{place}: give a file and a folder, coco:JSON,IMAGES")
+    if not os.path.isfile(os.path.expanduser(file)):
+        raise ConfigError(f"--data coco: cannot read {file}: there is no regular file of that name")
     try:
         content = json.loads(Path(file).expanduser().read_text(encoding="utf-8-sig"))
         boxes = coco_boxes(content["annotations"], file)

@@ -23,6 +23,15 @@ from selfpatch.data.names import NamedImages, in_order
 from selfpatch.data.sources import open_images
 from selfpatch.errors import ConfigError, warn
 
+
+def open_reported(paths: str | Path | list[str], option: str) -> NamedImages:
+    """sources.open_images, with a line about what looks like images and is left out."""
+    images = open_images(paths, option)
+    if summary := images.unread_summary():
+        warn(f"{option} {images.source}: {summary}")
+    return images
+
+
 real_path = lru_cache(os.path.realpath)
 
 
@@ -81,9 +90,7 @@ class Tree:
 
     def __init__(self, place: str):
         self.place = os.path.expanduser(place)
-        self.files = None if os.path.isdir(self.place) else open_images(self.place, "--data")
-        if self.files is not None and (summary := self.files.unread_summary()):
-            warn(f"--data {self.place}: {summary}")
+        self.files = None if os.path.isdir(self.place) else open_reported(self.place, "--data")
 
     def part(self, folder: str = "") -> NamedPart:
         """The images below a folder, "" for all; none if there is no such folder."""

@@ -215,6 +215,8 @@ def check_options(options: dict) -> None:
     for option in ("data_path", "knn_data"):
         if options[option] or option == "data_path":
             check_paths(options[option], f"--{option}")
+    require(options["knn_data"] or not options["knn_val_labels"],
+            f"--knn_val_labels {options['knn_val_labels']}: goes with --knn_data")
     output = Path(options["output_dir"])
     check_output_dir(output)
     check_trackers(chosen_trackers(options["log_with"], options["tensorboard"]), output)

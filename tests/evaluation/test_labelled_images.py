@@ -179,5 +179,7 @@ def test_forms_without_classes(colours, tmp_path):
            train=tmp_path / "flat.zip", val=colours / "val")
     refuse("flat.zip has no train/ and val/ in it: give --train_path", data=tmp_path / "flat.zip")
     refuse("which are no classes: leave --val_share out", data=colours, val_share=0.5)
+    refuse("^--val_labels .*: there is no regular file of that name", train=colours / "train", val=colours / "val",
+           val_labels=colours)
     refuse("give that alone", data=colours, val_share=0.5, val_labels="x")
     refuse("give either --data_path", data=colours, val=colours)

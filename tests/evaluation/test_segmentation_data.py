@@ -100,7 +100,7 @@ def test_published_data_sets_in_archives(tmp_path, monkeypatch, form):
         expected, ours = (find_segmentation_data(f"{kind}:{place}") for place in places)
         assert contents(ours) == contents(expected)
     ours, expected = (find_box_data(f"voc:{place}") for place in (packed[0], voc))
-    assert [image.name for image in ours] == [image.name for image in expected]
+    assert [image.name for image in ours] == [image.name for image in expected] == [f"{i:06}" for i in range(3)]
     assert [image.read_boxes().tolist() for image in ours] == [image.read_boxes().tolist() for image in expected]
     assert [image.image.read() for image in ours] == [image.image.read() for image in expected]
 
@@ -141,6 +141,15 @@ def test_images_of_cocos_file_in_an_archive(tmp_path):
     (tmp_path / "boxes.json").write_text(json.dumps(content | {"images": [{"id": 1, "file_name": "train/0.jpg"}]}))
     with pytest.raises(ConfigError, match="1 of 1 images are missing, such as .*val2017.zip/train/0.jpg"):
         find_box_data(f"coco:{tmp_path / 'boxes.json'},{archive}")
+
+
+def test_a_name_in_a_list_is_no_path_out_of_the_pictures(tmp_path):
+    root = make_voc(tmp_path / "voc")
+    (root / "ImageSets/Main/trainval.txt").write_text("../JPEGImages/000000\n000001 -1\n000002.a\n")
+    shutil.copy(root / "JPEGImages/000002.jpg", root / "JPEGImages/000002.a.jpg")
+    for name in ("JPEGImages/000000", "Annotations/000002.a"):
+        (root / f"{name}.xml").write_text("<annotation/>")
+    assert [image.name for image in find_box_data(f"voc:{root}")] == ["JPEGImages/000000", "000001", "000002.a"]
 
 
 def test_masks_in_a_column(tmp_path):

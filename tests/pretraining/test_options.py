@@ -133,6 +133,7 @@ def test_precision_by_device(monkeypatch, device, has_bf16, words, dtype):
     (["--layer_decay", "0.5", "--output_dir", "{resumed}"], "2 groups of parameters, not 1"),
     (["--peak_tflops", "-1"], "--peak_tflops: it is -1.0, and must be at least 0 and finite"),
     (["--peak_tflops", "nan"], "--peak_tflops: it is nan, and must be at least 0"),
+    (["--knn_val_labels", "x"], "--knn_val_labels x: goes with --knn_data"),
     (["--knn_every", "0"], "--knn_every: it is 0, and must be at least 1"),
     (["--port", "65536"], "--port: it is 65536, and must be at most 65535"),
     (["--drop_path_rate", "1"], "argument --drop_path_rate: it is 1.0, and must be "),
