@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from PIL import Image
 
-from selfpatch.data.archives import ArchiveImages, plain_name
+from selfpatch.data.archives import ArchiveImages
 from selfpatch.data.files import UnreadableImage, is_image_name, open_image, walk
 from selfpatch.data.names import NamedImages, in_order
 from selfpatch.data.sources import open_images
@@ -156,10 +156,10 @@ class Tree:
 def archived_texts(path: str) -> Iterator[tuple[str, bytes]]:
     """(name, bytes) of every .txt and .xml file of an archive."""
     ends = ".txt", ".xml"
-    if path.lower().endswith(".zip"):
+    if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
-            yield from ((plain_name(name), archive.read(name)) for name in archive.namelist() if name.endswith(ends))
+            yield from ((name, archive.read(name)) for name in archive.namelist() if name.endswith(ends))
     else:
-        with tarfile.open(path, "r:") as archive:
-            yield from ((plain_name(member.name), archive.extractfile(member).read()) for member in archive
+        with tarfile.open(path, "r:", ignore_zeros=True) as archive:  # several tars may be joined
+            yield from ((os.path.normpath(member.name), archive.extractfile(member).read()) for member in archive
                         if member.isreg() and member.name.endswith(ends))
