@@ -25,7 +25,6 @@ from selfpatch.data.files import load_rgb
 from selfpatch.data.normalisation import normalise
 from selfpatch.distributed.processes import get_rank, get_world_size, is_main_process, together
 from selfpatch.errors import POSITIVE_FLOAT, ArgumentParser, ConfigError, Number, run_main, user_path
-from selfpatch.evaluation.box_data import HELP, BoxImage, find_box_data
 from selfpatch.evaluation.common import (
     Column,
     add_evaluation_options,
@@ -36,7 +35,18 @@ from selfpatch.evaluation.common import (
 )
 from selfpatch.evaluation.image_features import PatchFeature, check_finite
 from selfpatch.evaluation.model_options import Candidate, load_candidates
-from selfpatch.evaluation.object_discovery import EPSILON, TAU, box_of, is_found, lost, tokencut
+from selfpatch.evaluation.object_discovery import (
+    EPSILON,
+    HELP,
+    TAU,
+    BoxImage,
+    box_of,
+    find_box_data,
+    is_found,
+    lost,
+    tokencut,
+)
+from selfpatch.evaluation.places import Item
 from selfpatch.evaluation.tables import check_output, folder_names
 from selfpatch.visualization.features import boxes_over
 from selfpatch.whole_files import whole_file
@@ -59,7 +69,7 @@ class Images(Dataset):
 
     def __getitem__(self, index: int) -> tuple[int, torch.Tensor, np.ndarray | None]:
         image = self.images[self.numbers[index]]
-        return self.numbers[index], tf.pil_to_tensor(load_rgb(image.path)), image.read_boxes()
+        return self.numbers[index], tf.pil_to_tensor(load_rgb(str(image.image), image.image.read())), image.read_boxes()
 
 
 def prepare(pixels: torch.Tensor, patch_size: int, statistics: tuple) -> torch.Tensor:
@@ -69,11 +79,11 @@ def prepare(pixels: torch.Tensor, patch_size: int, statistics: tuple) -> torch.T
 
 
 def discover(feature: PatchFeature, pixels: torch.Tensor, args: argparse.Namespace, device: torch.device,
-             path: Path) -> dict[str, Box]:
+             item: Item) -> dict[str, Box]:
     """The box of an image, uint8 [3, H, W], by every method asked for.
 
     Args:
-        path: the image's, for messages.
+        item: the image, for messages.
 
     Raises:
         ConfigError: the image has more than MAX_PATCHES patches, or a feature is not finite.
@@ -82,11 +92,11 @@ def discover(feature: PatchFeature, pixels: torch.Tensor, args: argparse.Namespa
     image = prepare(pixels.to(device), model.patch_size, image_statistics(model))
     rows, columns = model.grid_size(image)
     if rows * columns > MAX_PATCHES:
-        raise ConfigError(f"{path}: an image of {pixels.shape[2]}×{pixels.shape[1]} has {rows * columns} patches of "
+        raise ConfigError(f"{item}: an image of {pixels.shape[2]}×{pixels.shape[1]} has {rows * columns} patches of "
                           f"{model.patch_size}, more than {MAX_PATCHES}, between which every correlation is needed: "
                           "scale it down")
     tokens, grid, masks = feature(image)[0].float(), (rows, columns), {}
-    check_finite(tokens, str(path))
+    check_finite(tokens, str(item))
     if "lost" in args.method:
         masks["lost"] = lost(tokens, grid)[0]
     if "tokencut" in args.method:
@@ -122,7 +132,7 @@ def discover_share(feature: PatchFeature, images: list[BoxImage], args: argparse
     loader = DataLoader(dataset, None, num_workers=args.num_workers)
     outcome = {}
     for i, pixels, truth in tqdm(loader, desc="images", unit="image", disable=not is_main_process()):
-        boxes = discover(feature, pixels, args, device, images[i].path)
+        boxes = discover(feature, pixels, args, device, images[i].image)
         known = truth is not None and len(truth) > 0
         outcome[i] = boxes, {name: is_found(box, truth) for name, box in boxes.items()} if known else None
         if draw:
@@ -156,10 +166,18 @@ def write_picture(folder: Path, image: BoxImage, pixels: torch.Tensor, boxes: di
         boxes_over(tf.to_pil_image(pixels), named).save(temporary, "PNG")
 
 
-def check_pictures(folder: Path | None, overwrite: bool) -> None:
-    """Raise ConfigError if a folder of pictures has something in it that may not be replaced, or cannot be made."""
+def check_pictures(folder: Path | None, overwrite: bool, data: str = "") -> None:
+    """Raise ConfigError if a folder of pictures has something in it that may not be replaced, or cannot be made.
+
+    Also if it lies below a folder of --data, all of which is read: the next run would take its pictures for images.
+    """
     if folder is None:
         return
+    kind, _, places = data.partition(":")
+    for place in map(user_path, places.split(",") if kind in ("images", "folders") else []):
+        if place.is_dir() and folder.resolve().is_relative_to(place.resolve()):
+            raise ConfigError(f"--pictures {folder} lies in {place}, all of which is read: the next run would take the "
+                              "pictures for images. Give a folder beside it")
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"--pictures {folder} is not a folder: give another name")
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
@@ -189,7 +207,7 @@ def main(args: argparse.Namespace) -> None:
     """Raises ConfigError for options, data or checkpoints that cannot be used."""
     check_output(args.output, args.overwrite)
     device, dtype = start(args.device, args.precision, args.dist_timeout)
-    together(lambda: check_pictures(args.pictures, args.overwrite))
+    together(lambda: check_pictures(args.pictures, args.overwrite, args.data))
     images = together(lambda: find_box_data(args.data))
     candidates = load_candidates(args.pretrained_weights, args.arch, args.checkpoint_key, args.patch_size, args.layer,
                                  args.seed if args.random_weights else None)

@@ -39,8 +39,8 @@ from selfpatch.evaluation.dense_retrieval import (
     sample_patches,
 )
 from selfpatch.evaluation.image_features import PatchFeature
+from selfpatch.evaluation.knn import BANK_ROWS
 from selfpatch.evaluation.model_options import Candidate, load_candidates
-from selfpatch.evaluation.nearest_neighbours import BANK_ROWS
 from selfpatch.evaluation.segmentation import (
     IGNORE,
     Pair,
@@ -222,7 +222,9 @@ def main(args: argparse.Namespace) -> None:
 
     def retrieve(candidate: Candidate) -> Column:
         feature = PatchFeature(candidate.model, args.feature, args.layer, dtype)
-        return figures(score(feature, data, args, device), args.hungarian)
+        confusion = score(feature, data, args, device)
+        data.check_shift(confusion)
+        return figures(confusion, args.hungarian)
 
     table = evaluate_each(candidates, retrieve, device)
     finish(f"dense retrieval, {data.name}", candidates, table, vars(args), train_images=len(data.train),

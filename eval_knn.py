@@ -25,8 +25,8 @@ from selfpatch.evaluation.common import (
     leave,
     start,
 )
-from selfpatch.evaluation.image_features import LabelledImages, eval_transform, open_pair, share_loader
 from selfpatch.evaluation.knn import KS, TEMPERATURE, Accuracy, KnnResult, knn_classification
+from selfpatch.evaluation.labelled_images import LabelledImages, Places, eval_transform, open_pair, share_loader
 from selfpatch.evaluation.model_options import Candidate, check_image_size, load_candidates
 from selfpatch.evaluation.tables import check_output, folder_names, format_table, write_json
 
@@ -100,7 +100,7 @@ def report(rows: list[tuple[Candidate, str, dict[int, Accuracy]]], train: Labell
     if args.output:
         networks = [candidate.summary() | {"feature": kind, "layer": args.layer, "knn": {
             str(k): accuracy._asdict() for k, accuracy in accuracies.items()}} for candidate, kind, accuracies in rows]
-        write_json({"evaluation": "knn", "train": str(train.root), "val": str(val.root), "train_images": len(train),
+        write_json({"evaluation": "knn", "train": train.source, "val": val.source, "train_images": len(train),
                     "val_images": len(val), "classes": len(train.classes), "image_size": args.image_size,
                     "temperature": args.temperature, "networks": networks}, args.output)
 
@@ -109,8 +109,8 @@ def main(args: argparse.Namespace) -> None:
     """Raises ConfigError for options, data or checkpoints that cannot be used."""
     check_output(args.output, args.overwrite)
     device, dtype = start(args.device, args.precision, args.dist_timeout)
-    train, val = together(lambda: open_pair(args.data_path, args.train_path, args.val_path, args.val_share,
-                                            transform=eval_transform(args.image_size)))
+    places = Places(args.data_path, args.train_path, args.val_path, args.val_share, args.val_labels)
+    train, val = together(lambda: open_pair(places, transform=eval_transform(args.image_size)))
     candidates = load_candidates(args.pretrained_weights, args.arch, args.checkpoint_key, args.patch_size, args.layer,
                                  args.seed if args.random_weights else None, with_heads=args.feature != "mean")
     check_image_size(args.image_size, candidates)

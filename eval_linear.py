@@ -24,7 +24,7 @@ from selfpatch.evaluation.common import (
     leave,
     start,
 )
-from selfpatch.evaluation.image_features import LabelledImages, eval_transform, open_pair, share_loader
+from selfpatch.evaluation.labelled_images import LabelledImages, Places, eval_transform, open_pair, share_loader
 from selfpatch.evaluation.linear_probe import (
     LEARNING_RATES,
     CropBatches,
@@ -100,7 +100,7 @@ def report(rows: list[tuple[Candidate, str, list[Score]]], train: LabelledImages
         networks = [candidate.summary() | {"feature": kind, "layer": args.layer, "heads": [
             {"lr": score.lr, **score.inputs._asdict(), "top1": score.top1, "top5": score.top5} for score in scores]}
             for candidate, kind, scores in rows]
-        write_json({"evaluation": "linear", "train": str(train.root), "val": str(val.root), "train_images": len(train),
+        write_json({"evaluation": "linear", "train": train.source, "val": val.source, "train_images": len(train),
                     "val_images": len(val), "classes": len(train.classes), "image_size": args.image_size,
                     "epochs": args.epochs, "one_crop_an_image": args.cache_features, "networks": networks},
                    args.output)
@@ -110,8 +110,8 @@ def main(args: argparse.Namespace) -> None:
     """Raises ConfigError for options, data or checkpoints that cannot be used."""
     check_output(args.output, args.overwrite)
     device, dtype = start(args.device, args.precision, args.dist_timeout)
-    train, val = together(lambda: open_pair(args.data_path, args.train_path, args.val_path, args.val_share,
-                                            train_transform(args.image_size), eval_transform(args.image_size)))
+    places = Places(args.data_path, args.train_path, args.val_path, args.val_share, args.val_labels)
+    train, val = together(lambda: open_pair(places, train_transform(args.image_size), eval_transform(args.image_size)))
     candidates = load_candidates(args.pretrained_weights, args.arch, args.checkpoint_key, args.patch_size, args.layer,
                                  args.seed if args.random_weights else None, with_heads=args.feature != "mean")
     check_image_size(args.image_size, candidates)

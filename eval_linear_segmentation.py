@@ -189,6 +189,7 @@ def train_and_score(feature: PatchFeature, data: SegmentationData, args: argpars
                     device: torch.device) -> Column:
     """Train a head and score it: the rows of the table, shares from 0 to 1."""
     confusion = score(feature, train(feature, data, args, device), data, args.num_workers, device)
+    data.check_shift(confusion)
     return {"mean IoU, true classes": mean_iou(confusion, present_only=True),
             "mean IoU, all classes": mean_iou(confusion),
             "pixels": pixel_accuracy(confusion)}

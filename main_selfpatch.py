@@ -37,6 +37,7 @@ from selfpatch.distributed.processes import (
 from selfpatch.distributed.rank_watch import RankWatch
 from selfpatch.distributed.stopping import Interruption
 from selfpatch.errors import ArgumentParser, ConfigError, TrainingError, run_main
+from selfpatch.evaluation.labelled_images import Places
 from selfpatch.method.fused_loss import FusedDINOLoss
 from selfpatch.method.losses import DINOLoss
 from selfpatch.method.optim import build_optimizer
@@ -143,8 +144,9 @@ def pretrain(args: argparse.Namespace, loss_class: type[DINOLoss] | None = None)
                        if args.init_weights and not continues else None)
     on_main_process(lambda: prepare(args.data_path, args.image_column))
     loader = together(lambda: build_loader(args, process, compiled))
-    probe = together(lambda: KnnProbe(args.knn_data, args.global_crops_size, args.batch_size_per_gpu, args.num_workers,
-                                      process.device, dtype, args.knn_every) if args.knn_data else None)
+    probe = together(lambda: KnnProbe(Places(args.knn_data, val_labels=args.knn_val_labels), args.global_crops_size,
+                                      args.batch_size_per_gpu, args.num_workers, process.device, dtype,
+                                      args.knn_every) if args.knn_data else None)
     saved_args = plain_args(vars(args), process.world_size, loader.dataset)
     together(lambda: compare_ranks(saved_args))
     fix_random_seeds(args.seed)

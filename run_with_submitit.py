@@ -72,6 +72,8 @@ def main() -> None:
     main_selfpatch.check_options(vars(args))
     folder = Path(args.output_dir).absolute()
     args.output_dir, args.data_path = str(folder), [absolute(path) for path in as_list(args.data_path)]
+    args.knn_data = [absolute(path) for path in as_list(args.knn_data) if path]
+    args.knn_val_labels = args.knn_val_labels and absolute(args.knn_val_labels)
     executor = submitit.AutoExecutor(folder=folder / "submitit", cluster=args.cluster, slurm_max_num_timeout=30)
     executor.update_parameters(
         name="selfpatch", nodes=args.nodes if args.cluster == "slurm" else 1, tasks_per_node=max(args.ngpus, 1),

@@ -27,8 +27,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from selfpatch.data.normalisation import normalise
 from selfpatch.distributed.processes import keep_freed_memory, pick_device
 from selfpatch.errors import ArgumentParser, ConfigError, run_main, user_path
-from selfpatch.evaluation.image_features import ImageFeature, extract, open_labelled, share_loader
+from selfpatch.evaluation.image_features import ImageFeature, extract
 from selfpatch.evaluation.knn import bank_dtype, neighbours
+from selfpatch.evaluation.labelled_images import open_labelled, share_loader
 from selfpatch.evaluation.tables import check_output, format_table, write_json
 from selfpatch.method.vision_transformer import ARCHS
 

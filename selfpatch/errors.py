@@ -142,6 +142,13 @@ class Number:
         return " and ".join([*words, "finite"] if endless else words)
 
 
+class OneOrSeveral(argparse.Action):
+    """Of an option with nargs="+": a single value as it is, several as a list."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, values if len(values) > 1 else values[0])
+
+
 POSITIVE_INT, POSITIVE_FLOAT = Number(int, 1), Number(float, above=0)
 
 
@@ -174,6 +181,12 @@ def program_name() -> str:
 def is_first_of_machine() -> bool:
     """Whether this is the first process of its machine, according to the launcher's environment variables."""
     return os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0"
+
+
+def warn(text: str) -> None:
+    """Print a warning as one line on stderr, from the first process of each machine."""
+    if is_first_of_machine():
+        print(f"warning: {printable(text)}", file=sys.stderr, flush=True)
 
 
 def report(error: Exception) -> int:

@@ -37,13 +37,13 @@ def make_folders(root: Path, count: int = 4) -> str:
 def make_voc(root: Path, count: int = 3) -> Path:
     """A VOC folder with train, val, trainaug and boxes; trainaug has one image more than train, of SBD's masks only."""
     lists = {"Segmentation/train": range(count), "Segmentation/trainaug": range(count + 1),
-             "Segmentation/val": range(count), "Main/trainval": range(count)}
+             "Segmentation/val": range(10, 10 + count), "Main/trainval": range(count)}
     for name, numbers in lists.items():
         path = root / "ImageSets" / f"{name}.txt"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(f"{i:06}\n" for i in numbers))
-    for i in range(count + 1):
-        for masks in ["SegmentationClassAug"] + ["SegmentationClass"] * (i < count):
+    for i in [*range(count + 1), *range(10, 10 + count)]:
+        for masks in ["SegmentationClassAug"] * (i <= count) + ["SegmentationClass"] * (i != count):
             write_pair(root / "JPEGImages" / f"{i:06}.jpg", root / masks / f"{i:06}.png", i)
         boxes = "".join("<object><name>x</name><bndbox>" + "".join(
             f"<{side}>{value}</{side}>" for side, value in zip(("xmax", "xmin", "ymin", "ymax"), box, strict=True))

@@ -11,7 +11,7 @@ SMALL = ("--device", "cpu", "--num_workers", "0", "--image_size", "32")
 CLASSES = {"blue": (0, 0, 255), "green": (0, 200, 0), "red": (220, 0, 0)}
 
 
-def make_class_folders(root: Path, **counts: int) -> Path:
+def make_class_folders(root: Path, suffix: str = ".png", **counts: int) -> Path:
     """Folders, such as train and val, of so many images of each colour, with noise."""
     rng = np.random.default_rng(0)
     for part, count in counts.items():
@@ -20,7 +20,7 @@ def make_class_folders(root: Path, **counts: int) -> Path:
             folder.mkdir(parents=True)
             for i in range(count):
                 pixels = np.clip(rng.normal(colour, 60, (40, 48, 3)), 0, 255).astype(np.uint8)
-                Image.fromarray(pixels).save(folder / f"{i:02}.png")
+                Image.fromarray(pixels).save(folder / f"{i:02}{suffix}")
     return root
 
 

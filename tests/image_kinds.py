@@ -58,7 +58,8 @@ def write_sqlite(folder: Path, path: Path) -> None:
 def write_hub(folder: Path, path: Path) -> str:
     datasets = pytest.importorskip("datasets", reason="the package datasets is not installed")
     images = files(folder)
-    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=["class0", "class1"]))
+    classes = sorted({image.parent.name for image in images})
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=classes))
     rows = {"image": [{"bytes": image.read_bytes(), "path": image.name} for image in images],
             "label": [image.parent.name for image in images]}
     datasets.Dataset.from_dict(rows, features=features).save_to_disk(path)

@@ -17,8 +17,8 @@ from selfpatch.whole_files import whole_folder
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 # options about the machine and its folders rather than the training
-NOT_FOR_A_CARD = {"data_path", "output_dir", "init_weights", "knn_data", "local_rank", "gpu", "rank", "port",
-                  "dist_url", "dist_backend", "dist_timeout", "num_workers", "loader_timeout"}
+NOT_FOR_A_CARD = {"data_path", "output_dir", "init_weights", "knn_data", "knn_val_labels", "local_rank", "gpu", "rank",
+                  "port", "dist_url", "dist_backend", "dist_timeout", "num_workers", "loader_timeout"}
 CITATION = """\
 @inproceedings{yun2022selfpatch,
   title     = {Patch-level Representation Learning for Self-supervised Vision Transformers},

@@ -100,11 +100,11 @@ def read_at(path: str, start: int, count: int) -> bytes:
         ValueError: it ends before.
     """
     try:
-        descriptor = open_archive(path).fileno()
+        archive = open_archive(path)  # held until it is read: another thread may take it out of the cache
         # first, since memory for all of it would be taken, whatever a damaged directory says
-        if start + count > os.fstat(descriptor).st_size:
+        if start + count > os.fstat(archive.fileno()).st_size:
             raise ValueError("the archive has become shorter since it was indexed, or its directory is damaged")
-        return os.pread(descriptor, count, start)
+        return os.pread(archive.fileno(), count, start)
     except OSError:
         open_archive.cache_clear()  # a file server that was away may know the open file no longer
         raise

@@ -7,6 +7,7 @@ from typing import TypeVar
 
 import torch
 
+from selfpatch.data.sources import KINDS
 from selfpatch.distributed.precision import choose_dtype
 from selfpatch.distributed.processes import (
     get_rank,
@@ -16,7 +17,7 @@ from selfpatch.distributed.processes import (
     keep_freed_memory,
     leave_processes,
 )
-from selfpatch.errors import POSITIVE_INT, ConfigError, Number, user_path
+from selfpatch.errors import POSITIVE_INT, ConfigError, Number, OneOrSeveral, user_path
 from selfpatch.evaluation.image_features import IMAGE_FEATURES, PATCH_FEATURES
 from selfpatch.evaluation.model_options import Candidate, add_model_options, add_precision_option
 from selfpatch.evaluation.tables import format_table, write_json
@@ -28,17 +29,23 @@ Result = TypeVar("Result")
 # ---------------------------------------------------------------- options
 
 def add_image_options(parser: argparse.ArgumentParser, use: str) -> None:
-    """Add --data_path, --train_path, --val_path, --val_share (see image_features.open_pair) and --image_size.
+    """Add --data_path, --train_path, --val_path, --val_share, --val_labels and --image_size;
+    see labelled_images.Places.
 
     Args:
         use: what the training images are for, in words.
     """
-    data = parser.add_argument_group("images")
-    data.add_argument("--data_path", type=user_path, help="folder with train/ and val/ in it, of class folders")
-    data.add_argument("--train_path", type=user_path, help=f"class folders to {use}, instead of --data_path")
-    data.add_argument("--val_path", type=user_path, help="class folders to test, instead of --data_path")
+    data = parser.add_argument_group("images", "each is " + KINDS + ", with classes")
+    several = {"type": os.path.expanduser, "nargs": "+", "action": OneOrSeveral}
+    data.add_argument("--data_path", **several, help="has train/ and val/ in it; hf:NAME has train and validation")
+    data.add_argument("--train_path", **several, help=f"images to {use}, instead of --data_path")
+    data.add_argument("--val_path", **several, help="images to test, instead of --data_path")
     data.add_argument("--val_share", type=float,
-                      help="--data_path itself has class folders, and this share of each class is tested, such as 0.1")
+                      help="--data_path is one set of images, and this share of each class is tested, such as 0.1")
+    data.add_argument("--val_labels", type=user_path, metavar="FILE",
+                      help="the classes of test images that lie in one folder: a line \"name label\" for each, or a "
+                           "label for each in the order of their names; labels are training class folders, or their "
+                           "numbers from 0")
     data.add_argument("--image_size", type=Number(int, least=16), default=224,
                       help="side of the images; rounded to whole patches")
 

@@ -15,7 +15,7 @@ from selfpatch.distributed.collectives import gather, sum_over_processes
 from selfpatch.distributed.processes import get_rank, get_world_size
 from selfpatch.errors import ConfigError
 from selfpatch.evaluation.image_features import check_finite
-from selfpatch.evaluation.nearest_neighbours import BANK_ROWS, QUERY_ROWS, nearest
+from selfpatch.evaluation.knn import BANK_ROWS, QUERY_ROWS, nearest
 
 NEIGHBOURS, TEMPERATURE = 30, 0.02
 

@@ -1,158 +1,26 @@
-"""Features of frozen backbones, one for each image or patch; labelled images, and extraction shared by processes.
+"""Features of frozen backbones, one for each image or patch, and extraction shared by processes.
 
-    images = open_labelled("/path/to/imagenet/val", "--data_path")
+    images = open_labelled("/path/to/imagenet/val", "--data_path")           # of labelled_images.py
     feature = ImageFeature(model)                                    # class token, head or mean of patches
     features, labels, unreadable = extract(feature, share_loader(images, batch_size=128), feature.dim)
 """
-import copy
-import os
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import v2
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from selfpatch.checkpoints.backbones import Backbone, image_statistics
-from selfpatch.data.files import IMAGE_SUFFIXES, UnreadableImage, load_rgb
-from selfpatch.data.names import NamedImages
 from selfpatch.data.normalisation import normalise
-from selfpatch.data.sources import open_class_folders
 from selfpatch.distributed.precision import autocast
-from selfpatch.distributed.processes import get_rank, get_world_size
 from selfpatch.errors import ConfigError
 
 IMAGE_FEATURES = ("cls", "head", "mean")  # in the order of preference
 PATCH_FEATURES = ("patches", "keys")
 
-
-# ---------------------------------------------------------------- images
-
-def eval_transform(size: int = 224) -> v2.Transform:
-    """PIL image -> uint8 [3, size, size]: short side 256/224 of size, bicubic, then the centre (DINO's evaluation)."""
-    return v2.Compose([v2.Resize(round(size * 256 / 224), v2.InterpolationMode.BICUBIC), v2.CenterCrop(size),
-                       v2.PILToTensor()])
-
-
-class LabelledImages(Dataset):
-    """Images of class folders in order: (uint8 [3, H, W], class, error or "").
-
-    An unreadable file is a black image of class -1.
-
-    Args:
-        images: of all class folders.
-        indices: the images of this data set; None for all.
-    """
-
-    def __init__(self, images: NamedImages, transform: Callable, indices: Sequence[int] | None = None):
-        self.images, self.transform = images, transform
-        self.indices = torch.arange(len(images)) if indices is None else torch.tensor(indices, dtype=torch.int64)
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    @property
-    def root(self) -> str:
-        return self.images.root
-
-    @property
-    def classes(self) -> list[str]:
-        return self.images.classes
-
-    @property
-    def labels(self) -> torch.Tensor:
-        """The class of each image, int32 [n]."""
-        return self.images.labels[self.indices]
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int, str]:
-        number = int(self.indices[index])
-        try:
-            image = load_rgb(self.images.location(number), self.images.read(number))
-        except UnreadableImage as error:
-            return torch.zeros_like(self.transform(v2.functional.to_pil_image(torch.zeros(3, 8, 8)))), -1, str(error)
-        return self.transform(image), int(self.images.labels[number]), ""
-
-    def subset(self, indices: list[int]) -> "LabelledImages":
-        """These images alone; the classes stay."""
-        part = copy.copy(self)
-        part.indices = self.indices[torch.tensor(indices, dtype=torch.int64)]
-        return part
-
-
-def open_labelled(folder: str | Path, option: str, transform: Callable | None = None) -> LabelledImages:
-    """The images of a folder of class folders; transform None is eval_transform().
-
-    Raises:
-        ConfigError: no such folder, no class folders or no images in it; the message names the option.
-    """
-    if not os.path.isdir(folder):
-        raise ConfigError(f"{option}: there is no folder {folder}")
-    images = open_class_folders(str(folder))
-    if not images.classes:
-        raise ConfigError(f"{option}: {folder} has no folders in it: images go into one folder for each class, such as "
-                          f"{str(folder).rstrip('/')}/dog/0001.jpg")
-    if not len(images):
-        raise ConfigError(f"{option}: {folder} has class folders, but no images in them: "
-                          + (images.unread_summary() or f"files ending in {' '.join(IMAGE_SUFFIXES)}"))
-    return LabelledImages(images, transform or eval_transform())
-
-
-def hold_out(images: LabelledImages, share: float) -> tuple[LabelledImages, LabelledImages]:
-    """Split every class into training images and a share of test images, evenly spaced in the order.
-
-    Raises:
-        ConfigError: the share is not between 0 and 1, or leaves no image on one side.
-    """
-    if not 0 < share < 1:
-        raise ConfigError(f"--val_share {share:g}: give a share between 0 and 1, such as 0.1")
-    train, val, seen = [], [], {}
-    for i, label in enumerate(images.labels.tolist()):
-        n = seen[label] = seen.get(label, 0) + 1
-        (val if int(n * share) > int((n - 1) * share) else train).append(i)
-    if not train or not val:
-        raise ConfigError(f"--val_share {share:g} leaves {len(train)} images to compare with and {len(val)} to test: "
-                          "give another share")
-    return images.subset(train), images.subset(val)
-
-
-def open_pair(data_path: str | Path | None, train_path: str | Path | None, val_path: str | Path | None,
-              val_share: float | None = None, train_transform: Callable | None = None,
-              transform: Callable | None = None) -> tuple[LabelledImages, LabelledImages]:
-    """Training and test images from a job's options: DATA/train and DATA/val, two folders, or a share of one.
-
-    Raises:
-        ConfigError: a folder is missing or without images, the two have different classes, or options contradict.
-    """
-    if val_share is not None:
-        if not data_path or train_path or val_path:
-            raise ConfigError("--val_share divides one folder of class folders, --data_path: give that alone")
-        train, val = hold_out(open_labelled(data_path, "--data_path", transform), val_share)
-        train.transform = train_transform or train.transform
-        return train, val
-    if data_path and (train_path or val_path) or not data_path and not (train_path and val_path):
-        raise ConfigError("give either --data_path, a folder with train/ and val/ in it, or both --train_path and "
-                          "--val_path")
-    train = open_labelled(train_path or Path(data_path) / "train", "--train_path" if train_path else "--data_path",
-                          train_transform or transform)
-    val = open_labelled(val_path or Path(data_path) / "val", "--val_path" if val_path else "--data_path", transform)
-    if train.classes != val.classes:
-        only = sorted(set(train.classes) ^ set(val.classes))
-        raise ConfigError(f"{train.root} and {val.root} differ in class folders: {', '.join(only[:5])}"
-                          f"{', …' if len(only) > 5 else ''} {'is' if len(only) == 1 else 'are'} in one of them only")
-    return train, val
-
-
-def share_loader(images: LabelledImages, batch_size: int, num_workers: int = 0, on_gpu: bool = False) -> DataLoader:
-    """Batches of this process's share of the images: r, r + world size, …"""
-    share = images.subset(list(range(get_rank(), len(images), get_world_size())))
-    return DataLoader(share, batch_size, num_workers=num_workers, pin_memory=on_gpu)
-
-
-# ---------------------------------------------------------------- features
 
 class ImageFeature:
     """uint8 images [B, 3, H, W] on the device -> one feature each, float32 [B, D].

@@ -19,7 +19,8 @@ from selfpatch.distributed.collectives import sum_over_processes
 from selfpatch.distributed.precision import autocast
 from selfpatch.distributed.processes import get_rank, get_world_size, together
 from selfpatch.errors import ConfigError
-from selfpatch.evaluation.image_features import ImageFeature, LabelledImages, check_finite
+from selfpatch.evaluation.image_features import ImageFeature, check_finite
+from selfpatch.evaluation.labelled_images import LabelledImages
 
 LEARNING_RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)  # for 256 images
 MOMENTUM = 0.9

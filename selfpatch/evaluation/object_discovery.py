@@ -1,14 +1,51 @@
 """An image's main object by the similarity of its patches: LOST and TokenCut; CorLoc scores their boxes.
 
 Both take an attention layer's keys [N, D], not normalised, of a grid of h × w patches, row by row, and return a mask
-of patches; box_of converts it to pixels.
+of patches; box_of converts it to pixels. Data sets of images with boxes are given by one option:
+
+    voc:VOCdevkit/VOC2007             Pascal VOC 2007 or 2012: ImageSets/Main/trainval.txt, boxes of Annotations/*.xml
+    coco:instances.json,IMAGES        COCO's annotations, without crowds, and the folder of their images
+    folders:IMAGES,MASKS              masks of object ids, each with the box around its pixels; DAVIS is
+                                      folders:JPEGImages/480p,Annotations/480p
+    hf:NAME,COLUMN                    a Hugging Face data set with a column of such masks
+    images:FOLDER                     images alone, without scores; also images:hf:NAME
+
+In the place of a folder there may be an archive or a list, see places.py. Boxes are xmin, ymin, xmax, ymax in pixels
+from 0, the last two exclusive.
 """
+import json
+import math
+import os
+import xml.etree.ElementTree as ElementTree
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
 import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
 
+from selfpatch.data.files import IMAGE_SUFFIXES
+from selfpatch.errors import ConfigError, user_path, warn
+from selfpatch.evaluation.places import Item, Tree
+from selfpatch.evaluation.segmentation import (
+    Pair,
+    check_sizes,
+    find_pairs,
+    hub_pairs,
+    image_and_mask_trees,
+    read_list,
+    split_column,
+)
+from selfpatch.evaluation.tables import tell_apart
+from selfpatch.video.davis import VOID, read_mask
+from selfpatch.whole_files import regular
+
+HELP = ("voc:PLACE, coco:JSON,IMAGES, folders:IMAGES,MASKS or hf:NAME,COLUMN (boxes around the masks), or images:PLACE "
+        "(no boxes); each a folder, archive or list")
 EXPANSION = 100  # LOST compares its seed with so many patches of least degree
 TAU, EPSILON = 0.2, 1e-5  # TokenCut connects patches whose cosine exceeds TAU; other edges have the weight EPSILON
 
@@ -116,3 +153,175 @@ def box_iou(box: tuple[int, int, int, int], boxes: np.ndarray) -> np.ndarray:
 def is_found(box: tuple[int, int, int, int], boxes: np.ndarray) -> bool:
     """Whether a box counts for CorLoc: IoU 0.5 or more with any of the true boxes [B, 4]."""
     return bool((box_iou(box, boxes) >= 0.5).any())
+
+
+# ---------------------------------------------------------------- data sets with boxes
+
+class BoxImage(NamedTuple):
+    """An image, its name in results (see unique_names), and its boxes [B, 4] or the mask to read them from."""
+    name: str
+    image: Item
+    boxes: np.ndarray | Item | None
+
+    def read_boxes(self) -> np.ndarray | None:
+        """Boxes, float64 [B, 4]; None if they are unknown."""
+        if isinstance(self.boxes, Item):
+            return boxes_of_mask(read_mask(str(self.boxes), data=self.boxes.read())[0])
+        return self.boxes
+
+
+def boxes_of_mask(mask: np.ndarray) -> np.ndarray:
+    """The box around the pixels of every id [H, W] but 0 and 255, float64 [B, 4]."""
+    boxes = []
+    for number in sorted(set(np.unique(mask).tolist()) - {0, VOID}):
+        rows, columns = (mask == number).any(1).nonzero()[0], (mask == number).any(0).nonzero()[0]
+        boxes.append((columns[0], rows[0], columns[-1] + 1, rows[-1] + 1))
+    return np.array(boxes, np.float64).reshape(-1, 4)
+
+
+def sound_box(numbers: object, sized: bool) -> tuple[float, ...] | None:
+    """xmin, ymin, xmax, ymax of COCO's x, y, width, height (sized) or VOC's sides, as numbers or text.
+
+    VOC counts pixels from 1, up to the last inside. None if they are not four finite numbers, or no image has pixels
+    within.
+    """
+    if not isinstance(numbers, list) or len(numbers) != 4:
+        return None
+    try:
+        a, b, c, d = map(float, numbers)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    box = (a, b, a + c, b + d) if sized else (a - 1, b - 1, c, d)
+    return box if all(map(math.isfinite, box)) and box[0] < box[2] > 0 and box[1] < box[3] > 0 else None
+
+
+def find_box_data(text: str) -> list[BoxImage]:
+    """The images of an option --data, see the top of this file. A line reports boxes that are left out.
+
+    Raises:
+        ConfigError: unknown kind of data set, a folder of another kind, a missing file, or no box in a data set that
+            should have some.
+    """
+    kind, _, place = text.partition(":")
+    finders: dict[str, Callable] = {"voc": _voc, "coco": _coco, "folders": _folders, "hf": _hub, "images": _images}
+    if kind not in finders or not place:
+        raise ConfigError(f"--data {text}: give {HELP}")
+    images = finders[kind](place)
+    if kind != "images" and not any(len(image.read_boxes()) for image in images):  # reading one image is usually enough
+        masks = f"; {VOID} is no object, beside other ids" * (kind in ("folders", "hf"))
+        raise ConfigError(f"--data {text}: has no boxes{masks}; images:FOLDER works without them")
+    return images
+
+
+def unique_names(paths: Sequence[str | Path]) -> list[str]:
+    """A name for each image: its relative path without the suffix, or with it if another image differs only there.
+
+    Names that are still equal get numbers (see tables.tell_apart). Leading / and .. are removed, so that no name
+    points outside its folder.
+    """
+    plain = [PurePosixPath(*(part for part in PurePosixPath(path).parts if part not in ("/", ".."))) for path in paths]
+    names = [str(path.with_suffix("")) for path in plain]
+    count = Counter(names)
+    return tell_apart([name if count[name] == 1 else str(path) for name, path in zip(names, plain, strict=True)])
+
+
+def report_odd(odd: list[str], file: str) -> None:
+    """Name the first of the boxes that are left out."""
+    if odd:
+        warn(f"{len(odd)} boxes of {file} are left out, since they are not four numbers around any pixel: {odd[0]}"
+             + ", …" * (len(odd) > 1))
+
+
+def _voc(place: str) -> list[BoxImage]:
+    tree, odd = Tree(place), []
+    names = [words[0] for words in
+             read_list(tree, "ImageSets/Main/trainval.txt", "a VOC folder, such as VOCdevkit/VOC2007")]
+    images = tree.find([f"JPEGImages/{name}.jpg" for name in names])
+    boxes = [voc_boxes(tree, f"Annotations/{name}.xml", odd) for name in names]
+    report_odd(odd, place)
+    return list(map(BoxImage, unique_names([f"{name}.jpg" for name in names]), images, boxes))
+
+
+def voc_boxes(tree: Tree, path: str, odd: list[str]) -> np.ndarray:
+    """The boxes of VOC's annotation of an image, float64 [B, 4].
+
+    Args:
+        odd: what is no box is added in words.
+
+    Raises:
+        ConfigError: the file is missing, or not VOC's.
+    """
+    if (content := tree.text(path)) is None:
+        raise ConfigError(f"cannot read the boxes {tree.place}/{path}: there is no such file")
+    try:
+        found = list(ElementTree.fromstring(content).iterfind("object/bndbox"))
+    except (ElementTree.ParseError, ValueError) as error:  # ValueError: of another encoding
+        raise ConfigError(f"{tree.place}/{path} is not VOC's annotation of an image ({error})") from None
+    boxes = []
+    for one in found:
+        sides = [one.findtext(side) for side in ("xmin", "ymin", "xmax", "ymax")]
+        if (box := sound_box(sides, sized=False)) is None:
+            odd.append(f"{path} has {sides}")
+        else:
+            boxes.append(box)
+    return np.array(boxes, np.float64).reshape(-1, 4)
+
+
+def _coco(place: str) -> list[BoxImage]:
+    file, _, folder = place.rpartition(",")
+    if not file:
+        raise ConfigError(f"--data coco:{place}: give a file and a folder, coco:JSON,IMAGES")
+    try:
+        content = json.loads(Path(regular(user_path(file))).read_text(encoding="utf-8-sig"))
+        boxes = coco_boxes(content["annotations"], file)
+        # as text, since some programs write ids so in one list only
+        numbers, files = zip(*[(str(image["id"]), image["file_name"]) for image in content["images"]], strict=True)
+        names = unique_names(files)
+    except OSError as error:
+        raise ConfigError(f"--data coco: cannot read {file} ({error.strerror})") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"--data coco: {file} has no instances in COCO's format ({error!r})") from None
+    different = Counter(number for number, _ in set(zip(numbers, files, strict=True)))
+    if repeated := [number for number, count in different.items() if count > 1]:
+        raise ConfigError(f"--data coco: {file} has several images of the id {repeated[0]}: their boxes are mixed up")
+    return [BoxImage(name, item, np.array(boxes[number], np.float64).reshape(-1, 4))
+            for name, item, number in zip(names, Tree(folder).find(list(files)), numbers, strict=True)]
+
+
+def coco_boxes(annotations: list[dict], file: str) -> dict[str, list[tuple[float, ...]]]:
+    """The boxes of COCO's annotations by image."""
+    boxes, odd = defaultdict(list), []
+    for found in annotations:
+        if found.get("iscrowd"):
+            continue
+        if (box := sound_box(found.get("bbox"), sized=True)) is None:
+            odd.append(f"annotation {found.get('id')} of image {found['image_id']} has {found.get('bbox')}")
+        else:
+            boxes[str(found["image_id"])].append(box)
+    report_odd(odd, file)
+    return boxes
+
+
+def _folders(place: str) -> list[BoxImage]:
+    images, masks = (tree.part() for tree in image_and_mask_trees(place))
+    return with_masks(images.numbered()[1], find_pairs(images, masks))
+
+
+def _hub(place: str) -> list[BoxImage]:
+    name, column = split_column(place)
+    pairs = hub_pairs(f"hf:{name}", column)
+    return with_masks([pair.image.images.name(pair.image.index) for pair in pairs], pairs)
+
+
+def with_masks(names: list[str], pairs: list[Pair]) -> list[BoxImage]:
+    check_sizes(pairs)
+    return [BoxImage(name, *pair) for name, pair in zip(unique_names(names), pairs, strict=True)]
+
+
+def _images(place: str) -> list[BoxImage]:
+    part = Tree(place).part()
+    numbers, names = part.numbered()
+    if not names:
+        raise ConfigError(f"--data: there are no images in {place} ({' '.join(IMAGE_SUFFIXES)})")
+    return [BoxImage(name, Item(part.images, number), None)
+            for name, number in zip(unique_names(names), numbers.tolist(), strict=True)]

@@ -1,18 +1,19 @@
 """Data sets of images with masks of class ids, named in one option; the confusion matrix and mean IoU.
 
-
     voc:VOCdevkit/VOC2012             Pascal VOC 2012, train (1,464 images) and val (1,449): 21 classes
     voc_aug:VOCdevkit/VOC2012         the same with SBD's trainaug list (10,582): SegmentationClassAug and
                                       ImageSets/Segmentation/trainaug.txt are needed as well
     ade20k:ADEChallengeData2016       20,210 and 2,000 images, 150 classes; id 0 is not scored
     folders:IMAGES,MASKS              any: both have folders train and val; --num_classes tells how many ids count
+    hf:NAME,COLUMN                    a Hugging Face data set with train and validation, and a column of masks
 
-Masks are PNGs of ids, of their image's size; 255 is not scored.
+In the place of a folder there may be an archive or a list, see places.py. Masks are PNGs of ids, of their image's size;
+255 is not scored.
 """
 import argparse
-from collections.abc import Callable
+import os
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
@@ -20,18 +21,22 @@ import torch
 from PIL import Image
 from scipy.optimize import linear_sum_assignment
 
-from selfpatch.data.files import IMAGE_SUFFIXES, UnreadableImage, is_image_name, load_ids, load_rgb, open_image, walk
-from selfpatch.errors import ConfigError, user_path
+from selfpatch.data.files import IMAGE_SUFFIXES, load_ids, load_rgb
+from selfpatch.data.hub import HubImages
+from selfpatch.errors import ConfigError, warn
+from selfpatch.evaluation.labelled_images import HUB_SPLITS
+from selfpatch.evaluation.places import Item, NamedPart, Tree
 
 IGNORE = 255  # id of pixels that are not scored
 SPLITS = {"train": ("train", "training"), "val": ("val", "validation")}  # names of a split's folder
-HELP = "voc:FOLDER, voc_aug:FOLDER (SBD's trainaug list), ade20k:FOLDER or folders:IMAGES,MASKS (see --num_classes)"
+HELP = ("voc:PLACE, voc_aug:PLACE (SBD's trainaug list), ade20k:PLACE, folders:IMAGES,MASKS or hf:NAME,COLUMN (of "
+        "masks), these two with --num_classes; each a folder, archive or list")
 
 
 class Pair(NamedTuple):
-    """An image file and its mask file."""
-    image: Path
-    mask: Path
+    """An image and its mask."""
+    image: Item
+    mask: Item
 
 
 class SegmentationData(NamedTuple):
@@ -51,18 +56,30 @@ class SegmentationData(NamedTuple):
         Raises:
             ConfigError: a file cannot be read, or an id is not below num_classes.
         """
-        return load_rgb(pair.image), self.read_ids(pair)
+        return load_rgb(str(pair.image), pair.image.read()), self.read_ids(pair)
 
     def read_ids(self, pair: Pair) -> np.ndarray:
         """The class ids of read() alone."""
-        ids = load_ids(pair.mask)[0]
+        ids = load_ids(str(pair.mask), pair.mask.read())[0]
         if self.shift:
             ids = ids - np.uint8(1)  # 0 becomes 255
         largest = int(ids[ids != IGNORE].max(initial=0))
         if largest >= self.num_classes:
             raise ConfigError(f"{pair.mask}: has the id {largest + self.shift}, but {self.name} has {self.num_classes} "
-                              f"classes, {int(self.shift)} to {self.num_classes - 1 + self.shift}")
+                              f"classes, {int(self.shift)} to {self.num_classes - 1 + self.shift}"
+                              + f": {self.from_zero}" * self.shift)
         return ids
+
+    @property
+    def from_zero(self) -> str:
+        """What to do about masks whose ids count from 0, where they should from 1."""
+        return f"if the ids count from 0, give folders:IMAGES,MASKS --num_classes {self.num_classes}"
+
+    def check_shift(self, confusion: np.ndarray) -> None:
+        """Warn if the last id never occurs in the test masks [C, C], as where ids count from 0 instead of 1."""
+        if self.shift and not confusion[-1].any():
+            warn(f"no test mask of {self.name} has the id {self.num_classes}: {self.from_zero}, since every class is "
+                 "off by one then, and the first one not scored")
 
 
 # ---------------------------------------------------------------- finding pairs
@@ -70,7 +87,7 @@ class SegmentationData(NamedTuple):
 def add_segmentation_data(parser: argparse.ArgumentParser) -> None:
     """Add --data and --num_classes, see find_segmentation_data."""
     parser.add_argument("--data", required=True, help=HELP)
-    parser.add_argument("--num_classes", type=int, help="of --data folders: ids below it count")
+    parser.add_argument("--num_classes", type=int, help="of --data folders and hf: ids below it count")
 
 
 def find_segmentation_data(text: str, num_classes: int | None = None) -> SegmentationData:
@@ -79,133 +96,143 @@ def find_segmentation_data(text: str, num_classes: int | None = None) -> Segment
     All headers are read, so that pairs that do not fit end a job before its work begins.
 
     Args:
-        num_classes: of folders:, which needs it; None for the others.
+        num_classes: of folders: and hf:, which need it; None for the others.
 
     Raises:
         ConfigError: no such kind of data set, a folder of another kind, an image without mask, a mask of another size
-            than its image, or masks with less than two classes.
+            than its image, masks with less than two classes, or images in both training and test.
     """
     kind, _, place = text.partition(":")
-    finders: dict[str, Callable] = {"voc": _voc, "voc_aug": _voc_aug, "ade20k": _ade20k, "folders": _folders}
-    if kind not in finders or not place:
+    if kind not in ("voc", "voc_aug", "ade20k", "folders", "hf") or not place:
         raise ConfigError(f"--data {text}: give {HELP}")
-    if kind != "folders" and num_classes is not None:
-        raise ConfigError(f"--num_classes {num_classes}: is for folders: only, --data {kind}: has its own")
-    if kind == "folders" and not (num_classes and 2 <= num_classes <= IGNORE):
-        raise ConfigError(f"--data folders: needs --num_classes, from 2 to {IGNORE}: ids below it count")
-    data = finders[kind](place) if kind != "folders" else _folders(place, num_classes)
+    own = kind in ("folders", "hf")
+    if not own and num_classes is not None:
+        raise ConfigError(f"--num_classes {num_classes}: is for folders: and hf: only, --data {kind}: has its own")
+    if own and not (num_classes and 2 <= num_classes <= IGNORE):
+        raise ConfigError(f"--data {kind}: needs --num_classes, from 2 to {IGNORE}: ids below it count")
+    if own:
+        data = (_folders if kind == "folders" else _hub)(place, num_classes)
+    else:
+        data = _ade20k(Tree(place)) if kind == "ade20k" else _voc(Tree(place), kind == "voc_aug")
     check_sizes(data.train + data.val)
     for split, pairs in (("train", data.train), ("val", data.val)):
         check_classes(data, pairs, split)
+    known = {pair.image.real() for pair in data.train}
+    if shared := [pair.image for pair in data.val if pair.image.real() in known]:
+        raise ConfigError(f"--data: {len(shared)} of {len(data.val)} test images are training images too, such as "
+                          f"{shared[0]}: give other images to test")
     return data
 
 
-def existing_folder(text: str) -> Path:
-    """The folder of an option --data; ~ is the home folder.
+def read_list(tree: Tree, path: str, what: str) -> list[list[str]]:
+    """The words of every line of a text file of a data set.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is no such file, or no word in it.
     """
-    folder = user_path(text)
-    if not folder.is_dir():
-        raise ConfigError(f"--data: there is no folder {folder}")
-    return folder
+    if (content := tree.text(path)) is None:
+        raise ConfigError(f"--data: {tree.place} is not {what}: there is no {path} in it")
+    lines = [words for line in content.decode("utf-8-sig", errors="replace").splitlines() if (words := line.split())]
+    if not lines:
+        raise ConfigError(f"--data: {tree.place}/{path} lists nothing")
+    return lines
 
 
-def _voc(place: str) -> SegmentationData:
-    root = existing_folder(place)
-    return SegmentationData("VOC 2012", _voc_pairs(root, "train", "SegmentationClass"),
-                            _voc_pairs(root, "val", "SegmentationClass"), 21)
+def _voc(tree: Tree, augmented: bool) -> SegmentationData:
+    train = _voc_pairs(tree, "trainaug", "SegmentationClassAug") if augmented else _voc_pairs(tree, "train")
+    return SegmentationData("VOC 2012" + " trainaug" * augmented, train, _voc_pairs(tree, "val"), 21)
 
 
-def _voc_aug(place: str) -> SegmentationData:
-    root = existing_folder(place)
-    return SegmentationData("VOC 2012 trainaug", _voc_pairs(root, "trainaug", "SegmentationClassAug"),
-                            _voc_pairs(root, "val", "SegmentationClass"), 21)
+def _voc_pairs(tree: Tree, split: str, masks: str = "SegmentationClass") -> list[Pair]:
+    """The pairs of a list of names, or of paths as SBD has them: /JPEGImages/x.jpg /SegmentationClassAug/x.png"""
+    lines = read_list(tree, f"ImageSets/Segmentation/{split}.txt", "a VOC folder, such as VOCdevkit/VOC2012")
+    paths = [(first, *more) if "/" in first else (f"JPEGImages/{first}.jpg", f"{masks}/{first}.png")
+             for first, *more in lines]
+    if wrong := [i for i, path in enumerate(paths) if len(path) != 2]:
+        raise ConfigError(f"--data: {tree.place}/ImageSets/Segmentation/{split}.txt: {' '.join(lines[wrong[0]])}: give "
+                          "a name, or the paths of an image and of its mask, on every line")
+    images, found = (tree.find([path[i].lstrip("/") for path in paths], f"{what} of {split}.txt")
+                     for i, what in enumerate(("images", "masks")))
+    return list(map(Pair, images, found))
 
 
-def read_list(root: Path, path: str, what: str) -> list[str]:
-    """The names in a text file of a data set, the first word of every line.
-
-    Raises:
-        ConfigError: there is no such file, or no name in it.
-    """
-    if not (root / path).is_file():
-        raise ConfigError(f"--data: {root} is not {what}: there is no {path} in it")
-    names = [line.split()[0] for line in (root / path).read_text().splitlines() if line.strip()]
-    if not names:
-        raise ConfigError(f"--data: {root / path} lists nothing")
-    return names
-
-
-def _voc_pairs(root: Path, split: str, masks: str) -> list[Pair]:
-    names = read_list(root, f"ImageSets/Segmentation/{split}.txt", "a VOC folder, such as VOCdevkit/VOC2012")
-    pairs = [Pair(root / "JPEGImages" / f"{name}.jpg", root / masks / f"{name}.png") for name in names]
-    for what in ("image", "mask"):
-        if missing := [path for path in (getattr(pair, what) for pair in pairs) if not path.is_file()]:
-            raise ConfigError(f"--data: {len(missing)} of {len(pairs)} {what}s of {split}.txt are missing, such as "
-                              f"{missing[0]}")
-    return pairs
-
-
-def _ade20k(place: str) -> SegmentationData:
-    root = existing_folder(place)
-    if missing := [name for name in ("images", "annotations") if not (root / name).is_dir()]:
-        raise ConfigError(f"--data: {root} is not ADEChallengeData2016: there is no folder {missing[0]} in it")
-    train, val = (find_pairs(*split_folders(root / "images", root / "annotations", split)) for split in SPLITS)
+def _ade20k(tree: Tree) -> SegmentationData:
+    if missing := [name for name in ("images", "annotations") if not len(tree.part(name).numbered()[1])]:
+        raise ConfigError(f"--data: {tree.place} is not ADEChallengeData2016: there is no folder {missing[0]} in it")
+    train, val = (find_pairs(split_part(tree, split, "images/"), split_part(tree, split, "annotations/"))
+                  for split in SPLITS)
     return SegmentationData("ADE20K", train, val, 150, shift=True)
 
 
 def _folders(place: str, num_classes: int) -> SegmentationData:
-    images, masks = image_and_mask_folders(place)
-    train, val = (find_pairs(*split_folders(images, masks, split)) for split in SPLITS)
-    return SegmentationData(images.name, train, val, num_classes)
+    images, masks = image_and_mask_trees(place)
+    train, val = (find_pairs(split_part(images, split), split_part(masks, split)) for split in SPLITS)
+    return SegmentationData(PurePosixPath(images.place).name, train, val, num_classes)
 
 
-def image_and_mask_folders(place: str) -> tuple[Path, Path]:
-    """The two folders of --data folders:IMAGES,MASKS.
+def _hub(place: str, num_classes: int) -> SegmentationData:
+    name, column = split_column(place)
+    return SegmentationData(name, *(hub_pairs(f"hf:{name}:{split}", column) for split in HUB_SPLITS), num_classes)
+
+
+def split_column(place: str) -> tuple[str, str]:
+    """The two names of --data hf:NAME,COLUMN."""
+    name, _, column = place.rpartition(",")
+    if not name or not column:
+        raise ConfigError(f"--data hf:{place}: name the column of masks too, hf:NAME,COLUMN; object discovery without "
+                          "boxes takes images:hf:NAME")
+    return name, column
+
+
+def hub_pairs(path: str, column: str) -> list[Pair]:
+    """The images of a Hugging Face data set, each with the mask that a column of the same row has."""
+    images, masks = HubImages(path), HubImages(path, column)
+    numbers = masks.rows.argsort()  # of masks, by row
+    return [Pair(Item(images, i), Item(masks, int(numbers[row]))) for i, row in enumerate(images.rows.tolist())]
+
+
+def image_and_mask_trees(place: str) -> list[Tree]:
+    """The two places of --data folders:IMAGES,MASKS.
 
     Raises:
-        ConfigError: there are not two names, or one of them is no folder.
+        ConfigError: there are not two names, or one of them is no place of images.
     """
-    parts = place.split(",")
-    if len(parts) != 2:
+    if place.count(",") != 1:
         raise ConfigError(f"--data folders:{place}: give two folders, folders:IMAGES,MASKS")
-    images, masks = map(existing_folder, parts)
-    return images, masks
+    return list(map(Tree, place.split(",")))
 
 
-def split_folders(images: Path, masks: Path, split: str) -> list[Path]:
-    """The folders of a split in a folder of images and one of masks."""
-    found = []
-    for folder in (images, masks):
-        names = [name for name in SPLITS[split] if (folder / name).is_dir()]
-        if not names:
-            raise ConfigError(f"--data: there is no folder {' or '.join(SPLITS[split])} in {folder}")
-        found.append(folder / names[0])
-    return found
+def split_part(tree: Tree, split: str, top: str = "") -> NamedPart:
+    """The images of a split in a folder."""
+    for name in SPLITS[split]:
+        if len((part := tree.part(top + name)).numbered()[1]):
+            return part
+    raise ConfigError(f"--data: there is no folder {' or '.join(SPLITS[split])} with images "
+                      f"({' '.join(IMAGE_SUFFIXES)}) in {os.path.join(tree.place, top)}")
 
 
-def find_pairs(images: Path, masks: Path) -> list[Pair]:
-    """Every image below a folder with the mask of the same relative name, without regard to suffixes.
+def find_pairs(images: NamedPart, masks: NamedPart) -> list[Pair]:
+    """Every image of a part with the mask of the same name, without regard to suffixes.
 
     Raises:
-        ConfigError: there are no images, or one has no mask, or there are two masks of one name.
+        ConfigError: an image has no mask, or there are two masks of one name.
     """
     found = {}
-    for path in filter(is_image_name, map(Path, walk(masks))):
-        other = found.setdefault(path.relative_to(masks).with_suffix(""), path)
-        if other != path:
-            raise ConfigError(f"--data: {other} and {path.name} are masks of the same name: which one is meant is not "
-                              "known, so move one of them out of the folder")
-    paths = [path for path in map(Path, walk(images)) if is_image_name(path)]
-    if not paths:
-        raise ConfigError(f"--data: there are no images in {images} ({' '.join(IMAGE_SUFFIXES)})")
-    missing = [path for path in paths if path.relative_to(images).with_suffix("") not in found]
-    if missing:
-        raise ConfigError(f"--data: {len(missing)} of {len(paths)} images in {images} have no mask in {masks}, such "
-                          f"as {missing[0].relative_to(images)}")
-    return [Pair(path, found[path.relative_to(images).with_suffix("")]) for path in paths]
+    for number, name in zip(*masks.numbered(), strict=True):
+        item = Item(masks.images, int(number))
+        other = found.setdefault(os.path.splitext(name)[0], item)
+        if other != item:
+            raise ConfigError(f"--data: {other} and {os.path.basename(name)} are masks of the same name: which one is "
+                              "meant is not known, so move one of them out of the folder")
+    numbers, names = images.numbered()
+    if not names:
+        raise ConfigError(f"--data: there are no images in {images.place} ({' '.join(IMAGE_SUFFIXES)})")
+    stems = [os.path.splitext(name)[0] for name in names]
+    if missing := [name for name, stem in zip(names, stems, strict=True) if stem not in found]:
+        raise ConfigError(f"--data: {len(missing)} of {len(names)} images in {images.place} have no mask in "
+                          f"{masks.place}, such as {missing[0]}")
+    return [Pair(Item(images.images, number), found[stem])
+            for number, stem in zip(numbers.tolist(), stems, strict=True)]
 
 
 def check_classes(data: SegmentationData, pairs: list[Pair], split: str) -> None:
@@ -224,24 +251,10 @@ def check_classes(data: SegmentationData, pairs: list[Pair], split: str) -> None
                       f"{pairs[0].mask}: there is nothing to tell apart")
 
 
-def header_size(path: Path) -> tuple[int, int]:
-    """Width and height from an image file's header.
-
-    Raises:
-        UnreadableImage: it has none.
-    """
-    try:
-        with Image.open(path) as image:
-            return image.size
-    except Exception:
-        open_image(path)  # says what is wrong
-        raise UnreadableImage(f"cannot read the image {path}: replace it or remove it") from None
-
-
 def check_sizes(pairs: list[Pair]) -> None:
     """Raise ConfigError if a mask is not of its image's size, or one of the two is no image."""
     with ThreadPoolExecutor(8) as executor:
-        sizes = executor.map(lambda pair: (header_size(pair.image), header_size(pair.mask)), pairs)
+        sizes = executor.map(lambda pair: (pair.image.size(), pair.mask.size()), pairs)
         for pair, (image, mask) in zip(pairs, sizes, strict=True):
             if image != mask:
                 raise ConfigError(f"{pair.mask}: is {mask[0]}×{mask[1]}, its image {pair.image} {image[0]}×{image[1]}")

@@ -1,22 +1,22 @@
 """k-NN accuracy of the teacher during training, on images with classes, which training does not see.
 
-    probe = KnnProbe("imagenet/val", image_size=224)
+    probe = KnnProbe("imagenet", image_size=224)
     probe(run.teacher)                          # {"knn_top1": 51.2, "knn_top5": 76.4, "knn_seconds": 30.1}
 """
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader
 
 from selfpatch.distributed.processes import get_world_size
-from selfpatch.evaluation.image_features import ImageFeature, eval_transform, open_pair, share_loader
+from selfpatch.evaluation.image_features import ImageFeature
 from selfpatch.evaluation.knn import knn_accuracy
+from selfpatch.evaluation.labelled_images import Paths, Places, eval_transform, open_pair, share_loader
 from selfpatch.method.selfpatch_head import MultiCropWrapper
 
 K = 20
-HELD_OUT = 0.2  # share of a folder without train/ and val/ that the rest classifies
+HELD_OUT = 0.2  # share of images without train/ and val/ that the rest classifies
 
 
 class Interruptible:
@@ -40,21 +40,22 @@ class KnnProbe:
     With fewer than 20 images to compare with, all of them are neighbours.
 
     Args:
-        folder: train/ and val/ with class folders; or class folders alone, where every fifth image is classified by
-            the others.
+        data: images with classes in any form, with train/ and val/ in it, or without, where every fifth image is
+            classified by the others; or Places, where test images have their classes in a file.
         image_size: side of the centre crop.
         batch_size, num_workers: of the loader, in each process.
         dtype: of autocast; float32 for none.
         every: epochs between two evaluations.
 
     Raises:
-        ConfigError: the folder does not exist, or its classes or images do not fit.
+        ConfigError: the data does not exist, or its classes or images do not fit; the message names --knn_data.
     """
 
-    def __init__(self, folder: str | Path, image_size: int = 224, batch_size: int = 64, num_workers: int = 0,
+    def __init__(self, data: Paths | Places, image_size: int = 224, batch_size: int = 64, num_workers: int = 0,
                  device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, every: int = 1):
-        divided = (Path(folder) / "train").is_dir() and (Path(folder) / "val").is_dir()
-        pair = open_pair(folder, None, None, None if divided else HELD_OUT, transform=eval_transform(image_size))
+        places = data if isinstance(data, Places) else Places(data)
+        pair = open_pair(places._replace(option="--knn_data", undivided_share=HELD_OUT),
+                         transform=eval_transform(image_size))
         self.device, self.dtype, self.every = torch.device(device), dtype, every
         self.loaders = [share_loader(images, batch_size, num_workers, self.device.type == "cuda") for images in pair]
 

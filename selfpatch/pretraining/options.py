@@ -6,7 +6,7 @@ from pathlib import Path
 
 from selfpatch.checkpoints.loading import resolve_path
 from selfpatch.data.sources import KINDS, check_paths, image_suffix
-from selfpatch.errors import POSITIVE_FLOAT, ArgumentParser, ConfigError, Number, describe
+from selfpatch.errors import POSITIVE_FLOAT, ArgumentParser, ConfigError, Number, OneOrSeveral, describe
 from selfpatch.method.vision_transformer import ARCHS, RECOMPUTED
 from selfpatch.pretraining.auto_options import COMPILE_WAYS
 from selfpatch.pretraining.logs import check_log
@@ -80,13 +80,6 @@ def add_loss_options(parser: argparse.ArgumentParser) -> None:
                        help="the teacher's temperature after its warm-up; above 0.07 is often unstable")
     group.add_argument("--warmup_teacher_temp_epochs", default=0, type=INTERVAL,
                        help="epochs from the first temperature to the second")
-
-
-class OneOrSeveral(argparse.Action):
-    """Of an option with nargs="+": a single value as it is, several as a list."""
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        setattr(namespace, self.dest, values if len(values) > 1 else values[0])
 
 
 def add_optimisation_options(parser: argparse.ArgumentParser) -> None:
@@ -196,9 +189,12 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
 
 def add_probe_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("evaluation while training")
-    group.add_argument("--knn_data", default="", type=os.path.expanduser,
-                       help="classify images by the teacher's features (k-NN, k = 20), for the log: a folder with "
-                            "train/ and val/, or one of class folders of which every fifth image is classified")
+    group.add_argument("--knn_data", default="", type=os.path.expanduser, nargs="+", action=OneOrSeveral,
+                       help="classify images by the teacher's features (k-NN, k = 20), for the log: any form of "
+                            "--data_path that has classes, with train/ and val/ in it, or without them, where every "
+                            "fifth image is classified by the others; hf:NAME has train and validation")
+    group.add_argument("--knn_val_labels", default="", type=os.path.expanduser, metavar="FILE",
+                       help="the classes of a flat val/ in --knn_data, as --val_labels of eval_knn.py")
     group.add_argument("--knn_every", default=10, type=Number(int, 1), help="epochs between two such evaluations")
 
 
@@ -222,6 +218,10 @@ def check_options(options: dict) -> None:
     """
     check_numbers(options)
     check_paths(options["data_path"], suffixes=options["image_suffix"], column=options["image_column"])
+    if options["knn_data"]:
+        check_paths(options["knn_data"], "--knn_data")
+    require(options["knn_data"] or not options["knn_val_labels"],
+            f"--knn_val_labels {options['knn_val_labels']}: goes with --knn_data")
     output = Path(options["output_dir"])
     check_output_dir(output)
     check_trackers(chosen_trackers(options["log_with"], options["tensorboard"]), output)

@@ -28,12 +28,12 @@ FIXED = ("k_num", "norm_last_layer", "patch_loss_weight", "global_crops_scale", 
 # these say where files are and how the work is done, not what is computed
 IRRELEVANT = {"data_path", "image_suffix", "output_dir", "init_weights", "saveckp_freq", "save_every_minutes",
               "save_every_steps", "log_every", "log_with", "tensorboard", "peak_tflops", "num_workers",
-              "max_bad_images", "loader_timeout",
-              "allow_changed", "knn_data", "knn_every", "device", "dist_url", "dist_timeout", "port", "local_rank",
-              "world_size", "batch_size_per_gpu", "accum_steps", "fused_loss", "compile", "checkpoint_activations",
-              "pack_crops"}
+              "max_bad_images", "loader_timeout", "allow_changed", "knn_data", "knn_val_labels", "knn_every", "device",
+              "dist_url", "dist_timeout", "port", "local_rank", "world_size", "batch_size_per_gpu", "accum_steps",
+              "fused_loss", "compile", "checkpoint_activations", "pack_crops"}
 # paths of one folder on different machines, and what each process or machine has for itself; "data" is compared
-MAY_DIFFER_BETWEEN_RANKS = {"data_path", "data_sizes", "knn_data", "num_workers", "device", "dist_url", "port",
+MAY_DIFFER_BETWEEN_RANKS = {"data_path", "data_sizes", "knn_data", "knn_val_labels", "num_workers", "device",
+                            "dist_url", "port",
                             "local_rank"}
 
 

@@ -245,10 +245,11 @@ def load_frame(path: str | Path, scale_size: int = SCALE_SIZE, shape: tuple[int,
 
 # ---------------------------------------------------------------- masks
 
-def read_mask(path: str | Path, binary: bool | None = None) -> Mask:
+def read_mask(path: str | Path, binary: bool | None = None, data: bytes | None = None) -> Mask:
     """Read a PNG of ids; one without a palette gets DAVIS's.
 
     Args:
+        data: the file's bytes, if they are there already; path is then for messages alone.
         binary: read 255 in a grey PNG as object 1, as in DAVIS 2016, rather than as void. None: do so if 0 and 255 are
             the only values. One mask of a video must decide for all.
 
@@ -256,7 +257,7 @@ def read_mask(path: str | Path, binary: bool | None = None) -> Mask:
         UnreadableImage: the file is missing or damaged, or has another mode or a lossy format.
         DataError: binary, and there are ids beside 255.
     """
-    data = read_bytes(path)
+    data = read_bytes(path) if data is None else data
     image = open_image(path, data)
     ids, palette = load_ids(path, data, image)
     if palette is None:

@@ -9,7 +9,7 @@ from golden_rules import assert_close, load, rand
 
 from selfpatch.distributed.processes import leave_processes
 from selfpatch.evaluation.dense_retrieval import PatchMemory, label_map, patch_labels, patch_scores, sample_patches
-from selfpatch.evaluation.nearest_neighbours import nearest
+from selfpatch.evaluation.knn import nearest
 from selfpatch.evaluation.segmentation import IGNORE, confusion_matrix, match_predictions, mean_iou
 
 CLASSES = 6

@@ -9,8 +9,17 @@ from golden_rules import load, rand
 from selfpatch.distributed.collectives import gather_rows
 from selfpatch.distributed.processes import leave_processes
 from selfpatch.evaluation import knn
-from selfpatch.evaluation.knn import Accuracy, bank_dtype, class_ranks, classify, neighbours
-from selfpatch.evaluation.nearest_neighbours import BANK_ROWS, QUERY_ROWS, nearest, search
+from selfpatch.evaluation.knn import (
+    BANK_ROWS,
+    QUERY_ROWS,
+    Accuracy,
+    bank_dtype,
+    class_ranks,
+    classify,
+    nearest,
+    neighbours,
+    search,
+)
 
 
 def golden_data(salt):

@@ -12,7 +12,7 @@ from selfpatch.checkpoints.files import read_checkpoint
 from selfpatch.data.files import load_rgb
 from selfpatch.data.sources import open_images
 from selfpatch.errors import ConfigError
-from selfpatch.evaluation.box_data import find_box_data
+from selfpatch.evaluation.object_discovery import find_box_data
 from selfpatch.evaluation.tables import check_output, write_json
 from selfpatch.video.davis import read_set
 

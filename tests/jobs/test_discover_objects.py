@@ -58,6 +58,15 @@ def test_images_without_boxes(tmp_path, small_network, capsys):
         assert "CorLoc" not in printed and "of them scored" in printed
 
 
+def test_pictures_are_not_written_into_what_is_read(tmp_path, capsys):
+    folders = make_folders(tmp_path, 1)
+    for data, pictures in ((f"images:{tmp_path / 'images'}", tmp_path / "images/found"),
+                           (f"folders:{folders}", tmp_path / "masks")):
+        assert run_job(job, "--data", data, *UNTRAINED, "--pictures", pictures) == 2
+        err = capsys.readouterr().err
+        assert "all of which is read: the next run would take the pictures for images" in err and err.count("\n") == 1
+
+
 @pytest.mark.parametrize("more, says", [(["--tau", 2], "--tau: it is 2.0, and must be above -1 and below 1"),
                                         (["--layer", -13], "--layer -13"),
                                         (["--pictures", __file__], "is not a folder: give another name"),

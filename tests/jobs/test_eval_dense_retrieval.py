@@ -12,7 +12,7 @@ import eval_dense_retrieval as job
 from selfpatch.data.normalisation import IMAGENET_MEAN
 from selfpatch.evaluation.dense_retrieval import PatchMemory
 from selfpatch.evaluation.image_features import PatchFeature
-from selfpatch.evaluation.nearest_neighbours import QUERY_ROWS
+from selfpatch.evaluation.knn import QUERY_ROWS
 from selfpatch.evaluation.segmentation import find_segmentation_data
 from selfpatch.method.vision_transformer import vit_tiny
 

@@ -12,9 +12,10 @@ from PIL import Image
 
 import eval_knn as job
 from selfpatch.data.normalisation import normalise
-from selfpatch.evaluation import image_features
-from selfpatch.evaluation.image_features import ImageFeature, open_labelled, share_loader
+from selfpatch.evaluation import knn
+from selfpatch.evaluation.image_features import ImageFeature
 from selfpatch.evaluation.knn import knn_accuracy
+from selfpatch.evaluation.labelled_images import eval_transform, hold_out, open_labelled, share_loader
 from selfpatch.method.vision_transformer import ARCHS, vit_tiny
 
 
@@ -93,7 +94,7 @@ def test_two_processes_end_when_one_cannot_write(colours, run_file, tmp_path):
 
 
 def test_a_folder_for_features_is_checked_first(colours, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(image_features, "extract", None)  # before any work
+    monkeypatch.setattr(knn, "extract", None)  # before any work
     (tmp_path / "file").write_text("")
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
         assert run("--data_path", colours, "--random_weights", "--arch", "vit_tiny", "--dump_features", folder) == 2
@@ -106,7 +107,7 @@ def test_accuracy_while_training(colours):
     """Callable with a network in training, which stays in training."""
     wrapper = set_weights(small_wrapper(), 0).train()
     feature = ImageFeature(wrapper.backbone, head=wrapper.ca_head)
-    loaders = [share_loader(open_labelled(colours / part, "--knn_data", image_features.eval_transform(32)), 4)
+    loaders = [share_loader(open_labelled(colours / part, "--knn_data", eval_transform(32)), 4)
                for part in ("train", "val")]
     found = knn_accuracy(feature, *loaders, ks=(5,))
     bank, queries = (F.normalize(torch.cat([feature(images) for images, *_ in loader]), dim=1) for loader in loaders)
@@ -121,7 +122,7 @@ def test_a_share_of_one_folder(colours, capsys):
     assert run("--data_path", colours / "train", "--val_share", 0.4, "--random_weights", "--arch", "vit_tiny") == 0
     assert "9 training and 6 test images" in capsys.readouterr().out
     images = open_labelled(colours / "train", "--data_path")
-    train, val = image_features.hold_out(images, 0.4)
+    train, val = hold_out(images, 0.4)
     assert sorted(train.indices.tolist() + val.indices.tolist()) == list(range(len(images)))
 
 
@@ -134,14 +135,16 @@ def test_unreadable_images_are_left_out(colours, tmp_path, capsys):
 
 @pytest.mark.parametrize("words, says", [
     (["--random_weights"], "give either --data_path"),
-    (["--data_path", "{c}/none", "--random_weights"], "--data_path: there is no folder"),
-    (["--data_path", "{c}/train", "--random_weights"], "--data_path: there is no folder {c}/train/train"),
+    (["--data_path", "{c}/none", "--random_weights"],
+     "there is no folder {c}/none, and no file of that name: give --data_path"),
+    (["--data_path", "{c}/train", "--random_weights"],
+     "--data_path {c}/train has no train/ and val/ in it: give --train_path and --val_path, or --val_share"),
     (["--train_path", "{c}/train/red", "--val_path", "{c}/val", "--random_weights"],
      "--train_path: {c}/train/red has no folders in it"),
     (["--train_path", "{c}/train", "--val_path", "{t}/fewer", "--random_weights"],
      "differ in class folders: blue, green are in one of them only"),
     (["--data_path", "{t}/empty", "--val_share", "0.5", "--random_weights"],
-     "has class folders, but no images in them"),
+     "--data_path {t}/empty has no images in it: files ending in"),
     (["--data_path", "{c}"], "--pretrained_weights is empty"),
     (["--data_path", "{c}", "--random_weights", "--nb_knn", "0"], "--nb_knn: it is 0, and must be at least 1"),
     (["--data_path", "{c}", "--random_weights", "--temperature", "0"], "--temperature: it is 0.0, and must be above 0"),
@@ -157,7 +160,7 @@ def test_unreadable_images_are_left_out(colours, tmp_path, capsys):
      "--arch has 2 names for 3 files"),
 ])
 def test_refused_in_one_line(words, says, colours, run_file, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(image_features, "extract", None)  # before any work
+    monkeypatch.setattr(knn, "extract", None)  # before any work
     monkeypatch.setitem(ARCHS, "vit_small", vit_tiny)
     (tmp_path / "fewer" / "red").mkdir(parents=True)
     (tmp_path / "empty" / "red").mkdir(parents=True)

@@ -13,7 +13,8 @@ from networks import small_wrapper
 import eval_linear as job
 from selfpatch.data.normalisation import normalise
 from selfpatch.errors import ConfigError
-from selfpatch.evaluation.image_features import ImageFeature, open_labelled
+from selfpatch.evaluation.image_features import ImageFeature
+from selfpatch.evaluation.labelled_images import open_labelled
 from selfpatch.evaluation.linear_probe import (
     CachedTokens,
     CropBatches,

@@ -1,6 +1,7 @@
 """k-NN of the teacher while it is trained."""
 import json
 import os
+import shutil
 import signal
 
 import pytest
@@ -10,8 +11,9 @@ from small_job import load, options
 
 from main_selfpatch import train_dino
 from selfpatch.errors import ConfigError, RunStopped
-from selfpatch.evaluation.image_features import ImageFeature, eval_transform, open_pair, share_loader
+from selfpatch.evaluation.image_features import ImageFeature
 from selfpatch.evaluation.knn import knn_accuracy
+from selfpatch.evaluation.labelled_images import Places, eval_transform, open_pair, share_loader
 from selfpatch.pretraining import engine
 from selfpatch.pretraining.knn_probe import KnnProbe
 
@@ -85,7 +87,7 @@ def test_a_signal_before_or_within_it_ends_the_run_which_evaluates_later(image_f
 
 
 def test_figures_are_those_of_the_evaluation(image_folder):
-    network, pair = small_wrapper(), open_pair(image_folder, None, None, 0.2, transform=eval_transform(32))
+    network, pair = small_wrapper(), open_pair(Places(image_folder, val_share=0.2), transform=eval_transform(32))
     expected = knn_accuracy(ImageFeature(network.backbone, head=network.ca_head), *map(share_loader, pair, [5, 5]),
                             ks=[20])
     found = KnnProbe(image_folder, 32, batch_size=3)(network.train())
@@ -94,14 +96,30 @@ def test_figures_are_those_of_the_evaluation(image_folder):
 
 
 def test_a_folder_with_train_and_val(image_folder, tmp_path):
-    for part in ("train", "val"):
-        (tmp_path / part).symlink_to(image_folder)
-    # every image has itself as its nearest neighbour, though k = 20 is all 12 of them
-    assert KnnProbe(tmp_path, 32)(small_wrapper())["knn_top1"] >= 50
+    (tmp_path / "train").symlink_to(image_folder)
+    shutil.copytree(image_folder, tmp_path / "val")
+    # every image has its copy as its nearest neighbour, though k = 20 is all 12 of them
+    network = small_wrapper()
+    expected = KnnProbe(tmp_path, 32)(network)
+    assert expected["knn_top1"] >= 50
+    for path in (tmp_path / "val").rglob("*.jpg"):
+        path.rename(tmp_path / "val" / path.name)
+    (tmp_path / "labels.txt").write_text("".join(f"{i:02} class{i % 2}\n" for i in range(12)))
+    found = KnnProbe(Places(tmp_path, val_labels=tmp_path / "labels.txt"), 32)(network)
+    assert [found[name] for name in ("knn_top1", "knn_top5")] == [expected[name] for name in ("knn_top1", "knn_top5")]
 
 
-def test_a_folder_that_is_missing_is_found_before_training(image_folder, tmp_path):
-    with pytest.raises(ConfigError, match="there is no folder nowhere"):
+@pytest.mark.parametrize("make, says", [
+    (lambda folder, images: None, "there is no folder .*knn, and no file of that name: give --knn_data"),
+    (lambda folder, images: folder.mkdir(), "--knn_data .*knn has no images in it"),
+    (lambda folder, images: shutil.copytree(images / "class0", folder), "--knn_data: .* has no folders in it"),
+    (lambda folder, images: shutil.copytree(images / "class0", folder / "a"), "images of one class only, a"),
+    (lambda folder, images: [(folder / part).symlink_to(images) for part in ("train", "val") if not
+                             folder.mkdir(exist_ok=True)], "12 of 12 test images are training images too")])
+def test_data_that_does_not_do_is_refused_before_training(image_folder, tmp_path, make, says):
+    make(tmp_path / "knn", image_folder)
+    with pytest.raises(ConfigError, match=says) as error:
         train_dino(options("--epochs", 1, "--data_path", image_folder, "--output_dir", tmp_path, "--knn_data",
-                           "nowhere"))
+                           tmp_path / "knn"))
+    assert "--data_path" not in str(error.value) and "--val_" not in str(error.value)
     assert not (tmp_path / "checkpoint.pth").exists() and torch.is_grad_enabled()

@@ -1,0 +1,301 @@
+"""Images with classes, from every form of data that training reads (data/sources.py), for k-NN and linear probes.
+
+    images = open_labelled("/path/to/imagenet/val", "--data_path")
+    train, val = open_pair(Places("/path/to/imagenet"))                       # train/ and val/ in it
+    train, val = open_pair(Places(train="train.zip", val="ILSVRC2012_img_val.tar", val_labels="labels.txt"))
+"""
+import copy
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
+
+from selfpatch.data.files import UnreadableImage, load_rgb
+from selfpatch.data.names import NamedImages, class_folder, number_classes
+from selfpatch.data.sources import as_list, text_lines
+from selfpatch.distributed.processes import get_rank, get_world_size
+from selfpatch.errors import ConfigError, warn
+from selfpatch.evaluation.places import NamedPart, open_reported
+
+Paths = str | Path | list[str]
+PARTS = ("train", "val")
+HUB_SPLITS = ("train", "validation")
+
+
+def eval_transform(size: int = 224) -> v2.Transform:
+    """PIL image -> uint8 [3, size, size]: short side 256/224 of size, bicubic, then the centre (DINO's evaluation)."""
+    return v2.Compose([v2.Resize(round(size * 256 / 224), v2.InterpolationMode.BICUBIC), v2.CenterCrop(size),
+                       v2.PILToTensor()])
+
+
+class LabelledImages(Dataset):
+    """Images with classes: (uint8 [3, H, W], class, error or "").
+
+    An unreadable file is a black image of class -1.
+
+    Args:
+        images: all of the source.
+        transform: PIL image -> uint8 [3, H, W].
+        indices: the images of this data set.
+        labels: the class of each of them.
+        classes: names of the classes.
+    """
+
+    def __init__(self, images: NamedImages, transform: Callable, indices: torch.Tensor, labels: torch.Tensor,
+                 classes: list[str]):
+        self.images, self.transform, self.classes = images, transform, classes
+        self.indices, self.labels = indices, labels.to(torch.int32)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @property
+    def source(self) -> str:
+        return self.images.source
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int, str]:
+        number = int(self.indices[index])
+        try:
+            image = load_rgb(self.images.location(number), self.images.read(number))
+        except UnreadableImage as error:
+            return torch.zeros_like(self.transform(v2.functional.to_pil_image(torch.zeros(3, 8, 8)))), -1, str(error)
+        return self.transform(image), int(self.labels[index]), ""
+
+    def subset(self, indices: Sequence[int] | torch.Tensor) -> "LabelledImages":
+        """These images alone; the classes stay."""
+        part, chosen = copy.copy(self), torch.as_tensor(indices, dtype=torch.int64)
+        part.indices, part.labels = self.indices[chosen], self.labels[chosen]
+        return part
+
+
+def share_loader(images: LabelledImages, batch_size: int, num_workers: int = 0, on_gpu: bool = False) -> DataLoader:
+    """Batches of this process's share of the images: r, r + world size, …"""
+    share = images.subset(torch.arange(get_rank(), len(images), get_world_size()))
+    return DataLoader(share, batch_size, num_workers=num_workers, pin_memory=on_gpu)
+
+
+# ---------------------------------------------------------------- one set
+
+def open_labelled(paths: Paths, option: str, transform: Callable | None = None) -> LabelledImages:
+    """The images of a folder, list, archives or data set; transform None is eval_transform().
+
+    Raises:
+        ConfigError: there are none, or they have no classes; the message names the option.
+    """
+    return with_classes(NamedPart(open_reported(paths, option)), option, transform)
+
+
+def with_classes(part: NamedPart, option: str, transform: Callable | None = None,
+                 labels_option: str = "") -> LabelledImages:
+    """The images of a part that have a class. A line reports images without class, and classes without images.
+
+    Args:
+        option, labels_option: for messages; the second would give classes to images without.
+
+    Raises:
+        ConfigError: no image has a class.
+    """
+    images, classes = part.images, part.images.classes
+    indices, labels = torch.arange(len(images)), images.labels
+    if part.top:
+        indices, names = part.numbered()
+        classes, labels = (classes, labels[indices]) if has_given_classes(images) else number_classes(names)
+        labels = torch.as_tensor(labels)
+    known, found = labels >= 0, sorted(set(labels.tolist()) - {-1})
+    if not found:
+        raise ConfigError(f"{option}: {images.source} has no folders in it that could be classes: images go into one "
+                          "folder for each, such as dog/0001.jpg; in a list a class may follow each path, and an hf: "
+                          "data set needs a column of them" + f"; or give {labels_option}" * bool(labels_option))
+    empty = [classes[i] for i in sorted(set(range(len(classes))) - set(found))]
+    for text in [f"{int((~known).sum())} images without a class are left out"] * (not known.all()) + [
+            f"no images of {shortened(empty)}: {len(found)} classes count"] * bool(empty):
+        warn(f"{option} {images.source}: {text}")
+    labels = torch.searchsorted(torch.tensor(found), labels[known].long())
+    return LabelledImages(images, transform or eval_transform(), indices[known], labels, [classes[i] for i in found])
+
+
+def has_given_classes(images: NamedImages) -> bool:
+    """Whether classes come from a list's lines or a column, not from the folders."""
+    return bool(images.classes) and not set(map(class_folder, images.names)) >= set(images.classes)
+
+
+def shortened(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + ", …" * (len(names) > 5)
+
+
+def hold_out(images: LabelledImages, share: float,
+             option: str = "--val_share") -> tuple[LabelledImages, LabelledImages]:
+    """Split every class into training images and a share of test images, evenly spaced in the order.
+
+    Raises:
+        ConfigError: the share is not between 0 and 1, or leaves no image on one side; the message names the option.
+    """
+    if not 0 < share < 1:
+        raise ConfigError(f"{option} {share:g}: give a share between 0 and 1, such as 0.1")
+    train, val, seen = [], [], {}
+    for i, label in enumerate(images.labels.tolist()):
+        n = seen[label] = seen.get(label, 0) + 1
+        (val if int(n * share) > int((n - 1) * share) else train).append(i)
+    if not train or not val:
+        raise ConfigError(f"{option}: a share of {share:g} leaves {len(train)} images to compare with and {len(val)} "
+                          "to test: give another share, or more images")
+    return images.subset(train), images.subset(val)
+
+
+# ---------------------------------------------------------------- training and test images
+
+class Places(NamedTuple):
+    """Where training and test images are: data alone, or train and val.
+
+    data has train/ and val/ in it, or is a Hugging Face data set with the splits train and validation.
+
+    val_share: the share of each class of data to test, where data is one set.
+    val_labels: file of the test images' classes, see read_labels.
+    option: that gives data, for messages.
+    undivided_share: val_share where data turns out to be one set; None refuses such data.
+    """
+    data: Paths | None = None
+    train: Paths | None = None
+    val: Paths | None = None
+    val_share: float | None = None
+    val_labels: str | Path | None = None
+    option: str = "--data_path"
+    undivided_share: float | None = None
+
+    @property
+    def labels_option(self) -> str:
+        return "--val_labels" if self.option == "--data_path" else "--knn_val_labels"
+
+
+def open_pair(places: Places, train_transform: Callable | None = None,
+              transform: Callable | None = None) -> tuple[LabelledImages, LabelledImages]:
+    """Training and test images.
+
+    Raises:
+        ConfigError: there are none, the two have different classes or images in common, there is one class only, or
+            options contradict.
+    """
+    data, option = places.data, places.option
+    if bool(data) == bool(places.train or places.val) or bool(places.train) != bool(places.val):
+        raise ConfigError("give either --data_path, with train/ and val/ in it, or both --train_path and --val_path")
+    if places.val_share is not None and (not data or places.val_labels):
+        raise ConfigError("--val_share divides the images of --data_path: give that alone")
+    if places.val_labels and not os.path.isfile(places.val_labels):
+        raise ConfigError(f"{places.labels_option} {places.val_labels}: there is no regular file of that name")
+    if not data:
+        options = "--train_path", "--val_path"
+        pair = [NamedPart(open_reported(*one)) for one in zip((places.train, places.val), options, strict=True)]
+    else:
+        pair = find_parts(data, option) if places.val_share is None else [NamedPart(open_reported(data, option))]
+        options = option, option
+    share = places.undivided_share if places.val_share is None else places.val_share
+    if len(pair) == 2:
+        train = with_classes(pair[0], options[0], train_transform or transform)
+        val = (with_labels(pair[1], places.val_labels, train.classes, transform) if places.val_labels else
+               with_classes(pair[1], options[1], transform, places.labels_option))
+        check_apart(train, val)
+    elif share is None or places.val_labels:
+        raise ConfigError(f"{option} {pair[0].images.source} has no train/ and val/ in it: give --train_path and "
+                          "--val_path, or --val_share 0.1 to test a share of it" if option == "--data_path" else
+                          f"{option} {pair[0].images.source} has no train/ and val/ in it")
+    else:
+        every = with_classes(pair[0], option, transform)
+        train, val = hold_out(every, share, "--val_share" if places.val_share is not None else option)
+        train.transform = train_transform or train.transform
+    check_classes(train, val)
+    return train, val
+
+
+def find_parts(data: Paths, option: str) -> list[NamedPart]:
+    """Training and test images of data, or all images where it is not divided."""
+    first, *more = as_list(data)
+    name = os.path.expanduser(first.removeprefix("hf:"))
+    if first.startswith("hf:") and (":" not in name or os.path.exists(name)):  # without a split
+        return [NamedPart(open_reported(f"{first}:{split}", option)) for split in HUB_SPLITS]
+    if not more and all(os.path.isdir(os.path.join(first, part)) for part in PARTS):
+        return [NamedPart(open_reported(os.path.join(first, part), option)) for part in PARTS]
+    images = open_reported(data, option)
+    divided = set(map(class_folder, images.names)) >= set(PARTS)
+    return [NamedPart(images, f"{part}/") for part in PARTS] if divided else [NamedPart(images)]
+
+
+def check_classes(train: LabelledImages, val: LabelledImages) -> None:
+    """Raise ConfigError unless both have the same classes, two at least."""
+    if train.classes != val.classes:
+        only = sorted(set(train.classes) ^ set(val.classes))
+        raise ConfigError(f"{train.source} and {val.source} differ in class folders: {shortened(only)} "
+                          f"{'is' if len(only) == 1 else 'are'} in one of them only")
+    if set(train.classes) == set(PARTS):
+        raise ConfigError(f"{train.source} has the folders train and val, which are no classes: leave --val_share out")
+    for images in (train, val):
+        if len(found := images.labels.unique()) < 2:
+            raise ConfigError(f"{images.source} has images of one class only, {images.classes[int(found[0])]}: there "
+                              "is nothing to tell apart. If the class folders are one level deeper, give the folder "
+                              "that they are in")
+
+
+def check_apart(train: LabelledImages, val: LabelledImages) -> None:
+    """Raise ConfigError if test images are training images too, by their paths."""
+    roots = [os.path.join(os.path.realpath(images.images.root), "") for images in (train, val)]
+    if train.images is val.images or not (roots[0].startswith(roots[1]) or roots[1].startswith(roots[0])):
+        return  # most often, so that the names of 1.3 million images need not be compared
+    known, tested = ({root + images.images.names[i] for i in images.indices.tolist()}
+                     for root, images in zip(roots, (train, val), strict=True))
+    if shared := sorted(known & tested):
+        raise ConfigError(f"{len(shared)} of {len(val)} test images are training images too, such as {shared[0]}: "
+                          "their classes would be known. Give other images to test")
+
+
+# ---------------------------------------------------------------- files of labels
+
+def with_labels(part: NamedPart, path: str | Path, classes: list[str],
+                transform: Callable | None = None) -> LabelledImages:
+    """The images of a part with the classes that a file gives them, which are among those of the training images."""
+    indices, names = part.numbered()
+    return LabelledImages(part.images, transform or eval_transform(), indices,
+                          torch.tensor(read_labels(path, names, classes)), classes)
+
+
+def read_labels(path: str | Path, names: list[str], classes: list[str]) -> list[int]:
+    """The class of each image, by a file with a line "name label" for each, or a label alone for each in their order.
+
+    A name may lack its suffix and its folders; separators are tabs, commas and spaces. A label is the name of a class,
+    or its number, 0 being the first in sorted order. Lines about other images are skipped, hence a header, too.
+
+    Raises:
+        ConfigError: an image has no label, or a label is no class.
+    """
+    lines = [line.strip() for line in text_lines(str(path)) if line.strip()]
+    bases = [os.path.basename(name) for name in names]
+    ways = [names, bases] if len(set(bases)) == len(names) else [names]
+    numbers = {cut(name): i for cut in (lambda name: os.path.splitext(name)[0], str) for way in ways
+               for i, name in enumerate(way)}
+    found = {}
+    for line in lines:
+        splits = [part(separator) for part in (line.partition, line.rpartition) for separator in "\t, "]
+        matches = [(name.strip(), label.strip()) for name, _, label in splits if label and name.strip() in numbers]
+        if matches:
+            name, label = max(matches, key=lambda match: len(match[0]))  # a name may have spaces in it
+            found[numbers[name]] = label
+    if not found and len(lines) == len(names):
+        found = dict(enumerate(lines))
+    if missing := [name for i, name in enumerate(names) if i not in found]:
+        raise ConfigError(f"the labels {path} have {len(lines)} lines, and no label for {len(missing)} of {len(names)} "
+                          f"images, such as {missing[0]}: give a line \"name label\" for each, or a label for each in "
+                          "the order of their names")
+    given = [found[i] for i in range(len(names))]
+    known = {name: i for i, name in enumerate(classes)}
+    if not all(label in known for label in given):
+        # as in Kaggle's LOC_val_solution.csv, where boxes follow
+        given = [label if label in known else label.split()[0] for label in given]
+    if not all(label in known for label in given):
+        known = {str(i): i for i in range(len(classes))}
+    if wrong := [i for i, label in enumerate(given) if label not in known]:
+        raise ConfigError(f"the labels {path} give {names[wrong[0]]} the class {given[wrong[0]]}, which is neither "
+                          f"one of the {len(classes)} classes of the training images nor a number from 0 to "
+                          f"{len(classes) - 1}, its place among them (ILSVRC's own numbers are in another order)")
+    return [known[label] for label in given]
