@@ -15,7 +15,6 @@ from 0, the last two exclusive.
 """
 import json
 import math
-import os
 import xml.etree.ElementTree as ElementTree
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
