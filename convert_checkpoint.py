@@ -22,8 +22,9 @@ import torch
 from selfpatch.checkpoints.files import CheckpointError, write_checkpoint
 from selfpatch.checkpoints.info import CheckpointInfo
 from selfpatch.checkpoints.layouts import to_mmseg_names
-from selfpatch.checkpoints.loading import build_backbone, read_backbone, resolve_path
+from selfpatch.checkpoints.loading import build_backbone, read_backbone
 from selfpatch.checkpoints.onnx_file import INPUT, check_image_size, check_packages, write_onnx
+from selfpatch.checkpoints.published import FORMS, resolve_path
 from selfpatch.checkpoints.timm_folder import WEIGHTS, check_timm_folder, timm_arch, timm_arguments, write_timm_folder
 from selfpatch.errors import ArgumentParser, run_main
 
@@ -45,7 +46,7 @@ FORMAT_OPTIONS = {"keep_heads": ("mmdet", "mmseg"), "half": ("backbone", "selfpa
 def get_args_parser() -> argparse.ArgumentParser:
     parser = ArgumentParser(description="Convert a checkpoint for another library.")
     parser.add_argument("input", type=os.path.expanduser,
-                        help="any checkpoint: a training run, a backbone, a detector, a segmenter")
+                        help=f"{FORMS}: a training run, a backbone, a detector, a segmenter")
     parser.add_argument("output", type=os.path.expanduser,
                         help="file to write: .pth, .safetensors for backbone, selfpatch and timm, .onnx for onnx; "
                              "for timm, a name without a suffix is a folder")
@@ -166,7 +167,7 @@ def convert_file(source: str | Path, output: str | Path, to: str, key: str = "te
     """Convert a file, verify the result, and print how to load it.
 
     Args:
-        source: any checkpoint, see loading.read_backbone.
+        source: as in loading.read_backbone.
         output: file, or folder for timm, to write.
         to: one of FORMATS.
         key: network of a training run, teacher or student.

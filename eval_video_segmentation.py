@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from selfpatch.checkpoints.backbones import check_layer
 from selfpatch.checkpoints.loading import load_backbone
+from selfpatch.checkpoints.published import resolve_path
 from selfpatch.data.files import is_hidden
 from selfpatch.data.normalisation import normalise
 from selfpatch.distributed.precision import choose_dtype
@@ -267,8 +268,8 @@ def announce(sequences: list[Sequence], failed: dict[str, str], output_dir: str)
 def settings(args: argparse.Namespace) -> dict:
     """Everything that determines the masks: the options, and the size and time of the checkpoint."""
     irrelevant = ("no_score", "present_objects", "output_dir", "bs")
-    weights = Path(args.pretrained_weights)
-    file = [weights.stat().st_size, weights.stat().st_mtime_ns] if args.pretrained_weights and weights.exists() else []
+    status = resolve_path(args.pretrained_weights).stat() if args.pretrained_weights else None
+    file = [status.st_size, status.st_mtime_ns] if status else []
     return {name: value for name, value in vars(args).items() if name not in irrelevant} | {"file": file}
 
 

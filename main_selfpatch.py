@@ -16,6 +16,7 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
+from selfpatch.checkpoints.published import download_first
 from selfpatch.data.augmentations import DataAugmentationDINO  # noqa: F401 (DINO's users import it from here)
 from selfpatch.data.dataset import build_dataset
 from selfpatch.data.files import UnreadableImage
@@ -144,6 +145,7 @@ def pretrain(args: argparse.Namespace, loss_class: type[DINOLoss] | None = None)
     folder = RunFolder(args.output_dir, args.saveckp_freq)
     continues = on_main_process(folder.has_run)
     # before the images are listed, which can take minutes
+    download_first([] if continues else [args.init_weights])
     weights = together(lambda: read_initial_weights(args.init_weights, args.arch, args.patch_size)
                        if args.init_weights and not continues else None)
     on_main_process(lambda: prepare(args.data_path))

@@ -4,7 +4,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from selfpatch.checkpoints.loading import resolve_path
+from selfpatch.checkpoints.published import FORMS, is_remote, resolve_path
 from selfpatch.data.sources import KINDS, check_paths
 from selfpatch.errors import POSITIVE_FLOAT, ArgumentParser, ConfigError, Number
 from selfpatch.method.vision_transformer import ARCHS, RECOMPUTED
@@ -60,9 +60,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--drop_path_rate", default=0.1, type=Number(float, 0, below=1),
                        help="stochastic depth of the student's last block")
     group.add_argument("--init_weights", default="", type=os.path.expanduser, metavar="FILE",
-                       help="start from a checkpoint of any kind, or a run's folder: both backbones, and the heads of "
-                            "a SelfPatch run where they fit. Lower --lr, --epochs and --warmup_epochs then; see "
-                            "docs/POST_TRAINING.md. A run that is resumed does not use it")
+                       help=f"start from {FORMS}: both backbones, and the heads of a SelfPatch run where they fit. "
+                            "Lower --lr, --epochs and --warmup_epochs then; see docs/POST_TRAINING.md. A run that is "
+                            "resumed does not use it")
 
 
 def add_loss_options(parser: argparse.ArgumentParser) -> None:
@@ -222,8 +222,8 @@ def check_options(options: dict) -> None:
     check_trackers(chosen_trackers(options["log_with"], options["tensorboard"]), output)
     weights = options["init_weights"]
     # a run that continues does not use the file, which may be gone by then
-    require(not weights or RunFolder(output).has_run() or resolve_path(weights).exists(),
-            f"there is no file {weights}: give --init_weights a checkpoint, or a run's folder")
+    require(not weights or RunFolder(output).has_run() or is_remote(weights) or resolve_path(weights).exists(),
+            f"there is no file {weights}: give --init_weights {FORMS}")
 
 
 def check_numbers(options: dict) -> None:
