@@ -15,8 +15,11 @@ the output; give it with --num_heads where the input does not tell it either.
 """
 import argparse
 import os
+import sys
 from pathlib import Path
 
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P leaves it out
 import torch
 
 from selfpatch.checkpoints.files import CheckpointError, write_checkpoint
@@ -254,4 +257,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main, get_args_parser().parse_args())
+    run_main(main, get_args_parser())

@@ -8,10 +8,13 @@ Prints CorLoc where the data has boxes: the share of images whose box reaches Io
 """
 import argparse
 import os
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P leaves it out
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -209,4 +212,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main, get_args_parser().parse_args())
+    run_main(main, get_args_parser())

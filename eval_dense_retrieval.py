@@ -7,8 +7,12 @@
 the mean IoU over all classes (the published figure) and over those that occur.
 """
 import argparse
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P leaves it out
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -230,4 +234,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main, get_args_parser().parse_args())
+    run_main(main, get_args_parser())

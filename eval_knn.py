@@ -13,6 +13,8 @@ import os
 import sys
 from pathlib import Path
 
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P leaves it out
 from selfpatch.checkpoints.files import write_checkpoint
 from selfpatch.distributed.collectives import gather_rows
 from selfpatch.distributed.processes import is_main_process, on_main_process, together
@@ -138,4 +140,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main, get_args_parser().parse_args())
+    run_main(main, get_args_parser())

@@ -10,8 +10,11 @@ gives 77.0 % (docs/EVALUATIONS.md).
 """
 import argparse
 import sys
+from pathlib import Path
 from typing import NamedTuple
 
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P leaves it out
 import torch
 
 from selfpatch.distributed.processes import is_main_process, together
@@ -130,4 +133,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main, get_args_parser().parse_args())
+    run_main(main, get_args_parser())

@@ -7,7 +7,11 @@ Training: images scaled so that the short side is 512 · (0.5 … 2), crops of 5
 short side 512, windows of 512 at a stride of 341, their logits averaged, scores at the image's own size.
 """
 import argparse
+import sys
+from pathlib import Path
 
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P leaves it out
 import numpy as np
 import torch
 from PIL import Image
@@ -235,4 +239,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main, get_args_parser().parse_args())
+    run_main(main, get_args_parser())

@@ -15,6 +15,8 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P leaves it out
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -332,4 +334,4 @@ def main(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    run_main(main, get_args_parser().parse_args())
+    run_main(main, get_args_parser())

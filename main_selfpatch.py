@@ -8,8 +8,12 @@ The same command again continues from output_dir/checkpoint.pth.
 """
 import argparse
 import errno
+import sys
 from datetime import timedelta
+from pathlib import Path
 
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P leaves it out
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -273,7 +277,7 @@ def grid_note(args: argparse.Namespace) -> str:
 
 def main(loss_class: type[DINOLoss] | None = None) -> None:
     """The command line; for a script with its own loss, too: run_main(main, MyLoss)."""
-    parser = ArgumentParser(description=__doc__.split("\n\n")[0], parents=[get_args_parser()],
+    parser = ArgumentParser(description=__doc__, parents=[get_args_parser()],
                             formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     train_dino(parser.parse_args(), loss_class)
 

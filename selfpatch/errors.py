@@ -3,10 +3,11 @@
 Library code raises; only a job's main ends the process:
 
     if __name__ == "__main__":
-        run_main(main)
+        run_main(main, get_args_parser())
 """
 import argparse
 import errno
+import io
 import math
 import os
 import signal
@@ -76,7 +77,13 @@ class ArgumentParser(argparse.ArgumentParser):
     """argparse's parser with errors of one line, without the usage.
 
     It also rejects numbers beyond 64 bits and text that cannot be a path.
+
+    Args:
+        description: a module's docstring, of which --help shows the first paragraph; None under python -OO.
     """
+
+    def __init__(self, *args, description: str | None = None, **kwargs):
+        super().__init__(*args, description=description and description.split("\n\n")[0], **kwargs)
 
     def parse_known_args(self, args=None, namespace=None) -> tuple[argparse.Namespace, list[str]]:
         namespace, rest = super().parse_known_args(args, namespace)
@@ -180,9 +187,16 @@ def run_main(main: Callable[..., int | None], *args) -> NoReturn:
     """Call main(*args) and end the process with the status it returns.
 
     A ConfigError becomes one line and status 2, a TrainingError one line and its status, Ctrl-C one line and 130.
+    Characters that the output cannot encode are replaced by ?.
+
+    Args:
+        args: main's; in the place of a parser, the options that it reads from the command line.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
-        status = main(*args)
+        status = main(*(arg.parse_args() if isinstance(arg, argparse.ArgumentParser) else arg for arg in args))
     except (ConfigError, TrainingError) as error:
         status = report(error)
     except KeyboardInterrupt:
