@@ -190,8 +190,9 @@ def get_args_parser() -> ArgumentParser:
 
 def main(args: argparse.Namespace) -> None:
     """Raises ConfigError for options, data or checkpoints that cannot be used."""
+    get_args_parser().check(vars(args))
     check_output(args.output, args.overwrite)
-    device, dtype = start(args.device, args.precision, args.dist_timeout)
+    device, dtype = start(args.device, args.precision, args.dist_timeout, args.num_workers)
     together(lambda: check_pictures(args.pictures, args.overwrite))
     images = together(lambda: find_box_data(args.data))
     candidates = load_candidates(args.pretrained_weights, args.arch, args.checkpoint_key, args.patch_size, args.layer,

@@ -215,8 +215,9 @@ def get_args_parser() -> ArgumentParser:
 
 def main(args: argparse.Namespace) -> None:
     """Raises ConfigError for options, data or checkpoints that cannot be used."""
+    get_args_parser().check(vars(args))
     check_output(args.output, args.overwrite)
-    device, dtype = start(args.device, args.precision, args.dist_timeout)
+    device, dtype = start(args.device, args.precision, args.dist_timeout, args.num_workers)
     data = together(lambda: find_segmentation_data(args.data, args.num_classes))
     if args.memory_size < args.passes * len(data.train):
         raise ConfigError(f"--memory_size {args.memory_size} is less than one patch of each of {len(data.train)} "

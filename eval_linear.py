@@ -111,8 +111,9 @@ def report(rows: list[tuple[Candidate, str, list[Score]]], train: LabelledImages
 
 def main(args: argparse.Namespace) -> None:
     """Raises ConfigError for options, data or checkpoints that cannot be used."""
+    get_args_parser().check(vars(args))
     check_output(args.output, args.overwrite)
-    device, dtype = start(args.device, args.precision, args.dist_timeout)
+    device, dtype = start(args.device, args.precision, args.dist_timeout, args.num_workers)
     train, val = together(lambda: open_pair(args.data_path, args.train_path, args.val_path, args.val_share,
                                             train_transform(args.image_size), eval_transform(args.image_size)))
     candidates = load_candidates(args.pretrained_weights, args.arch, args.checkpoint_key, args.patch_size, args.layer,

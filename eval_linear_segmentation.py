@@ -219,10 +219,11 @@ def get_args_parser() -> ArgumentParser:
 
 def main(args: argparse.Namespace) -> None:
     """Raises ConfigError for options, data or checkpoints that cannot be used."""
+    get_args_parser().check(vars(args))
     check_output(args.output, args.overwrite)
     if (args.warmup or 0) > args.iterations:
         raise ConfigError(f"--warmup {args.warmup} is more than --iterations {args.iterations}: give at most that")
-    device, dtype = start(args.device, args.precision, args.dist_timeout)
+    device, dtype = start(args.device, args.precision, args.dist_timeout, args.num_workers)
     data = together(lambda: find_segmentation_data(args.data, args.num_classes))
     if args.batch_size % get_world_size():
         raise ConfigError(f"--batch_size {args.batch_size} cannot be shared by {get_world_size()} processes: give a "

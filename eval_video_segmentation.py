@@ -299,6 +299,7 @@ def main(args: argparse.Namespace) -> int:
     Raises:
         ConfigError: an option, the list of sequences or the checkpoint cannot be used.
     """
+    get_args_parser().check(vars(args))
     process = read_launcher()
     rank, world_size = process.rank, process.world_size
     check_options(args)

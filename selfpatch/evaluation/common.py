@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from selfpatch.distributed.precision import choose_dtype
 from selfpatch.distributed.processes import (
+    check_may_start,
     get_rank,
     init_distributed_mode,
     is_distributed,
@@ -82,15 +83,18 @@ def add_evaluation_options(parser: argparse.ArgumentParser, batch_size: int | No
 
 # ---------------------------------------------------------------- the job
 
-def start(device: str, precision: str, dist_timeout: float) -> tuple[torch.device, torch.dtype]:
+def start(device: str, precision: str, dist_timeout: float, num_workers: int) -> tuple[torch.device, torch.dtype]:
     """Join the other processes, if there are any; this process's device and the dtype that backbones compute in.
 
     Args:
         dist_timeout: minutes to wait for the other processes.
+        num_workers: processes that will load images.
 
     Raises:
-        ConfigError: there is no such device, it lacks the precision, or the other processes do not join.
+        ConfigError: there is no such device, it lacks the precision, the other processes do not join, or this one may
+            not start workers.
     """
+    check_may_start(num_workers)
     found = init_distributed_mode(device, timeout=timedelta(minutes=dist_timeout)).device
     if found.type == "cpu":
         keep_freed_memory()

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from selfpatch.checkpoints.published import FORMS, is_remote, resolve_path
 from selfpatch.data.sources import KINDS, check_paths
+from selfpatch.distributed.processes import check_may_start
 from selfpatch.errors import POSITIVE_FLOAT, ArgumentParser, ConfigError, Number
 from selfpatch.method.vision_transformer import ARCHS, RECOMPUTED
 from selfpatch.pretraining.auto_options import COMPILE_WAYS
@@ -30,7 +31,7 @@ PROTOTYPES, INTERVAL = Number(int, 1, 10**8), Number(int, 0, 10**9)
 SHARE, NOT_NEGATIVE = Number(float, 0, 1), Number(float, 0)
 
 
-def get_args_parser() -> argparse.ArgumentParser:
+def get_args_parser() -> ArgumentParser:
     """The options of main_selfpatch.py, as a parent for a job's own parser."""
     parser = ArgumentParser("main_selfpatch", add_help=False)
     for add_options in (add_model_options, add_loss_options, add_optimisation_options, add_crop_options,
@@ -216,6 +217,7 @@ def check_options(options: dict) -> None:
         ConfigError: the first such option, and what to give.
     """
     check_numbers(options)
+    check_may_start(options["num_workers"])
     check_paths(options["data_path"])
     output = Path(options["output_dir"])
     check_output_dir(output)
@@ -228,10 +230,7 @@ def check_options(options: dict) -> None:
 
 def check_numbers(options: dict) -> None:
     """The part of check_options that looks at no file; the bounds, too, since options may be made by hand."""
-    for action in get_args_parser()._actions:
-        if isinstance(action.type, Number):
-            value = options[action.dest]
-            require(value in action.type, f"--{action.dest} is {value}: it must be {action.type}")
+    get_args_parser().check(options)
     for name in ("warmup_epochs", "warmup_teacher_temp_epochs"):
         require(options[name] <= options["epochs"], f"--{name} is {options[name]}, longer than the run of --epochs "
                                                     f"{options['epochs']}: shorten it")
