@@ -34,8 +34,8 @@ from selfpatch.errors import ArgumentParser, run_main
 FORMATS = {
     "backbone": "the backbone's tensors alone",
     "selfpatch": "backbone and SelfPatch head of a run, without its projection heads and optimizer",
-    "timm": "the backbone's tensors, and the call that loads them; without a suffix, a folder that timm and the "
-            "Hugging Face Hub read",
+    "timm": "the backbone's tensors, and the call that loads them; a name that is not a file's is a folder that timm "
+            "and the Hugging Face Hub read",
     "onnx": "the network for images of one size, in batches of any number",
     "mmdet": "our names in the state_dict wrapper of mmdet and mmseg",
     "mmseg": "the names of mmseg's own VisionTransformer in that wrapper",
@@ -43,6 +43,7 @@ FORMATS = {
 SUFFIXES = {"onnx": (".onnx",), "mmdet": (".pth", ".pt"), "mmseg": (".pth", ".pt"),
             "backbone": (".pth", ".pt", ".safetensors"), "selfpatch": (".pth", ".pt", ".safetensors"),
             "timm": (".pth", ".pt", ".safetensors")}
+FILES = (*SUFFIXES["timm"], *SUFFIXES["onnx"], ".bin", ".ckpt", ".pkl", ".h5", ".npz", ".tar", ".zip")  # no folders
 FORMAT_OPTIONS = {"keep_heads": ("mmdet", "mmseg"), "half": ("backbone", "selfpatch"), "image_size": ("onnx",)}
 
 
@@ -52,7 +53,7 @@ def get_args_parser() -> argparse.ArgumentParser:
                         help=f"{FORMS}: a training run, a backbone, a detector, a segmenter")
     parser.add_argument("output", type=os.path.expanduser,
                         help="file to write: .pth, .safetensors for backbone, selfpatch and timm, .onnx for onnx; "
-                             "for timm, a name without a suffix is a folder")
+                             "for timm, any other name is a folder")
     parser.add_argument("--to", required=True, choices=list(FORMATS),
                         help="; ".join(f"{name}: {text}" for name, text in FORMATS.items()))
     parser.add_argument("--checkpoint_key", default="teacher", help="network of a training run: teacher or student")
@@ -72,7 +73,7 @@ def check_paths(source: Path, output: Path, to: str, overwrite: bool = False) ->
     """Raise CheckpointError if the output cannot or should not be written, before the input is read."""
     suffixes = SUFFIXES[to]
     if output.suffix not in suffixes and not is_folder(output, to):
-        folder = ", or without a suffix as a folder" if to == "timm" else ""
+        folder = ", or with another name as a folder" if to == "timm" else ""
         raise CheckpointError(f"{output}: --to {to} is written as {' or '.join(suffixes)}{folder}")
     if not output.parent.is_dir():
         raise CheckpointError(f"{output.parent} is not a directory: create it first")
@@ -88,8 +89,8 @@ def check_paths(source: Path, output: Path, to: str, overwrite: bool = False) ->
 
 
 def is_folder(output: str | Path, to: str) -> bool:
-    """Whether the output is a folder for timm: a name without a suffix is."""
-    return to == "timm" and not Path(output).suffix
+    """Whether the output is a folder for timm: a name that does not end like a file's is, such as vit.v2."""
+    return to == "timm" and Path(output).suffix.lower() not in FILES
 
 
 def convert(state: dict[str, torch.Tensor], info: CheckpointInfo, to: str, keep_heads: bool = False,
@@ -245,7 +246,7 @@ def read_back(state: dict[str, torch.Tensor], info: CheckpointInfo, path: Path,
     written, written_info = read_backbone(path)
     expected, found = state | (others or {}), written_info.other_tensors | written
     if (written.keys() != state.keys() or not expected.keys() <= found.keys()
-            or written_info.num_heads != info.num_heads
+            or info.num_heads not in (None, written_info.num_heads)
             or not all(torch.equal(found[name], tensor) for name, tensor in expected.items())):
         raise CheckpointError(f"{path} differs from what was written to it: the disk may be full or failing")
     return written_info
