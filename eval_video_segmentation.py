@@ -31,7 +31,7 @@ from selfpatch.data.normalisation import normalise
 from selfpatch.distributed.precision import choose_dtype
 from selfpatch.distributed.processes import Process, join, keep_freed_memory, pick_device, read_launcher
 from selfpatch.errors import POSITIVE_INT, ArgumentParser, ConfigError, Number, run_main, user_path
-from selfpatch.evaluation.model_options import add_model_options, add_precision_option
+from selfpatch.evaluation.model_options import add_device_options, add_model_options
 from selfpatch.video import davis as davis_data
 from selfpatch.video.davis import SCALE_SIZE, VOID, DataError, Sequence, imwrite_indexed, load_frame, resized_shape
 from selfpatch.video.frame_features import MEAN, STD, FrameFeatures, frame_features
@@ -205,8 +205,7 @@ def get_args_parser() -> ArgumentParser:
                           help="number of context patches a label is taken from")
     speed = parser.add_argument_group("speed")
     speed.add_argument("--bs", type=POSITIVE_INT, default=6, help="frames per batch; halved when memory runs out")
-    speed.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps; auto is the GPU if there is one")
-    add_precision_option(speed, ". Labels are always propagated in fp32; fp16 can overflow in large backbones")
+    add_device_options(speed, ". Labels are always propagated in fp32; fp16 can overflow in large backbones")
     return parser
 
 

@@ -19,7 +19,7 @@ from selfpatch.distributed.processes import (
 )
 from selfpatch.errors import POSITIVE_INT, ConfigError, Number, user_path
 from selfpatch.evaluation.image_features import IMAGE_FEATURES, PATCH_FEATURES
-from selfpatch.evaluation.model_options import Candidate, add_model_options, add_precision_option
+from selfpatch.evaluation.model_options import Candidate, add_device_options, add_model_options
 from selfpatch.evaluation.tables import format_table, write_json
 
 Column = dict[str, float | int]  # a backbone's figures by the names of the table's rows
@@ -74,8 +74,7 @@ def add_evaluation_options(parser: argparse.ArgumentParser, batch_size: int | No
                              help="images in a forward pass of one process")
     running.add_argument("--num_workers", type=Number(int, least=0), default=min(10, os.cpu_count() or 1),
                          help="processes that load images, for each GPU; 0 loads them in this one")
-    running.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps; auto is a GPU if there is one")
-    add_precision_option(running)
+    add_device_options(running)
     running.add_argument("--seed", type=Number(int, least=0), default=0, help="of random weights, crops and heads")
     running.add_argument("--dist_timeout", type=Number(float, above=0, below=1e6), default=30,
                          help="minutes to wait for other processes")

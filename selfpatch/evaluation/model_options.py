@@ -51,8 +51,9 @@ def add_model_options(parser: argparse.ArgumentParser, several: bool = False) ->
                              "any, is applied to each")
 
 
-def add_precision_option(parser: argparse.ArgumentParser, note: str = "") -> None:
-    """Add --precision, with a note on it in its help."""
+def add_device_options(parser: argparse.ArgumentParser, note: str = "") -> None:
+    """Add --device and --precision, with a note on the latter in its help."""
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps; auto is a GPU if there is one")
     parser.add_argument("--precision", default="fp32", choices=["auto", *DTYPES],
                         help="of the backbone; fp32 (or auto) on every device, as in the reference programs; bf16 is "
                              "faster on GPUs of compute capability 8.0 or more, and changes figures a little" + note)
