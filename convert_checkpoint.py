@@ -26,7 +26,7 @@ from selfpatch.checkpoints.files import CheckpointError, write_checkpoint
 from selfpatch.checkpoints.info import CheckpointInfo
 from selfpatch.checkpoints.layouts import to_mmseg_names
 from selfpatch.checkpoints.loading import build_backbone, read_backbone
-from selfpatch.checkpoints.onnx_file import INPUT, check_image_size, check_packages, write_onnx
+from selfpatch.checkpoints.onnx_file import INPUT, check_packages, write_onnx
 from selfpatch.checkpoints.published import FORMS, resolve_path
 from selfpatch.checkpoints.timm_folder import WEIGHTS, check_timm_folder, timm_arch, timm_arguments, write_timm_folder
 from selfpatch.errors import ArgumentParser, run_main
@@ -36,7 +36,7 @@ FORMATS = {
     "selfpatch": "backbone and SelfPatch head of a run, without its projection heads and optimizer",
     "timm": "the backbone's tensors, and the call that loads them; a name that is not a file's is a folder that timm "
             "and the Hugging Face Hub read",
-    "onnx": "the network for images of one size, in batches of any number",
+    "onnx": "the network for images of whole patches, in batches of any number",
     "mmdet": "our names in the state_dict wrapper of mmdet and mmseg",
     "mmseg": "the names of mmseg's own VisionTransformer in that wrapper",
 }
@@ -64,7 +64,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--half", action="store_true",
                         help="with backbone or selfpatch: in float16, half the size; every job loads it as float32")
     parser.add_argument("--image_size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"),
-                        help="with onnx: of the images; default: what the position embedding is made for")
+                        help="with onnx: fix the size of the images; default: any multiples of the patch size")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     return parser
 
@@ -177,8 +177,8 @@ def convert_file(source: str | Path, output: str | Path, to: str, key: str = "te
         key: network of a training run, teacher or student.
         overwrite: replace an existing output.
         num_heads: attention heads; None for what the input says.
-        options: of single formats (FORMAT_OPTIONS): keep_heads, see convert; half, to write float16; image_size, height
-            and width of an ONNX file's images, by default what the position embedding is made for.
+        options: of single formats (FORMAT_OPTIONS): keep_heads, see convert; half, to write float16; image_size, the
+            only height and width of an ONNX file's images, by default any multiples of the patch size.
 
     Raises:
         ConfigError: a package that --to onnx needs is not installed, or image_size does not fit.
@@ -200,7 +200,7 @@ def convert_file(source: str | Path, output: str | Path, to: str, key: str = "te
         info = info.with_heads(num_heads, "--num_heads")
     print(f"loaded {info}")
     if to == "onnx":
-        write_onnx_file(state, info, output, options.get("image_size") or (info.grid * info.patch_size,) * 2)
+        write_onnx_file(state, info, output, options.get("image_size"))
     elif is_folder(output, to):
         write_timm_folder(state, info, output)
         print(f"wrote {read_back(state, info, output / WEIGHTS)}")
@@ -225,14 +225,14 @@ def write_file(state: dict[str, torch.Tensor], info: CheckpointInfo, output: Pat
 
 
 def write_onnx_file(state: dict[str, torch.Tensor], info: CheckpointInfo, output: Path,
-                    image_size: tuple[int, int]) -> None:
+                    image_size: tuple[int, int] | None) -> None:
     """Write an ONNX file and print how far its features are from the network's."""
-    check_image_size(image_size, info.patch_size)
     metadata = {"arch": info.arch, "patch_size": str(info.patch_size), "source": info.path.name}
     difference = write_onnx(build_backbone(state, info), output, image_size, metadata)
     compared = (f"features differ by at most {difference:.1e} from the network's" if difference is not None else
                 "not compared with the network, since onnxruntime is not installed")
-    print(f"wrote {output}: images [batch, 3, {image_size[0]}, {image_size[1]}], {compared}")
+    height, width = image_size or (f"rows·{info.patch_size}", f"columns·{info.patch_size}")
+    print(f"wrote {output}: images [batch, 3, {height}, {width}], {compared}")
 
 
 def read_back(state: dict[str, torch.Tensor], info: CheckpointInfo, path: Path,
