@@ -45,9 +45,9 @@ def places() -> list[str]:
                             "`hub/checkpoints/selfpatch`"),
             ("`hf-hub:NAME`, `hf-hub:NAME@REVISION`", "such a folder of the Hugging Face Hub, through its own cache; "
                                                       "without network access under `HF_HUB_OFFLINE=1`")]), "",
-        "Of several processes one downloads while the others wait. What an address gives is kept if it can be read and, "
-        "where its name ends like `vit-0123abcd.pth` (eight or more hexadecimal digits, not a date), its SHA-256 begins "
-        "so. To download it again, remove the file that the job names.", ""]
+        "Of several processes one downloads while the others wait. What an address gives is kept if it can be read "
+        "and, where its name ends like `vit-0123abcd.pth` (eight or more hexadecimal digits, not a date), its SHA-256 "
+        "begins so. To download it again, remove the file that the job names.", ""]
 
 
 def page() -> str:
