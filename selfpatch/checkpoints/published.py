@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator
 from http.client import HTTPException
 from pathlib import Path
-from urllib.error import URLError
+from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
 
 import torch
@@ -127,7 +127,8 @@ def explained(what: str) -> Iterator[None]:
     except CheckpointError:
         raise
     except (URLError, HTTPException, ConnectionError, TimeoutError, RuntimeError, ValueError) as error:
-        reason = str(getattr(error, "reason", "") or error).strip() or type(error).__name__
+        about = error if isinstance(error, HTTPError) else getattr(error, "reason", "") or error
+        reason = str(about).strip() or type(error).__name__
         raise CheckpointError(f"{what} cannot be downloaded: {reason.splitlines()[0]}") from None
 
 

@@ -152,7 +152,7 @@ def test_a_download_that_is_no_checkpoint_is_not_kept(server, weights, tmp_path,
     assert_loads(f"{server.address}/vit.pth", weights)
 
 
-@pytest.mark.parametrize("url, says", [("{}/none.pth", "HTTP Error 404|Not Found|File not found"),
+@pytest.mark.parametrize("url, says", [("{}/none.pth", "HTTP Error 404: "),
                                        ("http://127.0.0.1:1/vit.pth", "refused"), ("http://[::1", "Invalid IPv6"),
                                        ("https://", "no host given")])
 def test_addresses_without_an_answer(server, url, says):
