@@ -15,40 +15,45 @@ the output; give it with --num_heads where the input does not tell it either.
 """
 import argparse
 import os
+import sys
 from pathlib import Path
 
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P leaves it out
 import torch
 
 from selfpatch.checkpoints.files import CheckpointError, write_checkpoint
 from selfpatch.checkpoints.info import CheckpointInfo
 from selfpatch.checkpoints.layouts import to_mmseg_names
-from selfpatch.checkpoints.loading import build_backbone, read_backbone, resolve_path
-from selfpatch.checkpoints.onnx_file import INPUT, check_image_size, check_packages, write_onnx
+from selfpatch.checkpoints.loading import build_backbone, read_backbone
+from selfpatch.checkpoints.onnx_file import INPUT, check_packages, write_onnx
+from selfpatch.checkpoints.published import FORMS, resolve_path
 from selfpatch.checkpoints.timm_folder import WEIGHTS, check_timm_folder, timm_arch, timm_arguments, write_timm_folder
 from selfpatch.errors import ArgumentParser, run_main
 
 FORMATS = {
     "backbone": "the backbone's tensors alone",
     "selfpatch": "backbone and SelfPatch head of a run, without its projection heads and optimizer",
-    "timm": "the backbone's tensors, and the call that loads them; without a suffix, a folder that timm and the "
-            "Hugging Face Hub read",
-    "onnx": "the network for images of one size, in batches of any number",
+    "timm": "the backbone's tensors, and the call that loads them; a name that is not a file's is a folder that timm "
+            "and the Hugging Face Hub read",
+    "onnx": "the network for images of whole patches, in batches of any number",
     "mmdet": "our names in the state_dict wrapper of mmdet and mmseg",
     "mmseg": "the names of mmseg's own VisionTransformer in that wrapper",
 }
 SUFFIXES = {"onnx": (".onnx",), "mmdet": (".pth", ".pt"), "mmseg": (".pth", ".pt"),
             "backbone": (".pth", ".pt", ".safetensors"), "selfpatch": (".pth", ".pt", ".safetensors"),
             "timm": (".pth", ".pt", ".safetensors")}
+FILES = (*SUFFIXES["timm"], *SUFFIXES["onnx"], ".bin", ".ckpt", ".pkl", ".h5", ".npz", ".tar", ".zip")  # no folders
 FORMAT_OPTIONS = {"keep_heads": ("mmdet", "mmseg"), "half": ("backbone", "selfpatch"), "image_size": ("onnx",)}
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = ArgumentParser(description="Convert a checkpoint for another library.")
     parser.add_argument("input", type=os.path.expanduser,
-                        help="any checkpoint: a training run, a backbone, a detector, a segmenter")
+                        help=f"{FORMS}: a training run, a backbone, a detector, a segmenter")
     parser.add_argument("output", type=os.path.expanduser,
                         help="file to write: .pth, .safetensors for backbone, selfpatch and timm, .onnx for onnx; "
-                             "for timm, a name without a suffix is a folder")
+                             "for timm, any other name is a folder")
     parser.add_argument("--to", required=True, choices=list(FORMATS),
                         help="; ".join(f"{name}: {text}" for name, text in FORMATS.items()))
     parser.add_argument("--checkpoint_key", default="teacher", help="network of a training run: teacher or student")
@@ -59,7 +64,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--half", action="store_true",
                         help="with backbone or selfpatch: in float16, half the size; every job loads it as float32")
     parser.add_argument("--image_size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"),
-                        help="with onnx: of the images; default: what the position embedding is made for")
+                        help="with onnx: fix the size of the images; default: any multiples of the patch size")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     return parser
 
@@ -68,7 +73,7 @@ def check_paths(source: Path, output: Path, to: str, overwrite: bool = False) ->
     """Raise CheckpointError if the output cannot or should not be written, before the input is read."""
     suffixes = SUFFIXES[to]
     if output.suffix not in suffixes and not is_folder(output, to):
-        folder = ", or without a suffix as a folder" if to == "timm" else ""
+        folder = ", or with another name as a folder" if to == "timm" else ""
         raise CheckpointError(f"{output}: --to {to} is written as {' or '.join(suffixes)}{folder}")
     if not output.parent.is_dir():
         raise CheckpointError(f"{output.parent} is not a directory: create it first")
@@ -84,8 +89,8 @@ def check_paths(source: Path, output: Path, to: str, overwrite: bool = False) ->
 
 
 def is_folder(output: str | Path, to: str) -> bool:
-    """Whether the output is a folder for timm: a name without a suffix is."""
-    return to == "timm" and not Path(output).suffix
+    """Whether the output is a folder for timm: a name that does not end like a file's is, such as vit.v2."""
+    return to == "timm" and Path(output).suffix.lower() not in FILES
 
 
 def convert(state: dict[str, torch.Tensor], info: CheckpointInfo, to: str, keep_heads: bool = False,
@@ -166,14 +171,14 @@ def convert_file(source: str | Path, output: str | Path, to: str, key: str = "te
     """Convert a file, verify the result, and print how to load it.
 
     Args:
-        source: any checkpoint, see loading.read_backbone.
+        source: as in loading.read_backbone.
         output: file, or folder for timm, to write.
         to: one of FORMATS.
         key: network of a training run, teacher or student.
         overwrite: replace an existing output.
         num_heads: attention heads; None for what the input says.
-        options: of single formats (FORMAT_OPTIONS): keep_heads, see convert; half, to write float16; image_size, height
-            and width of an ONNX file's images, by default what the position embedding is made for.
+        options: of single formats (FORMAT_OPTIONS): keep_heads, see convert; half, to write float16; image_size, the
+            only height and width of an ONNX file's images, by default any multiples of the patch size.
 
     Raises:
         ConfigError: a package that --to onnx needs is not installed, or image_size does not fit.
@@ -195,7 +200,7 @@ def convert_file(source: str | Path, output: str | Path, to: str, key: str = "te
         info = info.with_heads(num_heads, "--num_heads")
     print(f"loaded {info}")
     if to == "onnx":
-        write_onnx_file(state, info, output, options.get("image_size") or (info.grid * info.patch_size,) * 2)
+        write_onnx_file(state, info, output, options.get("image_size"))
     elif is_folder(output, to):
         write_timm_folder(state, info, output)
         print(f"wrote {read_back(state, info, output / WEIGHTS)}")
@@ -220,14 +225,14 @@ def write_file(state: dict[str, torch.Tensor], info: CheckpointInfo, output: Pat
 
 
 def write_onnx_file(state: dict[str, torch.Tensor], info: CheckpointInfo, output: Path,
-                    image_size: tuple[int, int]) -> None:
+                    image_size: tuple[int, int] | None) -> None:
     """Write an ONNX file and print how far its features are from the network's."""
-    check_image_size(image_size, info.patch_size)
     metadata = {"arch": info.arch, "patch_size": str(info.patch_size), "source": info.path.name}
     difference = write_onnx(build_backbone(state, info), output, image_size, metadata)
     compared = (f"features differ by at most {difference:.1e} from the network's" if difference is not None else
                 "not compared with the network, since onnxruntime is not installed: pip install onnxruntime")
-    print(f"wrote {output}: images [batch, 3, {image_size[0]}, {image_size[1]}], {compared}")
+    height, width = image_size or (f"rows·{info.patch_size}", f"columns·{info.patch_size}")
+    print(f"wrote {output}: images [batch, 3, {height}, {width}], {compared}")
 
 
 def read_back(state: dict[str, torch.Tensor], info: CheckpointInfo, path: Path,
@@ -241,7 +246,7 @@ def read_back(state: dict[str, torch.Tensor], info: CheckpointInfo, path: Path,
     written, written_info = read_backbone(path)
     expected, found = state | (others or {}), written_info.other_tensors | written
     if (written.keys() != state.keys() or not expected.keys() <= found.keys()
-            or written_info.num_heads != info.num_heads
+            or info.num_heads not in (None, written_info.num_heads)
             or not all(torch.equal(found[name], tensor) for name, tensor in expected.items())):
         raise CheckpointError(f"{path} differs from what was written to it: the disk may be full or failing")
     return written_info
@@ -253,4 +258,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main, get_args_parser().parse_args())
+    run_main(main, get_args_parser())

@@ -8,7 +8,10 @@ replaced rather than read.
 import argparse
 import os
 import sys
+from pathlib import Path
 
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P leaves it out
 from selfpatch.errors import POSITIVE_INT, ArgumentParser, ConfigError, run_main, user_path
 from selfpatch.video.scores import find_absent, first_annotations, format_scores, score_folder, score_notes, write_csv
 
@@ -56,4 +59,4 @@ def main(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    run_main(main, get_args_parser().parse_args())
+    run_main(main, get_args_parser())

@@ -5,7 +5,6 @@
 The network, vit_pico, and the scenes (selfpatch/visualization/scenes.py) are for trying things on a CPU. All figures
 are for unseen scenes, before and after training; benchmarks/demo_seeds.py computes them for several seeds.
 """
-import argparse
 import json
 import math
 import subprocess
@@ -14,6 +13,8 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P leaves it out
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from selfpatch.checkpoints.loading import load_backbone
-from selfpatch.errors import run_main, user_path
+from selfpatch.errors import ArgumentParser, run_main, user_path
 from selfpatch.evaluation.dense_retrieval import PatchMemory, label_map, patch_labels
 from selfpatch.evaluation.knn import classify
 from selfpatch.evaluation.segmentation import confusion_matrix, mean_iou
@@ -248,7 +249,7 @@ def show(folder: Path, epochs: int, images: int, seed: int) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("--output_dir", type=user_path, default=Path("runs/demo"), help="where everything goes")
     parser.add_argument("--epochs", type=int, default=8, help="passes through the training images")
     parser.add_argument("--images", type=int, default=2000, help="scenes to train on")

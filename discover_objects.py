@@ -8,10 +8,13 @@ Prints CorLoc where the data has boxes: the share of images whose box reaches Io
 """
 import argparse
 import os
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P leaves it out
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -205,8 +208,9 @@ def get_args_parser() -> ArgumentParser:
 
 def main(args: argparse.Namespace) -> None:
     """Raises ConfigError for options, data or checkpoints that cannot be used."""
+    get_args_parser().check(vars(args))
     check_output(args.output, args.overwrite)
-    device, dtype = start(args.device, args.precision, args.dist_timeout)
+    device, dtype = start(args.device, args.precision, args.dist_timeout, args.num_workers)
     together(lambda: check_pictures(args.pictures, args.overwrite, args.data))
     images = together(lambda: find_box_data(args.data))
     candidates = load_candidates(args.pretrained_weights, args.arch, args.checkpoint_key, args.patch_size, args.layer,
@@ -227,4 +231,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main, get_args_parser().parse_args())
+    run_main(main, get_args_parser())

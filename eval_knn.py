@@ -13,6 +13,8 @@ import os
 import sys
 from pathlib import Path
 
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P leaves it out
 from selfpatch.checkpoints.files import write_checkpoint
 from selfpatch.distributed.collectives import gather_rows
 from selfpatch.distributed.processes import is_main_process, on_main_process, together
@@ -107,8 +109,9 @@ def report(rows: list[tuple[Candidate, str, dict[int, Accuracy]]], train: Labell
 
 def main(args: argparse.Namespace) -> None:
     """Raises ConfigError for options, data or checkpoints that cannot be used."""
+    get_args_parser().check(vars(args))
     check_output(args.output, args.overwrite)
-    device, dtype = start(args.device, args.precision, args.dist_timeout)
+    device, dtype = start(args.device, args.precision, args.dist_timeout, args.num_workers)
     places = Places(args.data_path, args.train_path, args.val_path, args.val_share, args.val_labels)
     train, val = together(lambda: open_pair(places, transform=eval_transform(args.image_size)))
     candidates = load_candidates(args.pretrained_weights, args.arch, args.checkpoint_key, args.patch_size, args.layer,
@@ -138,4 +141,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main, get_args_parser().parse_args())
+    run_main(main, get_args_parser())

@@ -10,8 +10,11 @@ gives 77.0 % (docs/EVALUATIONS.md).
 """
 import argparse
 import sys
+from pathlib import Path
 from typing import NamedTuple
 
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P leaves it out
 import torch
 
 from selfpatch.distributed.processes import is_main_process, together
@@ -108,8 +111,9 @@ def report(rows: list[tuple[Candidate, str, list[Score]]], train: LabelledImages
 
 def main(args: argparse.Namespace) -> None:
     """Raises ConfigError for options, data or checkpoints that cannot be used."""
+    get_args_parser().check(vars(args))
     check_output(args.output, args.overwrite)
-    device, dtype = start(args.device, args.precision, args.dist_timeout)
+    device, dtype = start(args.device, args.precision, args.dist_timeout, args.num_workers)
     places = Places(args.data_path, args.train_path, args.val_path, args.val_share, args.val_labels)
     train, val = together(lambda: open_pair(places, train_transform(args.image_size), eval_transform(args.image_size)))
     candidates = load_candidates(args.pretrained_weights, args.arch, args.checkpoint_key, args.patch_size, args.layer,
@@ -130,4 +134,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main, get_args_parser().parse_args())
+    run_main(main, get_args_parser())

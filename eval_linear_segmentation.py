@@ -7,7 +7,11 @@ Training: images scaled so that the short side is 512 · (0.5 … 2), crops of 5
 short side 512, windows of 512 at a stride of 341, their logits averaged, scores at the image's own size.
 """
 import argparse
+import sys
+from pathlib import Path
 
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P leaves it out
 import numpy as np
 import torch
 from PIL import Image
@@ -216,10 +220,11 @@ def get_args_parser() -> ArgumentParser:
 
 def main(args: argparse.Namespace) -> None:
     """Raises ConfigError for options, data or checkpoints that cannot be used."""
+    get_args_parser().check(vars(args))
     check_output(args.output, args.overwrite)
     if (args.warmup or 0) > args.iterations:
         raise ConfigError(f"--warmup {args.warmup} is more than --iterations {args.iterations}: give at most that")
-    device, dtype = start(args.device, args.precision, args.dist_timeout)
+    device, dtype = start(args.device, args.precision, args.dist_timeout, args.num_workers)
     data = together(lambda: find_segmentation_data(args.data, args.num_classes))
     if args.batch_size % get_world_size():
         raise ConfigError(f"--batch_size {args.batch_size} cannot be shared by {get_world_size()} processes: give a "
@@ -236,4 +241,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main, get_args_parser().parse_args())
+    run_main(main, get_args_parser())

@@ -15,6 +15,8 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P leaves it out
 import numpy as np
 import torch
 from PIL import Image
@@ -22,6 +24,7 @@ from tqdm import tqdm
 
 from selfpatch.checkpoints.backbones import check_layer
 from selfpatch.checkpoints.loading import load_backbone
+from selfpatch.checkpoints.published import resolve_path
 from selfpatch.data.files import is_hidden
 from selfpatch.data.normalisation import normalise
 from selfpatch.distributed.precision import choose_dtype
@@ -35,7 +38,7 @@ from selfpatch.distributed.processes import (
     read_launcher,
 )
 from selfpatch.errors import POSITIVE_INT, ArgumentParser, ConfigError, Number, run_main, user_path
-from selfpatch.evaluation.model_options import add_model_options, add_precision_option
+from selfpatch.evaluation.model_options import add_device_options, add_model_options
 from selfpatch.video import davis as davis_data
 from selfpatch.video.davis import SCALE_SIZE, VOID, DataError, Sequence, imwrite_indexed, load_frame, resized_shape
 from selfpatch.video.frame_features import MEAN, STD, FrameFeatures, frame_features
@@ -209,8 +212,7 @@ def get_args_parser() -> ArgumentParser:
                           help="number of context patches a label is taken from")
     speed = parser.add_argument_group("speed")
     speed.add_argument("--bs", type=POSITIVE_INT, default=6, help="frames per batch; halved when memory runs out")
-    speed.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps; auto is the GPU if there is one")
-    add_precision_option(speed, ". Labels are always propagated in fp32; fp16 can overflow in large backbones")
+    add_device_options(speed, ". Labels are always propagated in fp32; fp16 can overflow in large backbones")
     return parser
 
 
@@ -265,8 +267,8 @@ def report_scores(sequences: list[Sequence], names: list[str], scores: dict, uns
 def settings(args: argparse.Namespace) -> dict:
     """Everything that determines the masks: the options, and the size and time of the checkpoint."""
     irrelevant = ("no_score", "present_objects", "output_dir", "bs")
-    weights = Path(args.pretrained_weights)
-    file = [weights.stat().st_size, weights.stat().st_mtime_ns] if args.pretrained_weights and weights.exists() else []
+    status = resolve_path(args.pretrained_weights).stat() if args.pretrained_weights else None
+    file = [status.st_size, status.st_mtime_ns] if status else []
     return {name: value for name, value in vars(args).items() if name not in irrelevant} | {"file": file}
 
 
@@ -294,6 +296,7 @@ def main(args: argparse.Namespace) -> int:
     Raises:
         ConfigError: an option, the list of sequences or the checkpoint cannot be used.
     """
+    get_args_parser().check(vars(args))
     process = read_launcher()
     rank, world_size = process.rank, process.world_size
     check_options(args)
@@ -330,4 +333,4 @@ def main(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    run_main(main, get_args_parser().parse_args())
+    run_main(main, get_args_parser())

@@ -8,13 +8,18 @@ The same command again continues from output_dir/checkpoint.pth.
 """
 import argparse
 import errno
+import sys
 from datetime import timedelta
+from pathlib import Path
 
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P leaves it out
 import torch
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
+from selfpatch.checkpoints.published import download_first
 from selfpatch.data.augmentations import DataAugmentationDINO  # noqa: F401 (DINO's users import it from here)
 from selfpatch.data.dataset import build_dataset
 from selfpatch.data.files import UnreadableImage, decoder_note
@@ -140,6 +145,7 @@ def pretrain(args: argparse.Namespace, loss_class: type[DINOLoss] | None = None)
     folder = RunFolder(args.output_dir, args.saveckp_freq)
     continues = on_main_process(folder.has_run)
     # before the images are listed, which can take minutes
+    download_first([] if continues else [args.init_weights])
     weights = together(lambda: read_initial_weights(args.init_weights, args.arch, args.patch_size)
                        if args.init_weights and not continues else None)
     on_main_process(lambda: prepare(args.data_path, args.image_column))
@@ -267,7 +273,7 @@ def start_line(args: argparse.Namespace, process: Process, loader: CropLoader, r
 
 def main(loss_class: type[DINOLoss] | None = None) -> None:
     """The command line; for a script with its own loss, too: run_main(main, MyLoss)."""
-    parser = ArgumentParser(description=__doc__.split("\n\n")[0], parents=[get_args_parser()],
+    parser = ArgumentParser(description=__doc__, parents=[get_args_parser()],
                             formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     train_dino(parser.parse_args(), loss_class)
 

@@ -11,13 +11,15 @@ import signal
 import sys
 from pathlib import Path
 
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P leaves it out
 import main_selfpatch
 from selfpatch.data.sources import absolute, as_list
 from selfpatch.errors import ArgumentParser, require, run_main
 
 
 def get_args() -> argparse.Namespace:
-    parser = ArgumentParser(description=__doc__.split("\n\n")[0], parents=[main_selfpatch.get_args_parser()],
+    parser = ArgumentParser(description=__doc__, parents=[main_selfpatch.get_args_parser()],
                                   formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     group = parser.add_argument_group("Slurm")
     group.add_argument("--ngpus", default=8, type=int, help="GPUs per node, one process each; 0: one CPU process")

@@ -22,25 +22,27 @@ import os
 import sys
 from pathlib import Path
 
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P leaves it out
 import torch
 from PIL import Image
-from torchvision.transforms.v2.functional import pil_to_tensor
 from tqdm import tqdm
 
-from selfpatch.checkpoints.backbones import Backbone, TimmBackbone, check_layer, image_statistics
+from selfpatch.checkpoints.backbones import Backbone, TimmBackbone, check_layer
 from selfpatch.checkpoints.files import CheckpointError
 from selfpatch.checkpoints.loading import CheckpointInfo, build_head, load_with_info
-from selfpatch.data.files import load_rgb, open_image, orientation
-from selfpatch.data.normalisation import IMAGENET_MEAN, IMAGENET_STD, normalise
+from selfpatch.distributed.precision import autocast, choose_dtype
+from selfpatch.distributed.processes import pick_device
 from selfpatch.errors import POSITIVE_FLOAT, POSITIVE_INT, ArgumentParser, ConfigError, Number, require, run_main
-from selfpatch.evaluation.model_options import add_model_options
+from selfpatch.evaluation.model_options import add_device_options, add_model_options
 from selfpatch.evaluation.tables import check_output, tell_apart
 from selfpatch.method.selfpatch_head import SelfPatchHead, neighbour_similarity, positive_matching
 from selfpatch.video.davis import DataError, find_frames, read_set
 from selfpatch.video.scores import find_absent, first_annotations, score_folder, score_notes
 from selfpatch.visualization import curves, videos
 from selfpatch.visualization import features as pictures
-from selfpatch.visualization.features import fit_patches, head_attention, self_attention
+from selfpatch.visualization.features import head_attention, self_attention
+from selfpatch.visualization.inputs import check_patches, cut_images, read_image
 
 # ---------------------------------------------------------------- options
 
@@ -73,6 +75,7 @@ def add_output(parser: argparse.ArgumentParser, default: str | None, text: str =
 def add_model_and_image(parser: argparse.ArgumentParser, output: str, images: str = "") -> None:
     """Add the options of a backbone's picture of one image, or of several, whose help is `images`."""
     add_model_options(parser)
+    add_device_options(parser)
     parser.add_argument("--image_path", required=True, type=os.path.expanduser, help=images or "image to draw on",
                         **({"nargs": "+", "metavar": "IMAGE"} if images else {}))
     parser.add_argument("--image_size", type=int, default=480, help="length of the image's short side, after scaling")
@@ -105,18 +108,6 @@ def result_labels(args: argparse.Namespace) -> list[str]:
 
 # ---------------------------------------------------------------- images and backbones
 
-def read_image(path: str) -> Image.Image:
-    """Read an image as RGB, its pixels as stored; print that an EXIF orientation tag is ignored, if it has one."""
-    if (tag := orientation(open_image(path))) != 1:
-        print(f"{path}: EXIF orientation {tag} is ignored, as in training: pixels are used as stored")
-    return load_rgb(path)
-
-
-def to_tensor(image: Image.Image, statistics: tuple = (IMAGENET_MEAN, IMAGENET_STD)) -> torch.Tensor:
-    """PIL image -> [1, 3, H, W], normalised with the mean and standard deviation of each channel."""
-    return normalise(pil_to_tensor(image)[None], statistics)
-
-
 def load(args: argparse.Namespace) -> tuple[Backbone, CheckpointInfo | None]:
     torch.manual_seed(0)  # the same random network every time
     return load_with_info(args.pretrained_weights, args.checkpoint_key, args.arch, args.patch_size, args.random_weights)
@@ -124,21 +115,18 @@ def load(args: argparse.Namespace) -> tuple[Backbone, CheckpointInfo | None]:
 
 def load_with_images(args: argparse.Namespace, paths: list[str]) -> tuple[Backbone, CheckpointInfo | None,
                                                                           list[Image.Image], list[torch.Tensor]]:
-    """The backbone and what is known of its file; images cropped to whole patches, and as tensors [1, 3, H, W]."""
+    """The backbone on the device, what is known of its file, and the result of cut_images."""
+    device = pick_device(args.device)
+    choose_dtype(args.precision, device)  # or raise
     images = [read_image(path) for path in paths]
     backbone, info = load(args)
     check_layer(backbone, args.layer)
-    images = [fit_patches(image, args.image_size, backbone.patch_size) for image in images]
-    return backbone, info, images, [to_tensor(image, image_statistics(backbone)) for image in images]
+    backbone.to(device).requires_grad_(False)
+    return backbone, info, *cut_images(paths, images, args.image_size, backbone)
 
 
-def check_patches(patches: list[tuple[int, int]], grid: tuple[int, int], option: str) -> list[int]:
-    """Row-major indices of (row, column) patches; raise ConfigError if one is outside the grid."""
-    for row, column in patches:
-        if not (0 <= row < grid[0] and 0 <= column < grid[1]):
-            raise ConfigError(f"{option} {row},{column} is outside the image, whose patches are 0,0 to "
-                             f"{grid[0] - 1},{grid[1] - 1}")
-    return [row * grid[1] + column for row, column in patches]
+def precision(args: argparse.Namespace, x: torch.Tensor) -> torch.autocast:
+    return autocast(x.device, choose_dtype(args.precision, x.device))
 
 
 # ---------------------------------------------------------------- commands
@@ -159,24 +147,24 @@ def class_token_head(args: argparse.Namespace, backbone: Backbone, info: Checkpo
     return build_head(info, 4)  # any number: attention does not depend on it
 
 
-@torch.no_grad()
 def draw_attention(args: argparse.Namespace) -> None:
     output = check_png(args.output, args.overwrite)
     backbone, info, (image,), (x,) = load_with_images(args, [args.image_path])
     grid = backbone.grid_size(x)
-    if args.patch is not None:
-        query = check_patches([args.patch], grid, "--patch")[0] + backbone.num_prefix_tokens
-        maps, source = self_attention(backbone, x, query, args.layer), "patch"
-    elif backbone.has_class_token:
-        maps, source = self_attention(backbone, x, 0, args.layer), "class token"
-    else:
-        head = class_token_head(args, backbone, info)
-        maps, source = head_attention(backbone, head, x, args.layer), "class token of the SelfPatch head"
-    pictures.attention_panels(image, maps.unflatten(1, grid).numpy(), args.patch, backbone.patch_size).save(output)
+    with precision(args, x):
+        if args.patch is not None:
+            query = check_patches([args.patch], grid, "--patch")[0] + backbone.num_prefix_tokens
+            maps, source = self_attention(backbone, x, query, args.layer), "patch"
+        elif backbone.has_class_token:
+            maps, source = self_attention(backbone, x, 0, args.layer), "class token"
+        else:
+            head = class_token_head(args, backbone, info).to(x.device).requires_grad_(False)
+            maps, source = head_attention(backbone, head, x, args.layer), "class token of the SelfPatch head"
+    maps = maps.float().cpu().unflatten(1, grid).numpy()
+    pictures.attention_panels(image, maps, args.patch, backbone.patch_size).save(output)
     print(f"wrote {output}: attention of the {source} over {grid[0]}×{grid[1]} patches, {len(maps)} heads")
 
 
-@torch.no_grad()
 def draw_positives(args: argparse.Namespace) -> None:
     output = check_png(args.output, args.overwrite)
     backbone, info, (image,), (x,) = load_with_images(args, [args.image_path])
@@ -189,7 +177,8 @@ def draw_positives(args: argparse.Namespace) -> None:
     patches = args.patches or [(row, column) for row in rows for column in columns]
     queries = check_patches(patches, grid, "--patches")
     layer = range(len(backbone.blocks))[args.layer]
-    features = backbone.get_intermediate_layers(x, [layer])[0]  # before a final norm, as the loss compares them
+    with precision(args, x):  # before a final norm, as the loss compares them
+        features = backbone.get_intermediate_layers(x, [layer])[0].float().cpu()
     chosen = positive_matching(features, grid, k_num)[0, queries]
     similarity = neighbour_similarity(features, grid)[0, queries].sort(dim=-1, descending=True).values
     positives = [[divmod(index, grid[1]) for index in row] for row in chosen.tolist()]
@@ -200,22 +189,22 @@ def draw_positives(args: argparse.Namespace) -> None:
     print(f"wrote {output}: {k_num} positives each of {len(patches)} of {grid[0]}×{grid[1]} patches")
 
 
-@torch.no_grad()
 def draw_pca(args: argparse.Namespace) -> None:
     output = check_png(args.output, args.overwrite)
     backbone, _, images, inputs = load_with_images(args, args.image_path)
-    features = torch.cat([backbone.features(x, args.layer).patches[0] for x in inputs])
+    with precision(args, inputs[0]):
+        features = torch.cat([backbone.features(x, args.layer).patches[0].float().cpu() for x in inputs])
     colours, coloured = pictures.component_colours(features, [backbone.grid_size(x) for x in inputs],
                                                    foreground=not args.all_patches)
     pictures.component_panels(images, colours).save(output)
     print(f"wrote {output}: principal components of {int(coloured.sum())} of {len(coloured)} patches")
 
 
-@torch.no_grad()
 def draw_similarity(args: argparse.Namespace) -> None:
     output = check_png(args.output, args.overwrite)
     backbone, _, images, inputs = load_with_images(args, args.image_path)
-    features = [backbone.features(x, args.layer).patches[0] for x in inputs]
+    with precision(args, inputs[0]):
+        features = [backbone.features(x, args.layer).patches[0].float().cpu() for x in inputs]
     grids = [backbone.grid_size(x) for x in inputs]
     patch = args.patch or (grids[0][0] // 2, grids[0][1] // 2)
     query = features[0][check_patches([patch], grids[0], "--patch")[0]]
@@ -342,4 +331,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main, get_args_parser().parse_args())
+    run_main(main, get_args_parser())

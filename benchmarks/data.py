@@ -203,4 +203,4 @@ if __name__ == "__main__":
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
     parser.add_argument("--compile", default="auto", choices=["auto", "on", "off"], help="of the photometric part")
     parser.add_argument("--json", type=os.path.expanduser, metavar="FILE", help="also write the figures to this file")
-    run_main(main, parser.parse_args())
+    run_main(main, parser)

@@ -33,7 +33,7 @@ from selfpatch.checkpoints.loading import load_backbone
 from selfpatch.distributed.precision import autocast, choose_dtype
 from selfpatch.distributed.processes import keep_freed_memory, pick_device
 from selfpatch.errors import run_main
-from selfpatch.evaluation.model_options import add_precision_option
+from selfpatch.evaluation.model_options import add_device_options
 from selfpatch.method.vision_transformer import ARCHS
 from selfpatch.video import davis as davis_data
 from selfpatch.video import scores as davis_metrics
@@ -245,8 +245,7 @@ if __name__ == "__main__":
     parser.add_argument("--sequence", help="its name in val.txt; the first without it")
     parser.add_argument("--frames", type=int, default=50, help="of the clip, at most")
     parser.add_argument("--bs", type=int, default=6)
-    parser.add_argument("--device", default="auto")
-    add_precision_option(parser)
+    add_device_options(parser)
     parser.add_argument("--no_plain", action="store_true", help="do not time the plain way")
     options = parser.parse_args()
     if options.sequence and not options.data_path:

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from pictures import make_images
 from train_step import PARTS as ORDERS
 
-from selfpatch.errors import ConfigError, TrainingError, run_main, user_path
+from selfpatch.errors import ArgumentParser, ConfigError, TrainingError, run_main, user_path
 
 ROOT = Path(__file__).resolve().parents[1]
 VARIANTS = {"no_compile": ["--compile", "off"], "not_packed": ["--pack_crops", "off"],
@@ -121,7 +121,7 @@ def table(output: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("--output", required=True, type=user_path, help="folder for the output of all parts")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--arch", default="vit_small")

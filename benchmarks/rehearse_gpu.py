@@ -29,7 +29,7 @@ from train_step import Way
 
 from selfpatch.distributed.precision import describe_precision
 from selfpatch.distributed.processes import get_world_size, is_main_process, leave_processes
-from selfpatch.errors import ConfigError, run_main
+from selfpatch.errors import ArgumentParser, ConfigError, run_main
 from selfpatch.method.vision_transformer import ARCHS, RECOMPUTED
 from selfpatch.pretraining import engine
 from selfpatch.pretraining.auto_options import COMPILE_WAYS, choose_precision, uses_cuda_graphs
@@ -207,7 +207,7 @@ def describe(batch: int) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("--arch", default="vit_small", choices=list(ARCHS))
     parser.add_argument("--patch_size", default=16, type=int)
     parser.add_argument("--batch_size", default=128, type=int)

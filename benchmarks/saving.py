@@ -44,7 +44,7 @@ def seconds(function, *args) -> float:
 
 
 def main() -> None:
-    parser = ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("--arch", default="vit_small", choices=list(ARCHS))
     parser.add_argument("--output_dir", default=tempfile.gettempdir(), type=user_path, help="where to write and remove")
     parser.add_argument("--repeats", default=5, type=int)

@@ -25,7 +25,7 @@ from published_order import PARTS, PlainBackbone, PlainHead, PlainLoss, fused_up
 import main_selfpatch as job
 from selfpatch.distributed.precision import autocast
 from selfpatch.distributed.processes import init_distributed_mode, keep_freed_memory, peak_memory_gb, pick_device
-from selfpatch.errors import TrainingError, run_main
+from selfpatch.errors import ArgumentParser, TrainingError, run_main
 from selfpatch.method.fused_loss import FusedDINOLoss
 from selfpatch.method.optim import get_params_groups
 from selfpatch.method.training_run import build_networks
@@ -240,7 +240,7 @@ def show(results: dict[str, dict]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("--arch", default="vit_small", choices=list(ARCHS))
     parser.add_argument("--patch_size", default=16, type=int)
     parser.add_argument("--batch_size", default=4, type=int)

@@ -14,7 +14,7 @@ def main() -> None:
     from selfpatch.openmmlab.jobs import run_job
     # isort: split
     from detection import backbone
-    run_job("train", backbone, __doc__.split("\n\n")[0])
+    run_job("train", backbone, __doc__)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@
 """
 from selfpatch.checkpoints.foreign_files import FOREIGN_FORMATS
 from selfpatch.checkpoints.layouts import IGNORED, NETWORKS, PATCH_EMBEDDINGS, SMALL_HEADS, UNSUPPORTED, VISSL_STEPS
+from selfpatch.checkpoints.published import PUBLISHED
 
 
 def table(header: tuple, rows: list[tuple]) -> list[str]:
@@ -17,7 +18,8 @@ def heads_and_files() -> list[str]:
     return [
         "## How many attention heads it gets", "",
         "Tensors do not tell the number. It is the architecture's (3, 6, 12) unless the file records another one, as "
-        "`num_heads` in `meta` or in the header of a .safetensors file, or is of a kind with another one: "
+        "`num_heads` in `meta` or in the header of a .safetensors file, or in the config.json beside "
+        f"{' or '.join(PUBLISHED)}, or is of a kind with another one: "
         f"{heads}. The line says where the number comes from, and `(assumed)` for a ViT-S that does not tell. "
         "`convert_checkpoint.py --num_heads` records the right one.", "",
         "## What kind of file it is", "",
@@ -30,6 +32,24 @@ def heads_and_files() -> list[str]:
         "that can run code, such as os or subprocess, are refused."]
 
 
+def places() -> list[str]:
+    """Return the section on files, folders, addresses and the Hub."""
+    return [
+        "## Where the weights are", "",
+        "Every option for weights, and `load_backbone`, takes:", "",
+        *table(("path", "what is read"), [
+            ("a file", "`.pth`, `.safetensors` or any other name; the content tells"),
+            ("a folder", f"`checkpoint.pth` of a run, or `{'` or `'.join(PUBLISHED)}` as timm, Hugging Face and "
+                         "`convert_checkpoint.py --to timm` write it"),
+            ("`https://…`", "downloaded once, to a folder for each address in torch.hub's cache (`TORCH_HOME`), "
+                            "`hub/checkpoints/selfpatch`"),
+            ("`hf-hub:NAME`, `hf-hub:NAME@REVISION`", "such a folder of the Hugging Face Hub, through its own cache; "
+                                                      "without network access under `HF_HUB_OFFLINE=1`")]), "",
+        "Of several processes one downloads while the others wait. What an address gives is kept if it can be read "
+        "and, where its name ends like `vit-0123abcd.pth` (eight or more hexadecimal digits, not a date), its SHA-256 "
+        "begins so. To download it again, remove the file that the job names.", ""]
+
+
 def page() -> str:
     """Return docs/CHECKPOINTS.md as Markdown."""
     pairs = [(f"`{teacher}`", f"`{student}`", writer) for teacher, student, _, writer in NETWORKS]
@@ -38,6 +58,7 @@ def page() -> str:
         "Printed by `python -m docs.checkpoints_page` from the tables that the loader uses.", "",
         "Every job finds the Vision Transformer of a file, whatever the prefix of its names, and prints which one it "
         "took. Missing and unexpected keys are an error that lists them; nothing in a file is executed.", "",
+        *places(),
         "## Where the network is", "",
         "In the file itself, in a dictionary such as `state_dict`, `model` or "
         f"`{'` → `'.join(VISSL_STEPS)}` (VISSL), or under a prefix such as `backbone.` (mmdet, mmseg), `model.` or "

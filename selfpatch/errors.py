@@ -3,12 +3,14 @@
 Library code raises; only a job's main ends the process:
 
     if __name__ == "__main__":
-        run_main(main)
+        run_main(main, get_args_parser())
 """
 import argparse
 import errno
 import importlib.util
+import io
 import math
+import numbers
 import os
 import signal
 import sys
@@ -77,7 +79,13 @@ class ArgumentParser(argparse.ArgumentParser):
     """argparse's parser with errors of one line, without the usage.
 
     It also rejects numbers beyond 64 bits and text that cannot be a path.
+
+    Args:
+        description: a module's docstring, of which --help shows the first paragraph; None under python -OO.
     """
+
+    def __init__(self, *args, description: str | None = None, **kwargs):
+        super().__init__(*args, description=description and description.split("\n\n")[0], **kwargs)
 
     def parse_known_args(self, args=None, namespace=None) -> tuple[argparse.Namespace, list[str]]:
         namespace, rest = super().parse_known_args(args, namespace)
@@ -88,8 +96,43 @@ class ArgumentParser(argparse.ArgumentParser):
                     self.error(f"argument {'/'.join(action.option_strings) or action.dest}: {reason}")
         return namespace, rest
 
+    def check(self, options: dict) -> None:
+        """Raise ConfigError unless there are all options, with values that the command line could have given.
+
+        Args:
+            options: of a Namespace, which may have been made by hand.
+        """
+        for action in self._actions:
+            if action.default == argparse.SUPPRESS:  # --help
+                continue
+            if action.dest not in options:
+                raise ConfigError(f"the options lack {action.dest}: take them from get_args_parser().parse_args([…])")
+            values = options[action.dest]
+            several = isinstance(values, (list, tuple)) and action.nargs
+            if isinstance(action.nargs, int) and action.nargs and not (several and len(values) == action.nargs):
+                raise ConfigError(f"--{action.dest} is {values!r}: it must be {action.nargs} values")
+            for value in values if several else [values]:
+                if value != action.default and (wanted := wanted_instead(action, value)):
+                    raise ConfigError(f"--{action.dest} is {value!r}: it must be {wanted}")
+
     def error(self, message: str) -> NoReturn:
         sys.exit(report(ConfigError(f"{message} (--help lists the options)")))
+
+
+def wanted_instead(action: argparse.Action, value: object) -> str:
+    """Say what an option's value must be; empty if it is that already, or if that cannot be told."""
+    if isinstance(value, bool):  # a number of Python's, and once the value of --checkpoint_activations
+        return "" if isinstance(action.default, bool) or action.const else "no bool"
+    if isinstance(action.default, bool):
+        return "True or False"
+    if isinstance(action.type, Number):
+        kind = "" if action.type.is_kind(value) else f"of type {action.type.kind.__name__}, "
+        return "" if value in action.type else f"{kind}{action.type}"
+    if action.choices is not None:
+        return "" if value in action.choices else f"one of {', '.join(map(str, action.choices))}"
+    if action.type in (int, float):
+        return "" if isinstance(value, numbers.Real) else "a number"
+    return "text" if isinstance(action.default, str) and not isinstance(value, (str, Path)) else ""
 
 
 def absurdity(value: object) -> str:
@@ -99,6 +142,8 @@ def absurdity(value: object) -> str:
     if isinstance(value, (str, Path)):
         if "\0" in str(value):
             return f"{str(value)!r} has a NUL in it"
+        if str(value).startswith(("https://", "http://")):
+            return ""  # no path
         longest = max((os.fsencode(part) for part in str(value).split("/")), key=len)
         if len(longest) > 255:
             return f"a name of {len(longest)} bytes, of which file systems allow 255"
@@ -133,7 +178,10 @@ class Number:
         return value
 
     def __contains__(self, value: float) -> bool:
-        return self.least <= value <= self.most and self.above < value < self.below
+        return self.is_kind(value) and self.least <= value <= self.most and self.above < value < self.below
+
+    def is_kind(self, value: object) -> bool:
+        return isinstance(value, numbers.Integral if self.kind is int else numbers.Real)
 
     def __str__(self) -> str:
         bounds = {"at least": self.least, "above": self.above, "at most": self.most, "below": self.below}
@@ -207,9 +255,16 @@ def run_main(main: Callable[..., int | None], *args) -> NoReturn:
     """Call main(*args) and end the process with the status it returns.
 
     A ConfigError becomes one line and status 2, a TrainingError one line and its status, Ctrl-C one line and 130.
+    Characters that the output cannot encode are replaced by ?.
+
+    Args:
+        args: main's; in the place of a parser, the options that it reads from the command line.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
-        status = main(*args)
+        status = main(*(arg.parse_args() if isinstance(arg, argparse.ArgumentParser) else arg for arg in args))
     except (ConfigError, TrainingError) as error:
         status = report(error)
     except KeyboardInterrupt:

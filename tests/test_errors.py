@@ -1,14 +1,19 @@
-"""Options that name a path: ~ is the home folder in every job."""
+"""Options that name a path: ~ is the home folder in every job; and the ways in which people start jobs."""
+import io
 import os
+import re
+import subprocess
+import sys
 
 import pytest
+from repository import ROOT
 
 import convert_checkpoint
 import davis_metrics
 import eval_video_segmentation
 import main_selfpatch
 import visualize
-from selfpatch.errors import ArgumentParser, Number
+from selfpatch.errors import ArgumentParser, Number, run_main
 
 HOME = os.path.expanduser("~")
 
@@ -41,3 +46,33 @@ def test_numbers_out_of_range(limits, text, says, capsys):
         parser.parse_args(["--x", text])
     assert end.value.code == 2 and f"argument --x: {says} (--help" in capsys.readouterr().err
     assert parser.parse_args(["--x", "0.5" if limits["kind"] is float else "2"]).x in (0.5, 2)
+
+
+@pytest.mark.parametrize("words, says", [([], "2?2 patches\n"), (["--help"], "4?4 patches")])
+def test_an_output_that_cannot_encode_gets_replacements(monkeypatch, words, says):
+    """PYTHONIOENCODING=ascii, or LC_ALL=C without UTF-8 mode."""
+    parser, output = ArgumentParser(description="Draws.\n\nMore"), io.BytesIO()
+    parser.add_argument("--size", help="4×4 patches")
+    monkeypatch.setattr("sys.argv", ["job.py", *words])
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(output, "ascii", write_through=True))
+    with pytest.raises(SystemExit) as end:
+        run_main(lambda args: print("2×2 patches"), parser)
+    assert not end.value.code and says in output.getvalue().decode("ascii") and b"More" not in output.getvalue()
+
+
+JOBS = [path for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("*tion/t*.py")]) if "run_main(" in path.read_text()]
+
+
+@pytest.mark.parametrize("path", JOBS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_job_puts_the_checkout_first(path):
+    """Under python -P and -I, and PYTHONSAFEPATH=1, Python itself does not; nor may there be an installed package."""
+    before, line, after = path.read_text().partition("sys.path.insert(0, str(Path(__file__).resolve().parent")
+    names = re.findall(r"^(?:import|from) (\w+)", before, re.MULTILINE)
+    assert line and "selfpatch" in after and set(names) <= sys.stdlib_module_names
+
+
+@pytest.mark.slow
+def test_a_job_without_docstrings_and_without_its_folder_on_the_path(tmp_path):
+    result = subprocess.run([sys.executable, "-I", "-OO", ROOT / "main_selfpatch.py", "--help"], cwd=tmp_path,
+                            capture_output=True, text=True)
+    assert result.returncode == 0 and "--init_weights" in result.stdout, result.stderr

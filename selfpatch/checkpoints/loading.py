@@ -9,12 +9,11 @@
     model = load_backbone("dinov2.safetensors", arch="timm:vit_small_patch14_dinov2.lvd142m")   # any plain ViT of timm
 
 Supported are training runs of SelfPatch, DINO and other methods, bare backbones, VISSL checkpoints, wrappers, timm
-and Hugging Face files, and mmdet and mmseg models, as .pth or .safetensors; docs/CHECKPOINTS.md lists them. Weights
-come from local files alone; nothing is downloaded.
+and Hugging Face files, and mmdet and mmseg models, as .pth or .safetensors; docs/CHECKPOINTS.md lists them. A path may
+be a folder with weights, an https:// address or hf-hub:NAME, see published.py.
 """
 import contextlib
 import io
-import os
 import re
 import sys
 from pathlib import Path
@@ -27,6 +26,7 @@ from selfpatch.checkpoints.backbones import PREFIX, Backbone, TimmBackbone, buil
 from selfpatch.checkpoints.files import CheckpointError, read_checkpoint, read_metadata
 from selfpatch.checkpoints.info import OWN_WORDS, CheckpointInfo, describe, summarise
 from selfpatch.checkpoints.pickled_classes import StandIn
+from selfpatch.checkpoints.published import recorded_heads, resolve_path
 from selfpatch.method.selfpatch_head import SelfPatchHead
 from selfpatch.method.vision_transformer import ARCHS, VisionTransformer
 
@@ -34,19 +34,11 @@ AFTER_POOLING = ("head.", "fc_norm.", "attn_pool.")  # modules of timm that take
 RESNET = re.compile(r"(^|\.)layer1\.\d+\.conv1\.weight$")
 
 
-def resolve_path(path: str | Path) -> Path:
-    """Return checkpoint.pth inside a run's folder, or the path itself."""
-    if not str(path):
-        raise CheckpointError("the path of the checkpoint is empty")
-    path = Path(os.path.expanduser(path))
-    return path / "checkpoint.pth" if os.path.isfile(path / "checkpoint.pth") else path
-
-
 def read_backbone(path: str | Path, key: str = "teacher") -> tuple[dict[str, torch.Tensor], CheckpointInfo]:
     """Read the backbone of any supported checkpoint.
 
     Args:
-        path: checkpoint file, or the folder of a run.
+        path: checkpoint file, or another form of published.resolve_path.
         key: network of a training run: teacher, student, or a word of its path or prefix. Files with one network need
             none.
 
@@ -67,7 +59,7 @@ def read_backbone(path: str | Path, key: str = "teacher") -> tuple[dict[str, tor
         if parts := layouts.unsupported_parts(shapes):
             raise CheckpointError(f"{path} holds a Vision Transformer with {', '.join(parts)}, which this project's "
                                   "backbone does not have: load it with timm")
-        info = describe(content, read_metadata(path), network, shapes, path)
+        info = describe(content, recorded_heads(path) | read_metadata(path), network, shapes, path)
     except layouts.LayoutError as error:
         raise CheckpointError(f"{path} does not fit: {error}") from None
     info.key, info.other_tensors = key if network.role or key != "teacher" else None, rest
@@ -263,7 +255,7 @@ def load_with_info(path: str | Path, key: str = "teacher", arch: str | None = No
     """Load a backbone in eval mode with the metadata of its file, and print one line about it.
 
     Args:
-        path: checkpoint file, or the folder of a run; empty only together with random_weights.
+        path: as in read_backbone; empty only together with random_weights.
         key: network of a training run, see read_backbone.
         arch: what the user asked for; None accepts the file's. timm:NAME is a Vision Transformer of timm.
         patch_size: likewise.

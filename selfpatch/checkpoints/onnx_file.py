@@ -1,11 +1,12 @@
 """Export a backbone as an ONNX file through torch.onnx, and compare its features with the network's.
 
-    write_onnx(load_backbone("checkpoint.pth"), Path("vit.onnx"), (224, 224))
-    onnxruntime.InferenceSession("vit.onnx").run(None, {"images": images})     # any number of images [B, 3, H, W]
+    write_onnx(load_backbone("checkpoint.pth"), Path("vit.onnx"))
+    onnxruntime.InferenceSession("vit.onnx").run(None, {"images": images})     # any [B, 3, H, W] of whole patches
 
 Needs the optional packages onnx and onnxscript, and onnxruntime for the comparison.
 """
 import contextlib
+import copy
 import logging
 import warnings
 from collections.abc import Iterator
@@ -49,13 +50,42 @@ def quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-def write_onnx(model: VisionTransformer, output: Path, image_size: tuple[int, int],
-               metadata: dict[str, str] | None = None) -> float | None:
-    """Export a backbone for images of one size and any batch size; the file appears after a successful comparison.
+def resized_positions(model: VisionTransformer, grid: tuple[int, int]) -> torch.Tensor:
+    """model.interpolate_pos_encoding in operations that torch.export keeps for any grid: [1, rows·columns, D].
+
+    The exporter would turn F.interpolate's factors, and the choice of no interpolation, into constants.
+    """
+    pos = model.pos_embed[0, model.num_prefix_tokens:]
+    side = round(len(pos) ** 0.5)
+    rows, columns = (torch.arange(n, dtype=torch.float32) for n in grid)
+    same = ((rows[-1:] + 1 == side) & (columns[-1:] + 1 == side)).float()
+    pos = (bicubic_weights(rows, side, same) @ pos.reshape(side, -1)).unflatten(1, (side, -1))
+    return (bicubic_weights(columns, side, same) @ pos).flatten(0, 1)[None]
+
+
+def bicubic_weights(places: torch.Tensor, side: int, same: torch.Tensor) -> torch.Tensor:
+    """Weights [n, side] that resize `side` values to n by F.interpolate's bicubic rule, for places 0 … n - 1.
 
     Args:
-        image_size: height and width, see check_image_size. They are fixed in the file, since DINO's rule for resizing
-            the position embedding depends on them.
+        same: 1 for a factor of n / side, 0 for (n + 0.1) / side.
+    """
+    source = (places + 0.5) * side / (places[-1:] + 1.1 - 0.1 * same) - 0.5
+    first, weights = source.floor(), torch.zeros(1)
+    for tap in range(-1, 3):  # of the four values around the source, repeated at the border
+        d = (source - first - tap).abs()
+        weight = torch.where(d <= 1, (1.25 * d - 2.25) * d * d + 1, ((3.75 - 0.75 * d) * d - 6) * d + 3)
+        is_there = (first + tap).clamp(0, side - 1)[:, None] == torch.arange(side)
+        weights = weights + weight[:, None] * is_there
+    return weights
+
+
+def write_onnx(model: VisionTransformer, output: Path, image_size: tuple[int, int] | None = None,
+               metadata: dict[str, str] | None = None) -> float | None:
+    """Export a backbone for batches of any size; the file appears after a successful comparison.
+
+    Args:
+        image_size: height and width that are fixed in the file, see check_image_size; None for any whole patches, up to
+            4096 pixels a side.
         metadata: texts to store in the file.
 
     Returns:
@@ -67,16 +97,25 @@ def write_onnx(model: VisionTransformer, output: Path, image_size: tuple[int, in
         WriteError: the file cannot be written.
     """
     check_packages()
-    check_image_size(image_size, model.patch_size)
-    images = torch.zeros(2, 3, *image_size)  # 2: the exporter would fix a batch of 1
+    patch_size, side = model.patch_size, round((model.pos_embed.shape[1] - model.num_prefix_tokens) ** 0.5)
+    dims, exported = {0: torch.export.Dim("batch")}, model.eval()
+    sizes = [image_size or (3 * patch_size, 5 * patch_size)]
+    check_image_size(sizes[0], patch_size)
+    if image_size is None:
+        sizes += [(side * patch_size, n * patch_size) for n in (side, side + 2) if n * patch_size <= LARGEST_SIDE]
+        dims |= {i: patch_size * torch.export.Dim(name, min=1, max=LARGEST_SIDE // patch_size)
+                 for i, name in ((2, "rows"), (3, "columns"))}
+        exported = copy.copy(model)
+        exported.interpolate_pos_encoding = lambda grid: resized_positions(model, grid)
+    images = torch.zeros(2, 3, *sizes[0])  # 2: the exporter would fix a batch of 1
     with quiet():
-        program = torch.onnx.export(
-            model.eval(), (images,), dynamo=True, input_names=[INPUT], output_names=[OUTPUT], verbose=False,
-            dynamic_shapes=({0: torch.export.Dim("batch")},))
+        program = torch.onnx.export(exported, (images,), dynamo=True, input_names=[INPUT], output_names=[OUTPUT],
+                                    verbose=False, dynamic_shapes=(dims,))
     program.model.metadata_props.update(metadata or {})
     with whole_file(output) as temporary:
         program.save(temporary, external_data=False)
-        return compare(model, temporary, image_size)
+        differences = [compare(model, temporary, size) for size in sizes]
+        return None if None in differences else max(differences)
 
 
 @torch.inference_mode()

@@ -13,6 +13,7 @@ from selfpatch.checkpoints.files import CheckpointError, write_checkpoint
 from selfpatch.checkpoints.info import CheckpointInfo
 from selfpatch.data.normalisation import IMAGENET_MEAN, IMAGENET_STD
 from selfpatch.errors import printable
+from selfpatch.method.vision_transformer import vit_pico
 from selfpatch.whole_files import whole_folder
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
@@ -29,13 +30,17 @@ CITATION = """\
 
 
 def timm_arch(info: CheckpointInfo) -> str:
-    """Name timm's architecture; patch size and image size are arguments, see timm_arguments."""
-    return f"{info.arch}_patch16_224"
+    """Name timm's architecture; what else differs are arguments, see timm_arguments."""
+    return f"{'vit_tiny' if info.arch == 'vit_pico' else info.arch}_patch16_224"
 
 
 def timm_arguments(info: CheckpointInfo) -> dict:
     """Arguments of timm.create_model, beside the name, that reproduce this project's features."""
     arguments = {"num_classes": 0, "global_pool": ""}  # tokens [B, N, D] instead of a pooled vector
+    if info.arch == "vit_pico":  # which timm does not have
+        with torch.device("meta"):
+            network = vit_pico()
+        arguments |= {"embed_dim": network.embed_dim, "depth": len(network.blocks), "num_heads": network.num_heads}
     if not info.class_token:
         arguments["class_token"] = False
     if not info.final_norm:
@@ -143,8 +148,8 @@ def check_timm_folder(output: Path, source: Path, overwrite: bool) -> None:
     if not output.exists():
         return
     if not output.is_dir():
-        raise CheckpointError(f"{output} is a file, and --to timm without a suffix writes a folder: give another name, "
-                              "or one that ends in .pth or .safetensors")
+        raise CheckpointError(f"{output} is a file, and --to timm writes a folder of that name: give another name, or "
+                              "one that ends in .pth or .safetensors")
     if source.exists() and source.resolve().is_relative_to(output.resolve()):
         raise CheckpointError(f"{output} holds the input: give the output another name")
     names = sorted(os.listdir(output))

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, get_worker
 from selfpatch.data.augmentations import DeviceAugmentation, RandomCrops
 from selfpatch.data.dataset import TrainingImages
 from selfpatch.data.seeds import seeded
-from selfpatch.distributed.processes import Process
+from selfpatch.distributed.processes import Process, check_may_start
 from selfpatch.distributed.stopping import SIGNALS
 from selfpatch.errors import TrainingError
 
@@ -218,11 +218,13 @@ class CropLoader:
 
     Raises:
         TooManyBadImages: while iterating.
+        ConfigError: this process may not start workers.
         TrainingError: while iterating, if workers, or the reading of a file, hang, or workers are killed.
     """
 
     def __init__(self, dataset: TrainingImages, batch_size: int, num_workers: int = 0, process: Process = ALONE,
                  seed: int = 0, max_bad_images: float = 0.001, timeout: float = 600):
+        check_may_start(num_workers)
         self.dataset, self.batch_size, self.device = dataset, batch_size, process.device
         self.max_bad_images, self.bad_images, self.timeout = max_bad_images, set(), timeout
         self.wait = DataWait(self.device)

@@ -10,6 +10,7 @@ import torch
 from selfpatch.data.sources import KINDS
 from selfpatch.distributed.precision import choose_dtype
 from selfpatch.distributed.processes import (
+    check_may_start,
     get_rank,
     init_distributed_mode,
     is_distributed,
@@ -19,7 +20,7 @@ from selfpatch.distributed.processes import (
 )
 from selfpatch.errors import POSITIVE_INT, ConfigError, Number, OneOrSeveral, user_path
 from selfpatch.evaluation.image_features import IMAGE_FEATURES, PATCH_FEATURES
-from selfpatch.evaluation.model_options import Candidate, add_model_options, add_precision_option
+from selfpatch.evaluation.model_options import Candidate, add_device_options, add_model_options
 from selfpatch.evaluation.tables import format_table, write_json
 
 Column = dict[str, float | int]  # a backbone's figures by the names of the table's rows
@@ -80,8 +81,7 @@ def add_evaluation_options(parser: argparse.ArgumentParser, batch_size: int | No
                              help="images in a forward pass of one process")
     running.add_argument("--num_workers", type=Number(int, least=0), default=min(10, os.cpu_count() or 1),
                          help="processes that load images, for each GPU; 0 loads them in this one")
-    running.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps; auto is a GPU if there is one")
-    add_precision_option(running)
+    add_device_options(running)
     running.add_argument("--seed", type=Number(int, least=0), default=0, help="of random weights, crops and heads")
     running.add_argument("--dist_timeout", type=Number(float, above=0, below=1e6), default=30,
                          help="minutes to wait for other processes")
@@ -89,15 +89,18 @@ def add_evaluation_options(parser: argparse.ArgumentParser, batch_size: int | No
 
 # ---------------------------------------------------------------- the job
 
-def start(device: str, precision: str, dist_timeout: float) -> tuple[torch.device, torch.dtype]:
+def start(device: str, precision: str, dist_timeout: float, num_workers: int) -> tuple[torch.device, torch.dtype]:
     """Join the other processes, if there are any; this process's device and the dtype that backbones compute in.
 
     Args:
         dist_timeout: minutes to wait for the other processes.
+        num_workers: processes that will load images.
 
     Raises:
-        ConfigError: there is no such device, it lacks the precision, or the other processes do not join.
+        ConfigError: there is no such device, it lacks the precision, the other processes do not join, or this one may
+            not start workers.
     """
+    check_may_start(num_workers)
     found = init_distributed_mode(device, timeout=timedelta(minutes=dist_timeout)).device
     if found.type == "cpu":
         keep_freed_memory()

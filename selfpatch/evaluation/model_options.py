@@ -9,6 +9,7 @@ import torch
 
 from selfpatch.checkpoints.backbones import PREFIX, Backbone, check_layer
 from selfpatch.checkpoints.loading import CheckpointInfo, build_head, load_with_info
+from selfpatch.checkpoints.published import FORMS, download_first
 from selfpatch.distributed.precision import DTYPES
 from selfpatch.distributed.processes import is_main_process, together
 from selfpatch.errors import POSITIVE_INT, ConfigError
@@ -35,7 +36,7 @@ def add_model_options(parser: argparse.ArgumentParser, several: bool = False) ->
     """
     many = {"nargs": "+", "metavar": "FILE"} if several else {}
     parser.add_argument("--pretrained_weights", default=[] if several else "", type=os.path.expanduser, **many,
-                        help="checkpoint of any kind, or a run's folder" + ("; several give one table" * several))
+                        help=FORMS + ("; several give one table" * several))
     parser.add_argument("--checkpoint_key", default="teacher", help="network of a training run: teacher or student")
     parser.add_argument("--arch", type=arch_name, default=[] if several else None, **(many and {"nargs": "+"}),
                         help=f"{', '.join(ARCHS)}, or {PREFIX}NAME for a Vision Transformer of timm; default: the "
@@ -50,8 +51,9 @@ def add_model_options(parser: argparse.ArgumentParser, several: bool = False) ->
                              "any, is applied to each")
 
 
-def add_precision_option(parser: argparse.ArgumentParser, note: str = "") -> None:
-    """Add --precision, with a note on it in its help."""
+def add_device_options(parser: argparse.ArgumentParser, note: str = "") -> None:
+    """Add --device and --precision, with a note on the latter in its help."""
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps; auto is a GPU if there is one")
     parser.add_argument("--precision", default="fp32", choices=["auto", *DTYPES],
                         help="of the backbone; fp32 (or auto) on every device, as in the reference programs; bf16 is "
                              "faster on GPUs of compute capability 8.0 or more, and changes figures a little" + note)
@@ -89,7 +91,7 @@ def load_candidates(weights: list[str], archs: list[str] = (), key: str = "teach
     Every process calls it; the first one prints a line about each network.
 
     Args:
-        weights: files of checkpoints.
+        weights: of published.resolve_path.
         archs: one for all files, one for each, or none: the files' own.
         key: network of a training run: teacher or student.
         patch_size: None for the files' own.
@@ -119,6 +121,7 @@ def load_candidates(weights: list[str], archs: list[str] = (), key: str = "teach
             check_layer(candidate.model, layer)
         return found
 
+    download_first(weights)
     with contextlib.redirect_stdout(sys.stdout if is_main_process() else None):
         return together(load)
 

@@ -58,6 +58,8 @@ def build_networks(arch: str, patch_size: int = 16, out_dim: int = 65536, out_di
         norm_last_layer: freeze the gain of the student's prototypes; the teacher's is always frozen.
         options: of build_network.
     """
+    if arch not in ARCHS:
+        raise ConfigError(f"arch is {arch!r}: it must be one of {', '.join(ARCHS)}")
     dims = (out_dim, out_dim_selfpatch)
     student = build_network(ARCHS[arch](patch_size=patch_size, drop_path_rate=drop_path_rate), dims, norm_last_layer,
                             **options)

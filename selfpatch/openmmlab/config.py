@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from mmengine.config import Config, ConfigDict, DictAction
 
+from selfpatch.checkpoints.published import FORMS
 from selfpatch.distributed.processes import is_main_process
 from selfpatch.errors import ArgumentParser, ConfigError
 
@@ -33,7 +34,7 @@ def get_args_parser(job: str, description: str) -> ArgumentParser:
     parser.add_argument("config", type=os.path.expanduser, help="one of configs/*.py")
     if job == "train":
         parser.add_argument("--pretrained", type=os.path.expanduser, default="",
-                            help="any checkpoint, or the folder of a run, for the backbone")
+                            help=f"weights of the backbone: {FORMS}")
         parser.add_argument("--checkpoint_key", default="teacher", help="network of a training run: teacher or student")
         parser.add_argument("--random_weights", action="store_true", help="start from an untrained backbone")
         parser.add_argument("--amp", action="store_true", help="mixed precision, if there is a GPU")

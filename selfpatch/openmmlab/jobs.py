@@ -87,7 +87,7 @@ def load_pretrained(backbone: nn.Module, init_cfg: dict, prepare: Callable[[dict
 
     Args:
         backbone: changed in place.
-        init_cfg: type 'Pretrained'; checkpoint: any file, or the folder of a run; key: teacher or student.
+        init_cfg: type 'Pretrained'; checkpoint: see checkpoints.published.resolve_path; key: teacher or student.
         prepare: changes the state dict before it is loaded, e.g. resizes the position embedding.
 
     Raises:
@@ -157,6 +157,7 @@ def train(cfg: Config, pretrained: str | Path = "", checkpoint_key: str = "teach
     model_file = select_start(cfg, pretrained, random_weights, resume)
     if model_file:
         state, info = read_model(model_file, cfg)
+        model_file = cfg.load_from = str(info.path)
         if cfg.resume and "message_hub" not in read_checkpoint(model_file):
             raise CheckpointError(f"--resume: {model_file} has the model alone, without the state of its training: to "
                                   f"start from it, give --cfg-options load_from={model_file}")

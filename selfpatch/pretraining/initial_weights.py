@@ -27,7 +27,7 @@ def read_initial_weights(path: str, arch: str, patch_size: int) -> tuple[VisionT
     """Read the network of --init_weights and its metadata; rank 0 prints the loader's line about it.
 
     Args:
-        path: file, or a run's folder.
+        path: as in checkpoints.published.resolve_path.
         arch, patch_size: of the run.
 
     Raises:

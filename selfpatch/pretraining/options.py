@@ -4,8 +4,9 @@ import os
 import tempfile
 from pathlib import Path
 
-from selfpatch.checkpoints.loading import resolve_path
+from selfpatch.checkpoints.published import FORMS, is_remote, resolve_path
 from selfpatch.data.sources import KINDS, check_paths, image_suffix
+from selfpatch.distributed.processes import check_may_start
 from selfpatch.errors import POSITIVE_FLOAT, ArgumentParser, ConfigError, Number, OneOrSeveral, describe
 from selfpatch.method.vision_transformer import ARCHS, RECOMPUTED
 from selfpatch.pretraining.auto_options import COMPILE_WAYS
@@ -30,7 +31,7 @@ PROTOTYPES, INTERVAL = Number(int, 1, 10**8), Number(int, 0, 10**9)
 SHARE, NOT_NEGATIVE = Number(float, 0, 1), Number(float, 0)
 
 
-def get_args_parser() -> argparse.ArgumentParser:
+def get_args_parser() -> ArgumentParser:
     """The options of main_selfpatch.py, as a parent for a job's own parser."""
     parser = ArgumentParser("main_selfpatch", add_help=False)
     for add_options in (add_model_options, add_loss_options, add_optimisation_options, add_crop_options,
@@ -60,9 +61,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--drop_path_rate", default=0.1, type=Number(float, 0, below=1),
                        help="stochastic depth of the student's last block")
     group.add_argument("--init_weights", default="", type=os.path.expanduser, metavar="FILE",
-                       help="start from a checkpoint of any kind, or a run's folder: both backbones, and the heads of "
-                            "a SelfPatch run where they fit. Lower --lr, --epochs and --warmup_epochs then; see "
-                            "docs/POST_TRAINING.md. A run that is resumed does not use it")
+                       help=f"start from {FORMS}: both backbones, and the heads of a SelfPatch run where they fit. "
+                            "Lower --lr, --epochs and --warmup_epochs then; see docs/POST_TRAINING.md. A run that is "
+                            "resumed does not use it")
 
 
 def add_loss_options(parser: argparse.ArgumentParser) -> None:
@@ -217,6 +218,7 @@ def check_options(options: dict) -> None:
         ConfigError: the first such option, and what to give.
     """
     check_numbers(options)
+    check_may_start(options["num_workers"])
     check_paths(options["data_path"], suffixes=options["image_suffix"], column=options["image_column"])
     if options["knn_data"]:
         check_paths(options["knn_data"], "--knn_data")
@@ -227,16 +229,13 @@ def check_options(options: dict) -> None:
     check_trackers(chosen_trackers(options["log_with"], options["tensorboard"]), output)
     weights = options["init_weights"]
     # a run that continues does not use the file, which may be gone by then
-    require(not weights or RunFolder(output).has_run() or resolve_path(weights).exists(),
-            f"there is no file {weights}: give --init_weights a checkpoint, or a run's folder")
+    require(not weights or RunFolder(output).has_run() or is_remote(weights) or resolve_path(weights).exists(),
+            f"there is no file {weights}: give --init_weights {FORMS}")
 
 
 def check_numbers(options: dict) -> None:
     """The part of check_options that looks at no file; the bounds, too, since options may be made by hand."""
-    for action in get_args_parser()._actions:
-        if isinstance(action.type, Number):
-            value = options[action.dest]
-            require(value in action.type, f"--{action.dest} is {value}: it must be {action.type}")
+    get_args_parser().check(options)
     for name in ("warmup_epochs", "warmup_teacher_temp_epochs"):
         require(options[name] <= options["epochs"], f"--{name} is {options[name]}, longer than the run of --epochs "
                                                     f"{options['epochs']}: shorten it")

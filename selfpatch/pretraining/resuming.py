@@ -23,6 +23,7 @@ from selfpatch.pretraining.run_folder import RunFolder
 # Changing any of these makes it a different run; "batch" is the images of a step, "data" the images themselves,
 # "data_sizes" those of their files, where the data say them.
 # With a different network or optimizer the checkpoint does not fit at all.
+NETWORK = ("arch", "patch_size", "out_dim", "out_dim_selfpatch", "head_hidden_dim", "use_bn_in_head")
 FIXED = ("k_num", "norm_last_layer", "patch_loss_weight", "global_crops_scale", "global_crops_size",
          "local_crops_number", "local_crops_scale", "local_crops_size", "seed", "batch", "data", "data_sizes")
 # these say where files are and how the work is done, not what is computed
@@ -89,13 +90,14 @@ def compare_with_checkpoint(ours: dict, theirs: dict, allowed: list[str], path: 
     """Lines about what has changed since the checkpoint was written.
 
     Raises:
-        ConfigError: a change makes it a different run, and allowed does not name the option.
+        ConfigError: a change makes it a different run, and allowed does not name the option, or its network another.
     """
     changed = differences(ours, theirs)
-    if refused := [name for name in changed if name in FIXED and name not in allowed]:
+    if refused := [name for name in changed if name in NETWORK or name in FIXED and name not in allowed]:
         what = ", ".join(f"{option(name)} {changed[name][0]} (there {changed[name][1]})" for name in refused)
-        raise ConfigError(f"{path} is of another run: {what}; give its values, choose another --output_dir, or "
-                          f"continue all the same with --allow_changed {' '.join(refused)}")
+        anyway = "" if set(NETWORK) & set(refused) else (
+            f", or continue all the same with --allow_changed {' '.join(refused)}")
+        raise ConfigError(f"{path} is of another run: {what}; give its values, choose another --output_dir{anyway}")
     return [f"changed since the checkpoint: {option(name)} {new} (was {old})" for name, (new, old) in changed.items()]
 
 

@@ -1,5 +1,6 @@
 """Send a run's values to TensorBoard, Weights & Biases and trackio, each imported only where it is used."""
 import importlib
+import re
 import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -103,7 +104,9 @@ def start_service(name: str, output: Path, options: dict, resumed: bool):
     module, path = importlib.import_module(name), output / "tracker_id.txt"
     if not (resumed and path.is_file()):
         path.write_text(uuid.uuid4().hex[:8] + "\n")
-    run_id = path.read_text().strip()
+    run_id = path.read_bytes().strip().decode(errors="replace")
+    if not re.fullmatch(r"[0-9a-zA-Z_-]{1,64}", run_id):
+        raise ConfigError(f"{path} holds no name of a run: remove it, and the run gets new curves")
     # trackio knows runs by name alone
     own = {"id": run_id, "dir": str(output)} if name == "wandb" else {}
     module.init(project="selfpatch", name=f"{output.resolve().name}-{run_id}", config=options, resume="allow", **own)

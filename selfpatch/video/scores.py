@@ -8,6 +8,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from selfpatch.distributed.processes import check_may_start
 from selfpatch.errors import ConfigError
 from selfpatch.video.davis import (
     VOID,
@@ -198,6 +199,7 @@ def score_folder(davis_path: str | Path, results_path: str | Path, set_name: str
         check_name(name)
     folders = [(Path(davis_path) / "Annotations" / "480p" / n, Path(results_path) / n) for n in names]
     processes = min(processes, len(names))
+    check_may_start(processes, "--processes", 1)
     if processes == 1:
         outcomes = [attempt_score(pair) for pair in folders]
     else:

@@ -34,7 +34,7 @@ def fit_patches(image: Image.Image, short_side: int, patch_size: int) -> Image.I
         raise ConfigError(f"--image_size {short_side} is under 3 patches of {patch_size}: give {3 * patch_size} or "
                           "more")
     if max(image.size) > 16 * min(image.size):
-        raise ConfigError(f"the image is {image.width}×{image.height}: with one side more than 16 times the other it "
+        raise ConfigError(f"it is {image.width}×{image.height}: with one side more than 16 times the other it "
                           "has too many patches, crop it")
     scale = short_side / min(image.size)
     image = image.resize([round(side * scale) for side in image.size], Image.Resampling.BICUBIC)

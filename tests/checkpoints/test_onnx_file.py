@@ -35,11 +35,11 @@ def test_the_job_writes_the_features_of_the_network(tmp_path, capsys):
     torch.save(source.state_dict(), tmp_path / "input.pth")
     main(get_args_parser().parse_args([str(tmp_path / "input.pth"), str(tmp_path / "vit.onnx"), "--to", "onnx"]))
     out = capsys.readouterr().out
-    assert "images [batch, 3, 224, 224], features differ by at most" in out
+    assert "images [batch, 3, rows·32, columns·32], features differ by at most" in out
     assert f"load it with: onnxruntime.InferenceSession('{tmp_path}/vit.onnx')" in out
     assert sorted(os.listdir(tmp_path)) == ["input.pth", "vit.onnx"]
-    for batch in (1, 3):
-        x = torch.randn(batch, 3, 224, 224)
+    for size in ((1, 3, 224, 224), (3, 3, 96, 352)):
+        x = torch.randn(size)
         torch.testing.assert_close(features(tmp_path / "vit.onnx", x), source(x), rtol=1e-4, atol=1e-4)
     with pytest.raises(CheckpointError, match="exists already"):
         convert_file(tmp_path / "input.pth", tmp_path / "vit.onnx", "onnx")
@@ -48,13 +48,35 @@ def test_the_job_writes_the_features_of_the_network(tmp_path, capsys):
 @needs_onnx
 @torch.no_grad()
 @pytest.mark.parametrize("kwargs", [{}, {"class_token": True, "final_norm": True}], ids=["SelfPatch", "DINO"])
-def test_other_sizes_resize_the_position_embedding_as_the_network_does(tmp_path, kwargs):
+def test_a_fixed_size_resizes_the_position_embedding_as_the_network_does(tmp_path, kwargs):
     source = small(**kwargs)
     assert write_onnx(source, tmp_path / "vit.onnx", (48, 80), {"arch": "small"}) < 1e-4
     x = torch.randn(2, 3, 48, 80)
     torch.testing.assert_close(features(tmp_path / "vit.onnx", x), source(x), rtol=1e-4, atol=1e-4)
     import onnx
     assert {entry.key: entry.value for entry in onnx.load(tmp_path / "vit.onnx").metadata_props}["arch"] == "small"
+
+
+@pytest.mark.parametrize("grid", [(4, 4), (4, 5), (3, 4), (1, 1), (30, 52)])
+@pytest.mark.parametrize("class_token", [False, True])
+@torch.no_grad()
+def test_positions_in_the_graph_are_the_networks(grid, class_token):
+    source = small(class_token=class_token)
+    ours, theirs = onnx_file.resized_positions(source, grid), source.interpolate_pos_encoding(grid)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    assert torch.equal(ours, theirs) or grid != (4, 4)
+
+
+@needs_onnx
+@torch.no_grad()
+def test_one_file_takes_any_size(tmp_path):
+    source = small(class_token=True, final_norm=True)
+    assert write_onnx(source, tmp_path / "vit.onnx") < 1e-4
+    for size in ((1, 64, 64), (2, 16, 16), (1, 480, 832), (3, 64, 16)):
+        x = torch.randn(size[0], 3, *size[1:])
+        torch.testing.assert_close(features(tmp_path / "vit.onnx", x), source(x), rtol=1e-4, atol=1e-4)
+    assert source.interpolate_pos_encoding((4, 4)).data_ptr() == source.pos_embed[
+        :, source.num_prefix_tokens:].data_ptr()  # the network itself is what it was
 
 
 @needs_onnx

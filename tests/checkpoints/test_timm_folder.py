@@ -18,8 +18,9 @@ from convert_checkpoint import convert_file, get_args_parser, main
 from selfpatch.checkpoints import timm_folder
 from selfpatch.checkpoints.files import CheckpointError
 from selfpatch.checkpoints.info import CheckpointInfo
+from selfpatch.checkpoints.loading import load_backbone
 from selfpatch.checkpoints.timm_folder import CARD, CONFIG, WEIGHTS, card_options, model_card
-from selfpatch.method.vision_transformer import vit_small, vit_tiny
+from selfpatch.method.vision_transformer import vit_pico, vit_small, vit_tiny
 from selfpatch.whole_files import WriteError
 
 needs_local_dir = pytest.mark.skipif("local-dir" not in Path(_factory.__file__).read_text(),
@@ -59,15 +60,16 @@ def assert_same_features(name, source):
 
 @needs_local_dir
 @pytest.mark.parametrize("make", [vit_tiny, lambda: vit_tiny(patch_size=8, img_size=96),
-                                  lambda: vit_tiny(class_token=True, final_norm=True)],
-                         ids=["SelfPatch", "patch 8, 96 pixels", "DINO"])
+                                  lambda: vit_tiny(class_token=True, final_norm=True), vit_pico],
+                         ids=["SelfPatch", "patch 8, 96 pixels", "DINO", "vit_pico"])
 def test_local_dir_gives_the_same_features(tmp_path, capsys, make):
     source = save_run(tmp_path / "run.pth", make())
-    main(get_args_parser().parse_args([str(tmp_path / "run.pth"), str(tmp_path / "vit"), "--to", "timm"]))
+    main(get_args_parser().parse_args([str(tmp_path / "run.pth"), str(tmp_path / "vit-s.v0.1"), "--to", "timm"]))
     line = capsys.readouterr().out.strip().splitlines()[-1]
-    assert line == f"load it with: timm.create_model('local-dir:{tmp_path}/vit', pretrained=True)"
-    assert sorted(os.listdir(tmp_path / "vit")) == sorted([CARD, CONFIG, WEIGHTS])
-    assert_same_features(f"local-dir:{tmp_path}/vit", source)
+    assert line == f"load it with: timm.create_model('local-dir:{tmp_path}/vit-s.v0.1', pretrained=True)"
+    assert sorted(os.listdir(tmp_path / "vit-s.v0.1")) == sorted([CARD, CONFIG, WEIGHTS])
+    assert_same_features(f"local-dir:{tmp_path}/vit-s.v0.1", source)
+    assert torch.equal(load_backbone(tmp_path / "vit-s.v0.1").pos_embed, source.pos_embed)
 
 
 @needs_local_dir

@@ -1,5 +1,6 @@
 """What must not become a figure: features that are not finite, files that cannot be read, names that clash."""
 import argparse
+import multiprocessing
 import shutil
 
 import numpy as np
@@ -147,3 +148,16 @@ def test_options(image_folder, tmp_path, capsys, job, words, says):
     assert run_job(job, *data, "--random_weights", "--arch", "vit_tiny", *words) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and says in err
+
+
+@pytest.mark.parametrize("job", [discover_objects, eval_dense_retrieval, eval_knn, eval_linear,
+                                 eval_linear_segmentation], ids=lambda job: job.__name__)
+def test_in_a_notebook_and_in_a_daemonic_process(monkeypatch, job):
+    data = ["--data_path"] if job in (eval_knn, eval_linear) else ["--data"]
+    args = job.get_args_parser().parse_args([*data, "none", "--num_workers", "2", "--device", "cpu"])
+    monkeypatch.setitem(multiprocessing.current_process()._config, "daemon", True)
+    with pytest.raises(ConfigError, match="--num_workers 2: this process is daemonic.* give --num_workers 0"):
+        job.main(args)
+    args.seed = None
+    with pytest.raises(ConfigError, match="--seed is None: it must be of type int, at least 0"):
+        job.main(args)

@@ -8,7 +8,7 @@ import torch
 
 from selfpatch.errors import ConfigError
 from selfpatch.evaluation.common import add_evaluation_options
-from selfpatch.evaluation.model_options import add_model_options, add_precision_option, load_candidates, row_names
+from selfpatch.evaluation.model_options import add_device_options, add_model_options, load_candidates, row_names
 from selfpatch.evaluation.tables import check_output, format_table, write_json
 from selfpatch.method.selfpatch_head import MultiCropWrapper, SelfPatchHead
 from selfpatch.method.vision_transformer import DINOHead, vit_small, vit_tiny
@@ -116,7 +116,7 @@ def test_tables():
         "         top-1", "a         1.00", "longer  100.00"]
 
 
-@pytest.mark.parametrize("add", [add_evaluation_options, add_precision_option])
+@pytest.mark.parametrize("add", [add_evaluation_options, add_device_options])
 def test_evaluations_are_in_float32_by_default(add):
     parser = argparse.ArgumentParser()
     add(parser)

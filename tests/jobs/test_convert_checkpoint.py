@@ -18,7 +18,7 @@ from convert_checkpoint import convert, convert_file, get_args_parser, loading_c
 from selfpatch.checkpoints.files import CheckpointError, read_checkpoint
 from selfpatch.checkpoints.loading import build_head, load_backbone, read_backbone
 from selfpatch.method.selfpatch_head import SelfPatchHead
-from selfpatch.method.vision_transformer import vit_small, vit_tiny
+from selfpatch.method.vision_transformer import vit_pico, vit_small, vit_tiny
 from selfpatch.whole_files import WriteError
 
 
@@ -61,13 +61,15 @@ def test_backbone(tmp_path, source, run_file, name, capsys):
 
 @pytest.mark.parametrize("make", [
     lambda: (vit_tiny(), ".pth"), lambda: (vit_tiny(patch_size=8, img_size=96), ".safetensors"),
-    lambda: (vit_tiny(class_token=True, final_norm=True), ".pth")], ids=["SelfPatch", "patch 8, 96 pixels", "DINO"])
+    lambda: (vit_tiny(class_token=True, final_norm=True), ".pth"), lambda: (vit_pico(), ".pth"),
+    lambda: (vit_pico(num_heads=4), ".safetensors")],
+    ids=["SelfPatch", "patch 8, 96 pixels", "DINO", "vit_pico", "vit_pico of 4 heads"])
 @torch.no_grad()
 def test_timm_gives_the_same_features(tmp_path, capsys, make):
     source, suffix = make()
     set_weights(source, 0).eval()
     torch.save(source.state_dict(), tmp_path / "input.pth")
-    run(tmp_path / "input.pth", tmp_path / f"timm{suffix}", "--to", "timm")
+    run(tmp_path / "input.pth", tmp_path / f"timm{suffix}", "--to", "timm", "--num_heads", source.num_heads)
     line = capsys.readouterr().out.strip().splitlines()[-1].removeprefix("load it with: ")
     model = evaluate(line, timm=timm)
     side = int(source.pos_embed.shape[1] ** 0.5) * source.patch_size

@@ -1,4 +1,5 @@
 """The options: published names and defaults, what auto means on which device, and what is refused."""
+import multiprocessing
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ import demo
 import main_selfpatch
 import run_with_submitit
 from main_selfpatch import get_args_parser, train_dino
+from selfpatch.data.dataset import build_dataset
+from selfpatch.data.loader import CropLoader
 from selfpatch.errors import ConfigError, run_main, user_path
 from selfpatch.method.fused_loss import FusedDINOLoss
 from selfpatch.method.losses import DINOLoss
@@ -138,7 +141,7 @@ def test_precision_by_device(monkeypatch, device, has_bf16, words, dtype):
     (["--port", "65536"], "--port: it is 65536, and must be at most 65535"),
     (["--drop_path_rate", "1"], "argument --drop_path_rate: it is 1.0, and must be "),
     (["--optimizer", "sgd", "--output_dir", "{resumed}"], "another kind of optimizer, one with betas"),
-    (["--out_dim", "63", "--output_dir", "{resumed}"], "does not fit this run's options")])
+    (["--out_dim", "63", "--output_dir", "{resumed}"], "another run: --out_dim 63 (there 64)")])
 def test_bad_input_is_one_line_and_status_2(image_folder, two_epochs, tmp_path, capsys, monkeypatch, words, says):
     (tmp_path / "empty").mkdir()
     (tmp_path / "hollow" / "class").mkdir(parents=True)
@@ -158,13 +161,35 @@ def test_bad_input_is_one_line_and_status_2(image_folder, two_epochs, tmp_path, 
 @pytest.mark.parametrize("name, value, says", [
     ("seed", -1, "--seed is -1: it must be at least 0 and at most 9223372036854775807"), ("k_num", 9, "--k_num is 9"),
     ("lr", float("nan"), "--lr is nan"), ("layer_decay", 0.0, "--layer_decay is 0.0: it must be above 0 and at most 1"),
-    ("local_crops_size", 40, "not a multiple of --patch_size 16")])
+    ("local_crops_size", 40, "not a multiple of --patch_size 16"),
+    ("arch", "nope", "--arch is 'nope': it must be one of vit_pico, vit_tiny"), ("arch", None, "--arch is None: it"),
+    ("epochs", "3", "--epochs is '3': it must be of type int, at least 1"), ("epochs", 3.0, "--epochs is 3.0: it"),
+    ("seed", None, "--seed is None: it must be of type int"), ("seed", True, "--seed is True: it must be no bool"),
+    ("norm_last_layer", "true", "--norm_last_layer is 'true': it must be True or False"),
+    ("output_dir", None, "--output_dir is None: it must be text"), ("log_with", ["mine"], "--log_with is 'mine': it"),
+    ("global_crops_scale", ("0.2", 1), "--global_crops_scale is '0.2': it must be a number"),
+    ("global_crops_scale", 0.5, "--global_crops_scale is 0.5: it must be 2 values"),
+    ("global_crops_scale", (0.5,), "--global_crops_scale is .0.5,.: it must be 2 values")])
 def test_a_namespace_made_by_hand_is_checked_too(image_folder, tmp_path, name, value, says):
     args = options("--data_path", image_folder, "--output_dir", tmp_path)
     setattr(args, name, value)
     with pytest.raises(ConfigError, match=says):
         main_selfpatch.train_dino(args)
+    delattr(args, name)
+    with pytest.raises(ConfigError, match=f"the options lack {name}: take them from get_args_parser"):
+        main_selfpatch.train_dino(args)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_daemonic_process_may_not_start_workers(image_folder, tmp_path, monkeypatch):
+    """Such as those of multiprocessing.Pool, in a sweep."""
+    monkeypatch.setitem(multiprocessing.current_process()._config, "daemon", True)
+    args = options("--data_path", image_folder, "--output_dir", tmp_path / "out", "--num_workers", 2)
+    with pytest.raises(ConfigError, match="--num_workers 2: this process is daemonic.* give --num_workers 0"):
+        main_selfpatch.train_dino(args)
+    with pytest.raises(ConfigError, match="--num_workers 1: this process is daemonic"):
+        CropLoader(build_dataset(image_folder), 2, num_workers=1)
+    assert not (tmp_path / "out").exists() and len(CropLoader(build_dataset(image_folder), 2)) == 6
 
 
 def make_obstacle(path, kind):

@@ -37,6 +37,16 @@ def test_another_run_is_refused_unless_allowed(words, tmp_path, change, says):
     assert load(tmp_path / "checkpoint.pth")["epoch"] == 2
 
 
+def test_another_network_is_refused_before_its_weights_are_compared(two_epochs, image_folder, tmp_path):
+    shutil.copy(two_epochs / "checkpoint0000.pth", tmp_path / "checkpoint.pth")
+    given = ["--arch", "vit_small", "--head_hidden_dim", 64, "--seed", 1, "--allow_changed", "seed"]
+    with pytest.raises(ConfigError) as error:
+        train_dino(options("--epochs", 2, "--data_path", image_folder, "--output_dir", tmp_path, *given))
+    assert str(error.value) == (
+        f"{tmp_path}/checkpoint.pth is of another run: --arch vit_small (there vit_tiny), --head_hidden_dim 64 (there "
+        "2048); give its values, choose another --output_dir")
+
+
 def test_other_images_are_another_run(words, image_folder, tmp_path):
     shutil.copytree(image_folder, tmp_path / "moved")
     words[words.index("--data_path") + 1] = tmp_path / "moved"

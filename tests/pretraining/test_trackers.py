@@ -70,6 +70,15 @@ def test_a_service_that_fails_does_not_end_the_run(tmp_path, monkeypatch, capsys
         Trackers(["wandb"], tmp_path)
 
 
+@pytest.mark.parametrize("damage", [b"", b"\xff\xfe\0", b"../../etc\n", b"a b", b"x" * 65])
+def test_a_damaged_id_is_one_line(tmp_path, monkeypatch, damage):
+    monkeypatch.setitem(sys.modules, "wandb", Service("wandb"))
+    (tmp_path / "tracker_id.txt").write_bytes(damage)
+    with pytest.raises(ConfigError, match="tracker_id.txt holds no name of a run: remove it, and the run gets new"):
+        Trackers(["wandb"], tmp_path, step=1)
+    Trackers(["wandb"], tmp_path)  # a new run writes its own
+
+
 def test_tensorboard_is_a_short_form(tmp_path):
     assert chosen_trackers([], True) == ["tensorboard"]
     assert chosen_trackers(["trackio", "tensorboard"], True) == ["trackio", "tensorboard"]

@@ -11,10 +11,12 @@ from networks import save_selfpatch_run
 from PIL import Image
 
 import visualize
+from selfpatch.errors import ConfigError
 from selfpatch.method.selfpatch_head import SelfPatchHead, positive_matching
 from selfpatch.method.vision_transformer import vit_tiny
 from selfpatch.visualization import features as pictures
 from selfpatch.visualization.features import head_attention, self_attention
+from selfpatch.visualization.inputs import to_tensor
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +151,7 @@ def test_positives_job_draws_what_matching_picks(tmp_path, run_file, photo, caps
     assert (image.size, patch_size, patches) == ((96, 64), 16, [(0, 0), (2, 5)])
     backbone = visualize.load(argparse.Namespace(pretrained_weights=run_file, checkpoint_key="teacher", arch=None,
                                                  patch_size=None, random_weights=False))[0]
-    expected = positive_matching(backbone(visualize.to_tensor(image)), (4, 6), 2)[0]  # k_num 2 is the run's own
+    expected = positive_matching(backbone(to_tensor(image)), (4, 6), 2)[0]  # k_num 2 is the run's own
     assert chosen == [[divmod(i, 6) for i in expected[index].tolist()] for index in (0, 17)]
     out = capsys.readouterr().out
     assert f"patch 2,5: {chosen[1][0][0]},{chosen[1][0][1]} (" in out and "epoch 7" in out
@@ -173,6 +175,30 @@ def test_attention_job(tmp_path, run_file, dino_file, photo, capsys):
     assert all((a != b).any() for i, a in enumerate(pictures) for b in pictures[:i])
 
 
+@pytest.mark.parametrize("precision, within", [("fp32", 0), ("bf16", 0.1)])
+def test_device_and_precision(tmp_path, run_file, photo, monkeypatch, precision, within):
+    """Attention and features are those of the precision; what is drawn of them is float32 on the CPU."""
+    drawn = []
+    monkeypatch.setattr(pictures, "attention_panels", lambda _, x, *__: drawn.append(x) or Image.new("L", (1, 1)))
+    monkeypatch.setattr(pictures, "component_colours", lambda x, *_, **__: (drawn.append(x.numpy()) or [], x[:, 0] > 0))
+    monkeypatch.setattr(pictures, "component_panels", lambda *_: Image.new("L", (1, 1)))
+    for given in ("fp32", precision):
+        for command in ("attention", "pca"):
+            run(command, "--pretrained_weights", run_file, "--image_path", photo, "--image_size", 64, "--overwrite",
+                "--output", tmp_path / "x.png", "--device", "cpu", "--precision", given)
+    for exact, rounded in zip(drawn[:2], drawn[2:], strict=True):
+        assert rounded.dtype == np.float32
+        assert 0 < abs(exact - rounded).max() < within * abs(exact).max() or precision == "fp32" and (
+            exact == rounded).all()
+
+
+def test_the_long_one_of_several_images_is_named(tmp_path, run_file, photo):
+    Image.new("RGB", (600, 20)).save(tmp_path / "panorama.png")
+    with pytest.raises(ConfigError, match="panorama.png: it is 600×20: with one side more than 16 times the other"):
+        run("pca", "--pretrained_weights", run_file, "--image_path", photo, tmp_path / "panorama.png", photo,
+            "--output", tmp_path / "pca.png")
+
+
 @pytest.mark.parametrize("change, expected", [
     ({"--pretrained_weights": ""}, "random network: give a checkpoint, or --random_weights"),
     ({"--arch": "vit_base"}, "error: arch vit_base contradicts"),
@@ -180,6 +206,8 @@ def test_attention_job(tmp_path, run_file, dino_file, photo, capsys):
     ({"--checkpoint_key": "student"}, "no network 'student': it has teacher"),
     ({"--image_path": "none.jpg"}, "cannot read the image none.jpg (No such file"),
     ({"--image_path": __file__}, "not an image"),
+    ({"--device": "gpu"}, "--device gpu: there is no such device"),
+    ({"--precision": "half"}, "argument --precision: invalid choice: 'half'"),
     ({"--image_size": "40"}, "--image_size 40 is under 3 patches of 16: give 48 or more"),
     ({"--patches": "4,0"}, "--patches 4,0 is outside the image, whose patches are 0,0 to 3,5"),
     ({"--output": "picture.jpg"}, "a name that ends in .png"),
