@@ -199,9 +199,9 @@ def open_pair(places: Places, train_transform: Callable | None = None,
                with_classes(pair[1], options[1], transform, places.labels_option))
         check_apart(train, val)
     elif share is None or places.val_labels:
-        raise ConfigError(f"{option} {pair[0].images.source} has no train/ and val/ in it: give --train_path and "
-                          "--val_path, or --val_share 0.1 to test a share of it" if option == "--data_path" else
-                          f"{option} {pair[0].images.source} has no train/ and val/ in it")
+        advice = ": give --train_path and --val_path, or --val_share 0.1 to test a share of it"
+        raise ConfigError(f"{option} {pair[0].images.source} has no train/ and val/ in it"
+                          + advice * (option == "--data_path"))
     else:
         every = with_classes(pair[0], option, transform)
         train, val = hold_out(every, share, "--val_share" if places.val_share is not None else option)
