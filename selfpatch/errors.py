@@ -10,6 +10,7 @@ import errno
 import importlib.util
 import io
 import math
+import multiprocessing
 import numbers
 import os
 import signal
@@ -213,6 +214,13 @@ def require_packages(user: str, *packages: str) -> None:
     if missing := [package for package in packages if not is_installed(package)]:
         raise ConfigError(f"{user} needs the package{'s' * (len(missing) > 1)} {' and '.join(missing)}: pip install "
                           f"{' '.join(missing)}")
+
+
+def check_may_start(count: int, option: str = "--num_workers", most: int = 0) -> None:
+    """Raise ConfigError if this process is to start more than `most` others and is daemonic, which may start none."""
+    if count > most and multiprocessing.current_process().daemon:
+        raise ConfigError(f"{option} {count}: this process is daemonic, as those of multiprocessing.Pool are, and may "
+                          f"not start others: give {option} {most}")
 
 
 def describe(path: Path) -> str:

@@ -21,9 +21,9 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, get_worker
 from selfpatch.data.augmentations import DeviceAugmentation, RandomCrops
 from selfpatch.data.dataset import TrainingImages
 from selfpatch.data.seeds import seeded
-from selfpatch.distributed.processes import Process, check_may_start
+from selfpatch.distributed.processes import Process
 from selfpatch.distributed.stopping import SIGNALS
-from selfpatch.errors import TrainingError
+from selfpatch.errors import TrainingError, check_may_start
 
 MAX_RESTARTS = 3  # of workers, in an epoch
 ALONE = Process()  # on the CPU

@@ -1,7 +1,6 @@
 """Processes and devices: this process's rank among those the launcher started, and its device."""
 import ctypes
 import math
-import multiprocessing
 import os
 import re
 import subprocess
@@ -248,13 +247,6 @@ def pick_device(name: str = "auto", local_rank: int = 0) -> torch.device:
     if name not in ("mps", "cpu"):
         raise ConfigError(f"--device {name}: there is no such device: use auto, cuda, cuda:1, cpu or mps")
     return torch.device(name)
-
-
-def check_may_start(count: int, option: str = "--num_workers", most: int = 0) -> None:
-    """Raise ConfigError if this process is to start more than `most` others and is daemonic, which may start none."""
-    if count > most and multiprocessing.current_process().daemon:
-        raise ConfigError(f"{option} {count}: this process is daemonic, as those of multiprocessing.Pool are, and may "
-                          f"not start others: give {option} {most}")
 
 
 def is_distributed() -> bool:

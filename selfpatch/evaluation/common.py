@@ -10,7 +10,6 @@ import torch
 from selfpatch.data.sources import KINDS, add_source_options
 from selfpatch.distributed.precision import choose_dtype
 from selfpatch.distributed.processes import (
-    check_may_start,
     get_rank,
     init_distributed_mode,
     is_distributed,
@@ -18,7 +17,7 @@ from selfpatch.distributed.processes import (
     keep_freed_memory,
     leave_processes,
 )
-from selfpatch.errors import POSITIVE_INT, ConfigError, Number, OneOrSeveral, user_path
+from selfpatch.errors import POSITIVE_INT, ConfigError, Number, OneOrSeveral, check_may_start, user_path
 from selfpatch.evaluation.image_features import IMAGE_FEATURES, PATCH_FEATURES
 from selfpatch.evaluation.model_options import Candidate, add_device_options, add_model_options
 from selfpatch.evaluation.tables import format_table, write_json

@@ -6,8 +6,15 @@ from pathlib import Path
 
 from selfpatch.checkpoints.published import FORMS, is_remote, resolve_path
 from selfpatch.data.sources import KINDS, add_source_options, check_paths
-from selfpatch.distributed.processes import check_may_start
-from selfpatch.errors import POSITIVE_FLOAT, ArgumentParser, ConfigError, Number, OneOrSeveral, describe
+from selfpatch.errors import (
+    POSITIVE_FLOAT,
+    ArgumentParser,
+    ConfigError,
+    Number,
+    OneOrSeveral,
+    check_may_start,
+    describe,
+)
 from selfpatch.method.vision_transformer import ARCHS, RECOMPUTED
 from selfpatch.pretraining.auto_options import COMPILE_WAYS
 from selfpatch.pretraining.logs import check_log

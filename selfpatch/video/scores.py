@@ -8,8 +8,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from selfpatch.distributed.processes import check_may_start
-from selfpatch.errors import ConfigError
+from selfpatch.errors import ConfigError, check_may_start
 from selfpatch.video.davis import (
     VOID,
     DataError,
