@@ -122,8 +122,8 @@ def pretraining(scenes: Path, output: Path, epochs: int, seed: int) -> list[str]
              "--batch_size_per_gpu", 32, "--lr", 0.008, "--momentum_teacher", 0.99, "--weight_decay_end", 0.1,
              "--drop_path_rate", 0, "--use_bn_in_head", "true", "--head_hidden_dim", 256, "--out_dim", PROTOTYPES,
              "--out_dim_selfpatch", PROTOTYPES, "--global_crops_size", 64, "--global_crops_scale", 0.25, 1,
-             "--local_crops_size", 40, "--local_crops_scale", 0.1, 0.3, "--local_crops_number", 2, "--num_workers", 1,
-             "--saveckp_freq", 0]
+             "--local_crops_size", 40, "--local_crops_scale", 0.1, 0.3, "--local_crops_number", 2,
+             "--patch_loss_weight", 0.03, "--num_workers", 1, "--saveckp_freq", 0]
     return [str(word) for word in words]
 
 

@@ -114,7 +114,8 @@ def main(args: argparse.Namespace) -> None:
     get_args_parser().check(vars(args))
     check_output(args.output, args.overwrite)
     device, dtype = start(args.device, args.precision, args.dist_timeout, args.num_workers)
-    places = Places(args.data_path, args.train_path, args.val_path, args.val_share, args.val_labels)
+    places = Places(args.data_path, args.train_path, args.val_path, args.val_share, args.val_labels,
+                    suffixes=args.image_suffix, column=args.image_column)
     train, val = together(lambda: open_pair(places, train_transform(args.image_size), eval_transform(args.image_size)))
     candidates = load_candidates(args.pretrained_weights, args.arch, args.checkpoint_key, args.patch_size, args.layer,
                                  args.seed if args.random_weights else None, with_heads=args.feature != "mean")

@@ -26,10 +26,9 @@ from selfpatch.data.files import UnreadableImage, decoder_note
 from selfpatch.data.loader import CropLoader
 from selfpatch.data.sources import open_images, prepare
 from selfpatch.distributed.collectives import sync_batchnorms
-from selfpatch.distributed.precision import describe_precision
+from selfpatch.distributed.precision import allow_tf32, describe_precision
 from selfpatch.distributed.processes import (
     Process,
-    allow_tf32,
     init_distributed_mode,
     is_distributed,
     is_lost_contact,

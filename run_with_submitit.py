@@ -15,7 +15,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P leaves it out
 import main_selfpatch
 from selfpatch.data.sources import absolute, as_list
-from selfpatch.errors import ArgumentParser, require, run_main
+from selfpatch.errors import ArgumentParser, require_packages, run_main
 
 
 def get_args() -> argparse.Namespace:
@@ -68,7 +68,7 @@ class Trainer:
 
 def main() -> None:
     args = get_args()
-    require("run_with_submitit.py", "submitit")
+    require_packages("run_with_submitit.py", "submitit")
     import submitit
 
     main_selfpatch.check_options(vars(args))

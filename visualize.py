@@ -33,7 +33,15 @@ from selfpatch.checkpoints.files import CheckpointError
 from selfpatch.checkpoints.loading import CheckpointInfo, build_head, load_with_info
 from selfpatch.distributed.precision import autocast, choose_dtype
 from selfpatch.distributed.processes import pick_device
-from selfpatch.errors import POSITIVE_FLOAT, POSITIVE_INT, ArgumentParser, ConfigError, Number, require, run_main
+from selfpatch.errors import (
+    POSITIVE_FLOAT,
+    POSITIVE_INT,
+    ArgumentParser,
+    ConfigError,
+    Number,
+    require_packages,
+    run_main,
+)
 from selfpatch.evaluation.model_options import add_device_options, add_model_options
 from selfpatch.evaluation.tables import check_output, tell_apart
 from selfpatch.method.selfpatch_head import SelfPatchHead, neighbour_similarity, positive_matching
@@ -231,7 +239,7 @@ def draw_overlay(args: argparse.Namespace) -> None:
 
 
 def draw_scores(args: argparse.Namespace) -> None:
-    require("visualize.py scores", "matplotlib")
+    require_packages("visualize.py scores", "matplotlib")
     labels, output = result_labels(args), check_png(args.output, args.overwrite)
     scores = [score_folder(args.davis_path, folder, args.set, args.processes) for folder in args.results]
     annotations = first_annotations(args.davis_path, scores[0])
@@ -246,7 +254,7 @@ def draw_scores(args: argparse.Namespace) -> None:
 
 
 def draw_curves(args: argparse.Namespace) -> None:
-    require("visualize.py curves", "matplotlib")
+    require_packages("visualize.py curves", "matplotlib")
     output = check_png(args.output, args.overwrite)
     if len(args.runs) > curves.NUM_COLOURS:
         raise ConfigError(f"{len(args.runs)} runs: give at most {curves.NUM_COLOURS}, or their colours repeat")

@@ -15,7 +15,6 @@ CPU times are process times with --threads threads, which other programs affect 
 import argparse
 import statistics
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -23,6 +22,8 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from data import time_of
 
 from selfpatch.data.normalisation import normalise
 from selfpatch.distributed.processes import keep_freed_memory, pick_device
@@ -47,25 +48,12 @@ class MadeImages(Dataset):
         return self.image, index % 10, ""
 
 
-def seconds_of(function, device: torch.device) -> float:
-    """CPU seconds that function takes, or wall-clock seconds until a GPU has finished it."""
-    if device.type != "cuda":
-        start = time.process_time()
-        function()
-        return time.process_time() - start
-    torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    function()
-    torch.cuda.synchronize(device)
-    return time.perf_counter() - start
-
-
 def in_turn(ways: dict, rounds: int, device: torch.device) -> dict[str, float]:
     """Median seconds of each way; they alternate, so that other load affects both. One round first is not counted."""
     times = {name: [] for name in ways}
     for turn in range(rounds + 1):
         for name, function in ways.items():
-            seconds = seconds_of(function, device)
+            seconds = time_of(function, device)
             if turn:
                 times[name].append(seconds)
     return {name: statistics.median(values) for name, values in times.items()}
@@ -107,7 +95,7 @@ def measure_extraction(args: argparse.Namespace, device: torch.device) -> dict[s
         images = open_labelled(args.data_path, "--data_path")
         images = images.subset(list(range(min(args.images, len(images)))))
         jpegs = share_loader(images, args.batch_size, args.workers, device.type == "cuda")
-        seconds = seconds_of(lambda: extract(feature, jpegs, feature.dim, device), device)
+        seconds = time_of(lambda: extract(feature, jpegs, feature.dim, device), device)
         rates["from_files_images_per_second"] = len(images) / seconds
     return rates
 

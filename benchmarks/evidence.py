@@ -23,7 +23,7 @@ from evidence_tables import Figures, all_tables, differences
 from main_selfpatch import build_run
 from selfpatch.checkpoints.files import write_checkpoint
 from selfpatch.distributed.processes import Process
-from selfpatch.errors import ArgumentParser, ConfigError, RunStopped, require, run_main, user_path
+from selfpatch.errors import ArgumentParser, ConfigError, RunStopped, require_packages, run_main, user_path
 from selfpatch.evaluation.tables import write_json
 from selfpatch.pretraining.options import check_numbers
 from selfpatch.pretraining.options import get_args_parser as pretraining_parser
@@ -188,7 +188,7 @@ def check_options(args: argparse.Namespace) -> None:
     for folder in filter(None, folders):
         if not folder.is_dir():
             raise ConfigError(f"{folder} is no folder: --data_path has train and val in it, --davis_path ImageSets")
-    require("evidence.py", "matplotlib")
+    require_packages("evidence.py", "matplotlib")
 
 
 def main(args: argparse.Namespace, others: list[str]) -> None:

@@ -209,7 +209,7 @@ def is_installed(package: str) -> bool:
     return specification is not None and specification.origin is not None
 
 
-def require(user: str, *packages: str) -> None:
+def require_packages(user: str, *packages: str) -> None:
     """Raise ConfigError, with the command that installs what is missing, unless all packages are installed."""
     if missing := [package for package in packages if not is_installed(package)]:
         raise ConfigError(f"{user} needs the package{'s' * (len(missing) > 1)} {' and '.join(missing)}: pip install "

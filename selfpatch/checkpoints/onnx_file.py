@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from selfpatch.checkpoints.files import CheckpointError
-from selfpatch.errors import ConfigError, is_installed, require
+from selfpatch.errors import ConfigError, is_installed, require_packages
 from selfpatch.method.vision_transformer import VisionTransformer
 from selfpatch.whole_files import whole_file
 
@@ -26,7 +26,7 @@ INPUT, OUTPUT = "images", "patches"
 
 def check_packages() -> None:
     """Raise ConfigError if torch.onnx lacks a package."""
-    require("--to onnx", "onnx", "onnxscript")
+    require_packages("--to onnx", "onnx", "onnxscript")
 
 
 def check_image_size(image_size: tuple[int, int], patch_size: int) -> None:

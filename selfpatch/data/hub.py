@@ -16,7 +16,7 @@ import torch
 
 from selfpatch.data.files import UnreadableImage, read_bytes
 from selfpatch.data.names import NamedImages, common_top, in_order, number_classes
-from selfpatch.errors import ConfigError, require
+from selfpatch.errors import ConfigError, require_packages
 
 SYNTAX = "hf:NAME, hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT, where NAME may be a folder"
 
@@ -71,7 +71,7 @@ def parts_of(path: str) -> tuple[str, str, str]:
     Raises:
         ConfigError: there is no name, or the package is not installed.
     """
-    require(path, "datasets")
+    require_packages(path, "datasets")
     text = os.path.expanduser(path.removeprefix("hf:"))
     name, *rest = [text] if os.path.exists(text) else text.split(":")
     if not name or len(rest) > 2:

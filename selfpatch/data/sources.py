@@ -35,6 +35,15 @@ KINDS = ("a folder of images, a text file of their paths, .zip or .tar archives,
 MOST_SHARDS = 10**6
 
 
+def add_source_options(group: argparse._ActionsContainer) -> None:
+    """Add --image_suffix and --image_column, see open_images."""
+    group.add_argument("--image_suffix", default=[], type=image_suffix, nargs="+", metavar="SUFFIX",
+                       help="where photographs and masks are together: take the images alone whose names go on so "
+                            "after the first dot, .jpg of 0001.jpg and 0001.seg.png; for folders, lists and archives")
+    group.add_argument("--image_column", default="", metavar="NAME",
+                       help="of a Hugging Face data set; default: the first column of images")
+
+
 def open_images(paths: str | Path | list[str], option: str = "--data_path", suffixes: Sequence[str] = (),
                 column: str = "") -> NamedImages:
     """The images that a path stands for, or several archives together.

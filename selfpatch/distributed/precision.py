@@ -54,3 +54,8 @@ def describe_precision(device: torch.device, dtype: torch.dtype, head_dim: int =
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     """torch.autocast on the device; disabled for float32."""
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+def allow_tf32(allowed: bool) -> None:
+    """Whether float32 products and convolutions on a GPU may round their inputs to 10 bits of mantissa."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed

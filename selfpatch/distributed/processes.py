@@ -14,6 +14,7 @@ from typing import NamedTuple, TypeVar
 import torch
 import torch.distributed as dist
 
+from selfpatch.distributed.precision import allow_tf32
 from selfpatch.errors import ConfigError, TrainingError, program_name
 
 T = TypeVar("T")
@@ -246,11 +247,6 @@ def pick_device(name: str = "auto", local_rank: int = 0) -> torch.device:
     if name not in ("mps", "cpu"):
         raise ConfigError(f"--device {name}: there is no such device: use auto, cuda, cuda:1, cpu or mps")
     return torch.device(name)
-
-
-def allow_tf32(allowed: bool) -> None:
-    """Whether float32 products and convolutions on a GPU may round their inputs to 10 bits of mantissa."""
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
 
 
 def is_distributed() -> bool:

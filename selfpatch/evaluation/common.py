@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import torch
 
-from selfpatch.data.sources import KINDS
+from selfpatch.data.sources import KINDS, add_source_options
 from selfpatch.distributed.precision import choose_dtype
 from selfpatch.distributed.processes import (
     get_rank,
@@ -29,8 +29,7 @@ Result = TypeVar("Result")
 # ---------------------------------------------------------------- options
 
 def add_image_options(parser: argparse.ArgumentParser, use: str) -> None:
-    """Add --data_path, --train_path, --val_path, --val_share, --val_labels and --image_size;
-    see labelled_images.Places.
+    """Add --image_size, and the options of labelled_images.Places.
 
     Args:
         use: what the training images are for, in words.
@@ -46,6 +45,7 @@ def add_image_options(parser: argparse.ArgumentParser, use: str) -> None:
                       help="the classes of test images that lie in one folder: a line \"name label\" for each, or a "
                            "label for each in the order of their names; labels are training class folders, or their "
                            "numbers from 0")
+    add_source_options(data)
     data.add_argument("--image_size", type=Number(int, least=16), default=224,
                       help="side of the images; rounded to whole patches")
 

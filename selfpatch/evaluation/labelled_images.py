@@ -157,6 +157,7 @@ class Places(NamedTuple):
     val_labels: file of the test images' classes, see read_labels.
     option: that gives data, for messages.
     undivided_share: val_share where data turns out to be one set; None refuses such data.
+    suffixes, column: see sources.open_images.
     """
     data: Paths | None = None
     train: Paths | None = None
@@ -165,6 +166,11 @@ class Places(NamedTuple):
     val_labels: str | Path | None = None
     option: str = "--data_path"
     undivided_share: float | None = None
+    suffixes: Sequence[str] = ()
+    column: str = ""
+
+    def open(self, paths: Paths, option: str = "") -> NamedImages:
+        return open_reported(paths, option or self.option, self.suffixes, self.column)
 
     @property
     def labels_option(self) -> str:
@@ -188,9 +194,9 @@ def open_pair(places: Places, train_transform: Callable | None = None,
         raise ConfigError(f"{places.labels_option} {places.val_labels}: there is no regular file of that name")
     if not data:
         options = "--train_path", "--val_path"
-        pair = [NamedPart(open_reported(*one)) for one in zip((places.train, places.val), options, strict=True)]
+        pair = [NamedPart(places.open(*one)) for one in zip((places.train, places.val), options, strict=True)]
     else:
-        pair = find_parts(data, option) if places.val_share is None else [NamedPart(open_reported(data, option))]
+        pair = find_parts(places) if places.val_share is None else [NamedPart(places.open(data))]
         options = option, option
     share = places.undivided_share if places.val_share is None else places.val_share
     if len(pair) == 2:
@@ -210,15 +216,15 @@ def open_pair(places: Places, train_transform: Callable | None = None,
     return train, val
 
 
-def find_parts(data: Paths, option: str) -> list[NamedPart]:
-    """Training and test images of data, or all images where it is not divided."""
-    first, *more = as_list(data)
+def find_parts(places: Places) -> list[NamedPart]:
+    """Training and test images of places.data, or all images where it is not divided."""
+    first, *more = as_list(places.data)
     name = os.path.expanduser(first.removeprefix("hf:"))
     if first.startswith("hf:") and (":" not in name or os.path.exists(name)):  # without a split
-        return [NamedPart(open_reported(f"{first}:{split}", option)) for split in HUB_SPLITS]
+        return [NamedPart(places.open(f"{first}:{split}")) for split in HUB_SPLITS]
     if not more and all(os.path.isdir(os.path.join(first, part)) for part in PARTS):
-        return [NamedPart(open_reported(os.path.join(first, part), option)) for part in PARTS]
-    images = open_reported(data, option)
+        return [NamedPart(places.open(os.path.join(first, part))) for part in PARTS]
+    images = places.open(places.data)
     divided = set(map(class_folder, images.names)) >= set(PARTS)
     return [NamedPart(images, f"{part}/") for part in PARTS] if divided else [NamedPart(images)]
 

@@ -9,7 +9,7 @@ import io
 import os
 import tarfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -24,11 +24,12 @@ from selfpatch.data.sources import open_images
 from selfpatch.errors import ConfigError, warn
 
 
-def open_reported(paths: str | Path | list[str], option: str) -> NamedImages:
-    """sources.open_images, with a line about what looks like images and is left out."""
-    images = open_images(paths, option)
-    if summary := images.unread_summary():
-        warn(f"{option} {images.source}: {summary}")
+def open_reported(paths: str | Path | list[str], option: str, suffixes: Sequence[str] = (),
+                  column: str = "") -> NamedImages:
+    """sources.open_images, with lines about what is left out and which column is read."""
+    images = open_images(paths, option, suffixes, column)
+    for note in images.notes():
+        warn(f"{option} {images.source}: {note}")
     return images
 
 

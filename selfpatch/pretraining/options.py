@@ -5,7 +5,7 @@ import tempfile
 from pathlib import Path
 
 from selfpatch.checkpoints.published import FORMS, is_remote, resolve_path
-from selfpatch.data.sources import KINDS, check_paths, image_suffix
+from selfpatch.data.sources import KINDS, add_source_options, check_paths
 from selfpatch.errors import (
     POSITIVE_FLOAT,
     ArgumentParser,
@@ -159,11 +159,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("run")
     group.add_argument("--data_path", default="/path/to/imagenet/train", type=os.path.expanduser, nargs="+",
                        action=OneOrSeveral, help="the images: " + KINDS + "; see docs/DATA.md")
-    group.add_argument("--image_suffix", default=[], type=image_suffix, nargs="+", metavar="SUFFIX",
-                       help="where photographs and masks are together: take the images alone whose names go on so "
-                            "after the first dot, .jpg of 0001.jpg and 0001.seg.png; for folders, lists and archives")
-    group.add_argument("--image_column", default="", metavar="NAME",
-                       help="of a Hugging Face data set; default: the first column of images")
+    add_source_options(group)
     group.add_argument("--output_dir", default=".", type=os.path.expanduser,
                        help="where checkpoints and log.txt are written, and where a run is resumed from")
     group.add_argument("--saveckp_freq", default=10, type=INTERVAL,

@@ -5,7 +5,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from selfpatch.errors import ConfigError, require
+from selfpatch.errors import ConfigError, require_packages
 
 TRACKERS = ("tensorboard", "wandb", "trackio")
 
@@ -22,7 +22,7 @@ def check_trackers(names: list[str], output: Path) -> None:
         raise ConfigError(f"{curves} is not a folder, so --log_with tensorboard cannot use it: remove it, or choose "
                           "another --output_dir")
     for name in names:
-        require(f"--log_with {name}", name)
+        require_packages(f"--log_with {name}", name)
 
 
 class Trackers:

@@ -8,7 +8,7 @@ import timm
 import torch
 import torchvision
 from golden_rules import set_weights
-from layout_files import assert_is, empty_like, half_state, saved, timm_network, under
+from layout_files import assert_is, saved, timm_network, under
 from repository import ROOT
 
 from selfpatch.checkpoints.files import CheckpointError
@@ -21,16 +21,6 @@ IMAGE = torch.randn(1, 3, 48, 48, generator=torch.Generator().manual_seed(0))
 @pytest.fixture(scope="module")
 def network():
     return timm_network()
-
-
-@pytest.fixture(scope="module")
-def sd():
-    return half_state()
-
-
-@pytest.fixture(scope="module")
-def other(sd):
-    return empty_like(sd)
 
 
 def renamed(state, pattern, replacement):

@@ -2,23 +2,12 @@
 import numpy as np
 import pytest
 import torch
-from layout_files import assert_is, empty_like, half_state, saved, under
+from layout_files import assert_is, saved, under
 
 from selfpatch.checkpoints.files import CheckpointError
 from selfpatch.checkpoints.layouts import LayoutError
 from selfpatch.checkpoints.loading import read_backbone
 from selfpatch.checkpoints.networks import collect_tensors, list_networks
-
-
-@pytest.fixture(scope="module")
-def sd():
-    return half_state()
-
-
-@pytest.fixture(scope="module")
-def other(sd):
-    return empty_like(sd)
-
 
 PAIRS = [  # how the file is made from teacher t and student s, its kind, the prefixes of t and s
     ("MoCo v3", lambda t, s: {"state_dict": under("module.momentum_encoder.", t) | under("module.base_encoder.", s)},

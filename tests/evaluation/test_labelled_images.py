@@ -76,6 +76,15 @@ def test_a_share_of_an_archive(colours, tmp_path):
     assert torch.equal(found[1][2][0], expected[1][2][0])
 
 
+def test_photographs_beside_their_masks(colours, expected, tmp_path, capsys):
+    data = shutil.copytree(colours, tmp_path / "colours")
+    for image in list(data.rglob("*.jpg")):
+        shutil.copy(image, image.with_name(f"{image.stem}.seg.jpg"))
+    found = features_of(tmp_path, "features", "--data_path", data, "--image_suffix", ".jpg")
+    assert all(map(torch.equal, found, expected))
+    assert "12" in capsys.readouterr().err  # of each part, a line counts the masks
+
+
 # ---------------------------------------------------------------- files of labels
 
 
