@@ -176,17 +176,19 @@ class DINOLoss(nn.Module):
 
     @torch.no_grad()
     def start_moving(self, batch_means: Sequence[list[torch.Tensor]]) -> Callable[[], None]:
-        means = [torch.stack(means).mean(0) for means in zip(*batch_means, strict=True)]
-        sums = torch.cat([mean.flatten() for mean in means])  # over all ranks, once the exchange is over
-        exchange = dist.all_reduce(sums, async_op=True) if get_world_size() > 1 else None
+        means, exchange = [torch.stack(means).mean(0) for means in zip(*batch_means, strict=True)], None
+        if get_world_size() > 1:
+            sums = torch.cat([mean.flatten() for mean in means])
+            exchange = dist.all_reduce(sums, async_op=True)
+            means = sums.split([mean.numel() for mean in means])  # views
 
         @torch.no_grad()
         def finish() -> None:
             if exchange:
                 exchange.wait()
-            parts = (sums / get_world_size()).split([mean.numel() for mean in means])
+                sums.div_(get_world_size())
             # without a patch loss there are no patch means, and the patch centre stays as it is
-            for center, part in zip((self.center, self.patch_center), parts, strict=False):
-                center.lerp_(part.view_as(center), 1 - self.center_momentum)
+            for center, mean in zip((self.center, self.patch_center), means, strict=False):
+                center.lerp_(mean.view_as(center), 1 - self.center_momentum)
 
         return finish

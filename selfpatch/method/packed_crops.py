@@ -255,17 +255,22 @@ def packed_positives(x: torch.Tensor, layout: Layout, k_num: int) -> torch.Tenso
 
 def neighbour_rows(layout: Layout, device: torch.device) -> torch.Tensor:
     """Rows of each token's 8 neighbours, [T, 8], in the order of neighbours."""
-    start, parts = 0, []
+    start, parts, cells = 0, [], window_cells(device)
     for (images, tokens), grid in zip(layout.shapes, layout.grids, strict=True):
         first = start + tokens * torch.arange(images, device=device)[:, None, None]
-        parts.append((first + neighbours(grid, device)).flatten(0, 1))
+        parts.append((first + neighbours(grid, cells)).flatten(0, 1))
         start += images * tokens
     return torch.cat(parts)
 
 
-def neighbours(grid: tuple[int, int], device: torch.device) -> torch.Tensor:
+def window_cells(device: torch.device) -> torch.Tensor:
+    """The cells of a 3×3 window but its middle, which is the patch itself: 0 to 3 and 5 to 8."""
+    cell = torch.arange(8, device=device)
+    return cell + (cell >= 4)
+
+
+def neighbours(grid: tuple[int, int], cells: torch.Tensor) -> torch.Tensor:
     """Indices of each patch's 8 neighbours on a torus, [N, 8], in neighbour_similarity's order."""
-    (rows, columns), cell = grid, torch.arange(8, device=device)
-    cell = cell + (cell >= 4)  # 0 … 8 in the 3×3 window; cell 4 is the patch itself
-    patch = torch.arange(rows * columns, device=device)[:, None]
-    return (patch // columns + cell // 3 - 1) % rows * columns + (patch % columns + cell % 3 - 1) % columns
+    rows, columns = grid
+    patch = torch.arange(rows * columns, device=cells.device)[:, None]
+    return (patch // columns + cells // 3 - 1) % rows * columns + (patch % columns + cells % 3 - 1) % columns

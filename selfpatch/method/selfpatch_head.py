@@ -21,6 +21,7 @@ from selfpatch.method.packed_crops import (
     packed_features,
     packed_summaries,
     packed_targets,
+    window_cells,
 )
 from selfpatch.method.vision_transformer import CropLogits, Logits, VisionTransformer, init_weights
 
@@ -47,7 +48,7 @@ def neighbour_similarity(x: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor
 def positive_matching(x: torch.Tensor, grid: tuple[int, int], k_num: int) -> torch.Tensor:
     """Indices [B, N, k_num] of the neighbours most similar to each patch, best first (SelfPatch, Sec. 3)."""
     _, best = neighbour_similarity(x, grid).topk(k_num, dim=-1)
-    return neighbours(grid, x.device).expand(len(x), -1, -1).gather(2, best)
+    return neighbours(grid, window_cells(x.device)).expand(len(x), -1, -1).gather(2, best)
 
 
 def patch_rows(index: torch.Tensor) -> torch.Tensor:
