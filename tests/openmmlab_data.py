@@ -1,13 +1,16 @@
 """Helpers of the tests of detection/ and segmentation/: check for packages, tiny datasets, running scripts."""
 import json
 import os
+import runpy
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
+from repository import ROOT
 
 
 def skip_without_packages() -> None:
@@ -71,3 +74,20 @@ def start(*words, **environment) -> str:
         env=inherited | {"CUDA_VISIBLE_DEVICES": ""} | {k: str(v) for k, v in environment.items()})
     assert result.returncode == 0, result.stderr + result.stdout
     return result.stdout + result.stderr
+
+
+def script_error(capsys: pytest.CaptureFixture, script: str, *options) -> str:
+    """Run a script in this process with options that it must refuse; return its only line on stderr.
+
+    Args:
+        script: path relative to the repository's root.
+    """
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(sys, "argv", [script, *map(str, options)])
+        patch.setattr(sys, "path", list(sys.path))
+        patch.setenv("LOCAL_RANK", "0")  # --launcher sets it
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.endswith("\n") and error.count("\n") == 1, error
+    assert error.startswith(f"{Path(script).name}: error: ")
+    return error

@@ -25,7 +25,7 @@ def test_features_from_a_checkpoint():
     assert namespace["features"].shape == (2, 24, 192)
 
 
-@pytest.mark.parametrize("loss", ["FusedDINOLoss", "DINOLoss"])
+@pytest.mark.parametrize("loss", ["FusedDINOLoss", pytest.param("DINOLoss", marks=pytest.mark.long)])
 def test_two_steps_in_a_notebook(image_folder, capsys, loss):
     code = example("docs/LIBRARY.md", "Train in a notebook").replace("FusedDINOLoss(", f"{loss}(")
     assert "/path/to/images" in code

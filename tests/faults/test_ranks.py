@@ -31,6 +31,7 @@ def test_a_rank_with_other_options_is_named(image_folder, words, tmp_path, optio
     assert not (tmp_path / "run" / "checkpoint.pth").exists()
 
 
+@pytest.mark.long
 def test_a_stopped_rank_is_named_and_is_back(words, tmp_path):
     job = Job(tmp_path, *words, "--epochs", 400, ranks=2, NOTICE_AFTER="3")
     job.wait_for("step 3/6")

@@ -52,8 +52,8 @@ def test_a_second_ctrl_c_ends_at_once(long_options, tmp_path):
     assert job.wait(20) == 130 and "interrupted twice" in job.errors()[-1]
 
 
-@pytest.mark.parametrize("number", [
-    signal.SIGKILL, *(pytest.param(number, marks=pytest.mark.long) for number in (signal.SIGTERM, signal.SIGUSR1))])
+@pytest.mark.long
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1])
 def test_two_ranks_whose_launcher_ends(long_options, tmp_path, number):
     """torchrun passes SIGTERM on; when it is killed, or ended by SIGUSR1, its ranks notice."""
     words = [*long_options, "--epochs", 5, "--num_workers", 1]

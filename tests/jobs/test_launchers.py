@@ -168,6 +168,7 @@ def test_srun(image_folder, tmp_path):
     check_run(tmp_path, 2, "".join(stdout for _, stdout, _ in outputs))
 
 
+@pytest.mark.long
 def test_submitit_job_runs(image_folder, tmp_path, another):
     """run_with_submitit.py, with submitit's own local executor in Slurm's place."""
     pytest.importorskip("submitit", reason="submitit is optional: pip install submitit")

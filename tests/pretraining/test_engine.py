@@ -93,7 +93,7 @@ def test_checkpointed_activations_give_the_same_gradients(part, times):
     assert len(runs) == times  # two resolutions, each forward and maybe again in the backward pass
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["by size", "packed"])
+@pytest.mark.parametrize("packed", [pytest.param(False, marks=pytest.mark.long), True], ids=["by size", "packed"])
 def test_graphs_have_no_breaks(packed):
     """torch.compile takes the networks and the losses whole, and what it has traced computes the same."""
     def prepare(*parts):
