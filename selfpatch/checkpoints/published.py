@@ -143,7 +143,7 @@ def recorded_heads(path: Path) -> dict[str, str]:
         return {}
     try:
         content = json.loads(config.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise CheckpointError(f"{config} cannot be read ({error}): download or copy it again") from None
     content = content if isinstance(content, dict) else {}
     options = content.get("model_args")

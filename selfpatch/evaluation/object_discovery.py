@@ -254,7 +254,7 @@ def voc_boxes(tree: Tree, path: str, odd: list[str]) -> np.ndarray:
         raise ConfigError(f"cannot read the boxes {tree.place}/{path}: there is no such file")
     try:
         found = list(ElementTree.fromstring(content).iterfind("object/bndbox"))
-    except (ElementTree.ParseError, ValueError) as error:  # ValueError: of another encoding
+    except (ElementTree.ParseError, ValueError, LookupError) as error:  # the last two: of another encoding, or of none
         raise ConfigError(f"{tree.place}/{path} is not VOC's annotation of an image ({error})") from None
     boxes = []
     for one in found:
@@ -278,7 +278,7 @@ def _coco(place: str) -> list[BoxImage]:
         names = unique_names(files)
     except OSError as error:
         raise ConfigError(f"--data coco: cannot read {file} ({error.strerror})") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(f"--data coco: {file} has no instances in COCO's format ({error!r})") from None
     different = Counter(number for number, _ in set(zip(numbers, files, strict=True)))
     if repeated := [number for number, count in different.items() if count > 1]:

@@ -22,6 +22,7 @@ from selfpatch.data.files import UnreadableImage, is_image_name, open_image, wal
 from selfpatch.data.names import NamedImages, in_order
 from selfpatch.data.sources import open_images
 from selfpatch.errors import ConfigError, warn
+from selfpatch.whole_files import regular
 
 
 def open_reported(paths: str | Path | list[str], option: str, suffixes: Sequence[str] = (),
@@ -59,7 +60,8 @@ class Item(NamedTuple):
             UnreadableImage: there is none.
         """
         try:
-            with Image.open(str(self) if type(self.images) is NamedImages else io.BytesIO(self.read())) as image:
+            file = regular(str(self)) if type(self.images) is NamedImages else io.BytesIO(self.read())
+            with Image.open(file) as image:
                 return image.size
         except Exception:
             open_image(str(self), self.read())  # says what is wrong

@@ -152,7 +152,8 @@ def test_photographs_and_masks_of_one_name(image_folder, tmp_path, form):
 
 def test_options_for_other_kinds_of_data(image_folder, capsys):
     for words, message in (({"suffixes": [".jpg"], "paths": "f.py:x"}, "--image_suffix .jpg: is for folders, lists"),
-                           ({"column": "mask", "paths": image_folder}, "--image_column mask: is for hf:NAME only")):
+                           ({"column": "mask", "paths": image_folder}, "--image_column mask: is for hf:NAME only"),
+                           ({"paths": []}, "--data_path: give a folder of images, a text file")):
         with pytest.raises(ConfigError, match=message):
             open_images(**words)
     parse = get_args_parser().parse_args
