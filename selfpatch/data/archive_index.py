@@ -33,8 +33,12 @@ class Index(NamedTuple):
     unread: Counter
 
 
-def make_index(path: str) -> Index:
-    """Where each image of an archive is; of several members with one name the last counts, as when it is unpacked."""
+def make_index(path: str, is_wanted: Callable[[str], bool] = is_image_name) -> Index:
+    """Where each image of an archive is; of several members with one name the last counts, as when it is unpacked.
+
+    Args:
+        is_wanted: whether a name is that of an image, or of what else is looked for.
+    """
     rows, names, places, unread, links = {}, [], array("q"), Counter(), {}
     members = tar_members if is_tar(path) else zip_members
     for name, place in Progress(f"indexing {path}")(members(path)):
@@ -45,7 +49,7 @@ def make_index(path: str) -> Index:
         if any(is_hidden(part) for part in name.split("/") if part != ".."):
             continue
         suffix = os.path.splitext(name)[1].lower()
-        if not is_image_name(name):
+        if not is_wanted(name):
             unread.update([suffix] * (suffix in OTHER_IMAGE_SUFFIXES or suffix in ARCHIVE_SUFFIXES))
         elif name in rows:
             places[5 * rows[name]:5 * rows[name] + 5] = array("q", place)
