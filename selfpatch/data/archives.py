@@ -24,7 +24,7 @@ from selfpatch.data.names import NamedImages, common_top, in_order, number_class
 from selfpatch.errors import ConfigError
 from selfpatch.whole_files import WriteError, regular, whole_file
 
-INDEX_VERSION, INDEX_SUFFIX = 2, ".index.npz"
+INDEX_VERSION, INDEX_SUFFIX = 3, ".index.npz"
 COMPRESSED_TARS = (".tgz", ".tbz", ".tbz2", ".txz", ".tzst", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
 # by method: from the bytes stored and the size that the directory gives; no more than one byte above it is unpacked
 UNPACK = {zipfile.ZIP_STORED: lambda data, _: data,
