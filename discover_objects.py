@@ -25,6 +25,7 @@ from tqdm import tqdm
 from selfpatch.checkpoints.backbones import image_statistics
 from selfpatch.data.files import load_rgb
 from selfpatch.data.normalisation import normalise
+from selfpatch.data.sources import add_source_options
 from selfpatch.distributed.processes import gather_objects, get_rank, get_world_size, is_main_process, together
 from selfpatch.errors import POSITIVE_FLOAT, ArgumentParser, ConfigError, Number, run_main, user_path
 from selfpatch.evaluation.common import (
@@ -190,6 +191,7 @@ def check_pictures(folder: Path | None, overwrite: bool, data: str = "") -> None
 def get_args_parser() -> ArgumentParser:
     parser = ArgumentParser(description="Object discovery with LOST and TokenCut")
     parser.add_argument("--data", required=True, help=HELP)
+    add_source_options(parser)
     parser.add_argument("--method", nargs="+", choices=list(METHODS), default=list(METHODS), help="default: both")
     add_patch_feature(parser, "keys")
     parser.add_argument("--tau", type=Number(float, above=-1, below=1), default=TAU,
@@ -207,7 +209,7 @@ def main(args: argparse.Namespace) -> None:
     check_output(args.output, args.overwrite)
     device, dtype = start(args.device, args.precision, args.dist_timeout, args.num_workers)
     together(lambda: check_pictures(args.pictures, args.overwrite, args.data))
-    images = together(lambda: find_box_data(args.data))
+    images = together(lambda: find_box_data(args.data, args.image_suffix, args.image_column))
     candidates = load_candidates(args.pretrained_weights, args.arch, args.checkpoint_key, args.patch_size, args.layer,
                                  args.seed if args.random_weights else None)
     names, outcomes = [one.name for one in candidates], {}

@@ -218,7 +218,7 @@ def main(args: argparse.Namespace) -> None:
     get_args_parser().check(vars(args))
     check_output(args.output, args.overwrite)
     device, dtype = start(args.device, args.precision, args.dist_timeout, args.num_workers)
-    data = together(lambda: find_segmentation_data(args.data, args.num_classes))
+    data = together(lambda: find_segmentation_data(args.data, args.num_classes, args.image_suffix, args.image_column))
     if args.memory_size < args.passes * len(data.train):
         raise ConfigError(f"--memory_size {args.memory_size} is less than one patch of each of {len(data.train)} "
                           f"images in --passes {args.passes}: give {args.passes * len(data.train)} or more")

@@ -225,7 +225,7 @@ def main(args: argparse.Namespace) -> None:
     if (args.warmup or 0) > args.iterations:
         raise ConfigError(f"--warmup {args.warmup} is more than --iterations {args.iterations}: give at most that")
     device, dtype = start(args.device, args.precision, args.dist_timeout, args.num_workers)
-    data = together(lambda: find_segmentation_data(args.data, args.num_classes))
+    data = together(lambda: find_segmentation_data(args.data, args.num_classes, args.image_suffix, args.image_column))
     if args.batch_size % get_world_size():
         raise ConfigError(f"--batch_size {args.batch_size} cannot be shared by {get_world_size()} processes: give a "
                           "multiple")

@@ -40,10 +40,11 @@ class ArchiveImages(NamedImages):
     Images of one name follow each other in the order of the archives' names, in whatever order these are given.
 
     Args:
-        suffixes: take images whose names end so alone, see files.long_suffix.
+        suffixes: take images whose names end so alone, see files.split_name.
+        beside: keep images beside class folders too.
     """
 
-    def __init__(self, paths: list[str], suffixes: Sequence[str] = ()):
+    def __init__(self, paths: list[str], suffixes: Sequence[str] = (), beside: bool = False):
         self.paths = sorted(paths, key=lambda path: (os.path.basename(path), path))
         indices = [open_index(path) for path in self.paths]
         names = [name for index in indices for name in index.names]
@@ -57,13 +58,14 @@ class ArchiveImages(NamedImages):
         self.top = common_top(names)
         names = [name[len(self.top):] for name in names]
         order = in_order(names)
-        if nested := [i for i in order if "/" in names[i]]:  # as in a folder, where images beside folders are left out
-            order, left_out = nested, len(order) - len(nested)
+        if not beside:  # left out as in a folder, if there are others
+            order = [i for i in order if "/" in names[i]] or order
+        left_out = len(names) - len(order)
         names = [names[i] for i in order]
         super().__init__(self.paths[0] if len(paths) == 1 else f"{self.paths[0]} and {len(paths) - 1} more", names,
                          *number_classes(names))
         self.places, self.archives = torch.from_numpy(places[order]), torch.from_numpy(archives[order]).to(torch.int32)
-        self.unread, self.outside = unread, left_out if nested else 0
+        self.unread, self.outside = unread, left_out
         self.suffixes = suffixes or self.suffixes
 
     def location(self, index: int) -> str:

@@ -104,30 +104,23 @@ def is_image_name(path: str | Path) -> bool:
 
 
 def split_name(path: str) -> tuple[str, str]:
-    """A path up to the first dot of the file's name, and what follows, in lower case: a/0000 and .seg.png.
-
-    Numbers between dots count to the first: a/2012.0001 and .seg.png of a/2012.0001.seg.png.
-    """
+    """A path up to the first dot of its name, numbers aside, and what follows: a/1.2 and .seg.png of a/1.2.seg.PNG."""
     folder, name = os.path.split(path)
     first, *parts = name.split(".")
-    stem = ".".join([first, *(part for part in parts if part.isdecimal())])
-    return os.path.join(folder, stem), "".join(f".{part.lower()}" for part in parts if not part.isdecimal())
-
-
-def long_suffix(path: str) -> str:
-    """The second part of split_name: .seg.png of 0000.seg.png."""
-    return split_name(path)[1]
+    words = [part.lower() for part in parts if not part.isdecimal()]
+    return os.path.join(folder, ".".join([first, *filter(str.isdecimal, parts)])), ".".join(["", *words])
 
 
 def is_chosen(path: str, suffixes: Sequence[str] = ()) -> bool:
     """Whether a file is an image to read, with one of the long suffixes if any are given."""
-    return is_image_name(path) and (not suffixes or long_suffix(path) in suffixes)
+    return is_image_name(path) and (not suffixes or split_name(path)[1] in suffixes)
 
 
 def unread_formats(paths: Sequence[str], suffixes: Sequence[str] = ()) -> Counter:
     """How many of the files look like images and are not read, by suffix: for their format, or not being chosen."""
     found = Counter(suffix for path in paths if (suffix := os.path.splitext(path)[1].lower()) in OTHER_IMAGE_SUFFIXES)
-    return found + Counter(long_suffix(path) for path in paths if is_image_name(path) and not is_chosen(path, suffixes))
+    others = [path for path in paths if is_image_name(path) and not is_chosen(path, suffixes)]
+    return found + Counter(split_name(path)[1] for path in others)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

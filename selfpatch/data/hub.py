@@ -28,12 +28,13 @@ class HubImages(NamedImages):
 
     Args:
         column: of the images; "" for the first one.
+        dataset: what load_split makes of the path, if it is there already.
     """
 
     expects = "its split has no rows"
 
-    def __init__(self, path: str, column: str = ""):
-        dataset = load_split(*parts_of(path))
+    def __init__(self, path: str, column: str = "", dataset=None):
+        dataset = load_split(*parts_of(path)) if dataset is None else dataset
         column, label = image_column(dataset, path, column), label_column(dataset)
         from datasets import Image  # which load_split has found
 

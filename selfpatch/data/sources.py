@@ -46,19 +46,20 @@ def add_source_options(group: argparse._ActionsContainer) -> None:
 
 
 def open_images(paths: str | Path | list[str], option: str = "--data_path", suffixes: Sequence[str] = (),
-                column: str = "") -> NamedImages:
+                column: str = "", beside: bool = False) -> NamedImages:
     """The images that a path stands for, or several archives together.
 
     Args:
         suffixes: --image_suffix, of folders, lists and archives: take images whose names end so from the first dot on.
         column: --image_column, of a Hugging Face data set; "" for the first one of images.
+        beside: of archives, keep images beside class folders too.
 
     Raises:
         ConfigError: there are none, or they cannot be read; the message names the option.
     """
     reader, paths = check_paths(paths, option, suffixes, column)
-    images = (reader(paths, suffixes) if reader is ArchiveImages else reader(paths[0]) if reader is OwnImages else
-              reader(paths[0], column if reader is HubImages else suffixes))
+    more = {ArchiveImages: (suffixes, beside), HubImages: (column,), OwnImages: ()}.get(reader, (suffixes,))
+    images = reader(paths if reader is ArchiveImages else paths[0], *more)
     if not len(images):
         reason = images.unread_summary() or images.expects
         if any(images.unread[suffix] for suffix in ARCHIVE_SUFFIXES):

@@ -18,6 +18,7 @@ import math
 import xml.etree.ElementTree as ElementTree
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,6 +34,7 @@ from selfpatch.evaluation.places import Item, Tree
 from selfpatch.evaluation.segmentation import (
     Pair,
     check_sizes,
+    check_source_options,
     find_pairs,
     hub_pairs,
     image_and_mask_trees,
@@ -199,17 +201,23 @@ def sound_box(numbers: object, sized: bool, size: Sequence[object]) -> tuple[flo
     return box if inside and all(map(math.isfinite, box)) else None
 
 
-def find_box_data(text: str) -> list[BoxImage]:
+def find_box_data(text: str, suffixes: Sequence[str] = (), column: str = "") -> list[BoxImage]:
     """The images of an option --data, see the top of this file. A line reports boxes that are left out.
+
+    Args:
+        suffixes, column: --image_suffix of folders: and images:, --image_column of hf: and images:hf:.
 
     Raises:
         ConfigError: unknown kind of data set, a folder of another kind, a missing file, or no box in a data set that
             should have some.
     """
     kind, _, place = text.partition(":")
-    finders: dict[str, Callable] = {"voc": _voc, "coco": _coco, "folders": _folders, "hf": _hub, "images": _images}
+    finders: dict[str, Callable] = {"voc": _voc, "coco": _coco, "folders": partial(_folders, suffixes=suffixes),
+                                    "hf": partial(_hub, image_column=column),
+                                    "images": partial(_images, suffixes=suffixes, column=column)}
     if kind not in finders or not place:
         raise ConfigError(f"--data {text}: give {HELP}")
+    check_source_options(kind, suffixes, column)
     images = finders[kind](place)
     if kind != "images" and not any(len(image.read_boxes()) for image in images):  # reading one image is usually enough
         masks = f"; {VOID} is no object, beside other ids" * (kind in ("folders", "hf"))
@@ -317,14 +325,14 @@ def coco_boxes(annotations: list[dict], images: dict[str, dict], file: str) -> d
     return boxes
 
 
-def _folders(place: str) -> list[BoxImage]:
-    images, masks = (tree.part() for tree in image_and_mask_trees(place))
-    return with_masks(images.numbered()[1], find_pairs(images, masks))
+def _folders(place: str, suffixes: Sequence[str]) -> list[BoxImage]:
+    images, masks = (tree.part() for tree in image_and_mask_trees(place, suffixes))
+    return with_masks(images.numbered()[1], find_pairs(images, masks, suffixes))
 
 
-def _hub(place: str) -> list[BoxImage]:
+def _hub(place: str, image_column: str) -> list[BoxImage]:
     name, column = split_column(place)
-    pairs = hub_pairs(f"hf:{name}", column)
+    pairs = hub_pairs(f"hf:{name}", column, image_column)
     return with_masks([pair.image.images.name(pair.image.index) for pair in pairs], pairs)
 
 
@@ -333,10 +341,10 @@ def with_masks(names: list[str], pairs: list[Pair]) -> list[BoxImage]:
     return [BoxImage(name, *pair) for name, pair in zip(unique_names(names), pairs, strict=True)]
 
 
-def _images(place: str) -> list[BoxImage]:
-    part = Tree(place).part()
+def _images(place: str, suffixes: Sequence[str], column: str) -> list[BoxImage]:
+    part = Tree(place, suffixes, column).part()
     numbers, names = part.numbered()
     if not names:
-        raise ConfigError(f"--data: there are no images in {place} ({' '.join(IMAGE_SUFFIXES)})")
+        raise ConfigError(f"--data: there are no images in {place} ({' '.join(suffixes or IMAGE_SUFFIXES)})")
     return [BoxImage(name, Item(part.images, number), None)
             for name, number in zip(unique_names(names), numbers.tolist(), strict=True)]

@@ -17,17 +17,17 @@ from PIL import Image
 
 from selfpatch.data.archive_index import make_index
 from selfpatch.data.archives import READ_ERRORS, ArchiveImages, read_member
-from selfpatch.data.files import UnreadableImage, is_image_name, open_image, walk
+from selfpatch.data.files import UnreadableImage, is_chosen, open_image, walk
 from selfpatch.data.names import NamedImages, in_order
-from selfpatch.data.sources import open_images
+from selfpatch.data.sources import check_paths, open_images
 from selfpatch.errors import ConfigError, warn
 from selfpatch.whole_files import regular
 
 
 def open_reported(paths: str | Path | list[str], option: str, suffixes: Sequence[str] = (),
-                  column: str = "") -> NamedImages:
+                  column: str = "", beside: bool = False) -> NamedImages:
     """sources.open_images, with lines about what is left out and which column is read."""
-    images = open_images(paths, option, suffixes, column)
+    images = open_images(paths, option, suffixes, column, beside)
     for note in images.notes():
         warn(f"{option} {images.source}: {note}")
     return images
@@ -86,20 +86,29 @@ class NamedPart(NamedTuple):
 class Tree:
     """The images and texts of a data set by their paths in it: a folder, archives read in place, a list, …
 
+    Args:
+        suffixes, column: --image_suffix and --image_column, see sources.open_images.
+        report: print lines about what is left out and which column is read.
+
     Raises:
         ConfigError: there is no such place, or no image in it.
     """
 
-    def __init__(self, place: str):
-        self.place = os.path.expanduser(place)
-        self.files = None if os.path.isdir(self.place) else open_reported(self.place, "--data")
+    def __init__(self, place: str, suffixes: Sequence[str] = (), column: str = "", report: bool = True):
+        self.place, self.suffixes = os.path.expanduser(place), suffixes
+        self.files = None
+        if os.path.isdir(self.place):
+            check_paths(self.place, "--data", suffixes, column)
+        else:
+            read = open_reported if report else open_images
+            self.files = read(self.place, "--data", suffixes, column, beside=True)
 
     def part(self, folder: str = "") -> NamedPart:
         """The images below a folder, "" for all; none if there is no such folder."""
         if self.files is not None:
             return NamedPart(self.files, f"{folder}/" if folder else self.top)
         root = os.path.join(self.place, folder)
-        names = [path[len(os.path.join(root, "")):] for path in walk(root) if is_image_name(path)
+        names = [path[len(os.path.join(root, "")):] for path in walk(root) if is_chosen(path, self.suffixes)
                  ] if os.path.isdir(root) else []
         return NamedPart(NamedImages(root, [names[i] for i in in_order(names)]))
 

@@ -12,6 +12,7 @@ In the place of a folder there may be an archive or a list, see places.py. Masks
 """
 import argparse
 import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import PurePosixPath
 from typing import NamedTuple
@@ -21,8 +22,9 @@ import torch
 from PIL import Image
 from scipy.optimize import linear_sum_assignment
 
-from selfpatch.data.files import IMAGE_SUFFIXES, load_ids, load_rgb
-from selfpatch.data.hub import HubImages
+from selfpatch.data.files import IMAGE_SUFFIXES, load_ids, load_rgb, split_name
+from selfpatch.data.hub import HubImages, image_columns, load_split, parts_of
+from selfpatch.data.sources import add_source_options
 from selfpatch.errors import ConfigError, warn
 from selfpatch.evaluation.labelled_images import HUB_SPLITS
 from selfpatch.evaluation.places import Item, NamedPart, Tree
@@ -85,18 +87,30 @@ class SegmentationData(NamedTuple):
 # ---------------------------------------------------------------- finding pairs
 
 def add_segmentation_data(parser: argparse.ArgumentParser) -> None:
-    """Add --data and --num_classes, see find_segmentation_data."""
+    """Add --data, --num_classes, --image_suffix and --image_column, see find_segmentation_data."""
     parser.add_argument("--data", required=True, help=HELP)
     parser.add_argument("--num_classes", type=int, help="of --data folders and hf: ids below it count")
+    add_source_options(parser)
 
 
-def find_segmentation_data(text: str, num_classes: int | None = None) -> SegmentationData:
+def check_source_options(kind: str, suffixes: Sequence[str], column: str) -> None:
+    """Raise ConfigError if a kind of --data has no use for --image_suffix or --image_column."""
+    for option, value, kinds in (("--image_suffix", " ".join(suffixes), ("folders", "images")),
+                                 ("--image_column", column, ("hf", "images"))):
+        if value and kind not in kinds:
+            raise ConfigError(f"{option} {value}: is for --data {kinds[0]}: and images:, not for {kind}:")
+
+
+def find_segmentation_data(text: str, num_classes: int | None = None, suffixes: Sequence[str] = (),
+                           column: str = "") -> SegmentationData:
     """The data set of an option --data, see the top of this file.
 
     All headers are read, so that pairs that do not fit end a job before its work begins.
 
     Args:
         num_classes: of folders: and hf:, which need it; None for the others.
+        suffixes: --image_suffix of folders:, which chooses the photographs where masks lie beside them.
+        column: --image_column of hf:, that of the photographs; "" for the first other one than that of the masks.
 
     Raises:
         ConfigError: no such kind of data set, a folder of another kind, an image without mask, a mask of another size
@@ -110,8 +124,11 @@ def find_segmentation_data(text: str, num_classes: int | None = None) -> Segment
         raise ConfigError(f"--num_classes {num_classes}: is for folders: and hf: only, --data {kind}: has its own")
     if own and not (num_classes and 2 <= num_classes <= IGNORE):
         raise ConfigError(f"--data {kind}: needs --num_classes, from 2 to {IGNORE}: ids below it count")
-    if own:
-        data = (_folders if kind == "folders" else _hub)(place, num_classes)
+    check_source_options(kind, suffixes, column)
+    if kind == "folders":
+        data = _folders(place, num_classes, suffixes)
+    elif kind == "hf":
+        data = _hub(place, num_classes, column)
     else:
         data = _ade20k(Tree(place)) if kind == "ade20k" else _voc(Tree(place), kind == "voc_aug")
     check_sizes(data.train + data.val)
@@ -164,15 +181,16 @@ def _ade20k(tree: Tree) -> SegmentationData:
     return SegmentationData("ADE20K", train, val, 150, shift=True)
 
 
-def _folders(place: str, num_classes: int) -> SegmentationData:
-    images, masks = image_and_mask_trees(place)
-    train, val = (find_pairs(split_part(images, split), split_part(masks, split)) for split in SPLITS)
+def _folders(place: str, num_classes: int, suffixes: Sequence[str]) -> SegmentationData:
+    images, masks = image_and_mask_trees(place, suffixes)
+    train, val = (find_pairs(split_part(images, split), split_part(masks, split), suffixes) for split in SPLITS)
     return SegmentationData(PurePosixPath(images.place).name, train, val, num_classes)
 
 
-def _hub(place: str, num_classes: int) -> SegmentationData:
+def _hub(place: str, num_classes: int, image_column: str) -> SegmentationData:
     name, column = split_column(place)
-    return SegmentationData(name, *(hub_pairs(f"hf:{name}:{split}", column) for split in HUB_SPLITS), num_classes)
+    train, val = (hub_pairs(f"hf:{name}:{split}", column, image_column) for split in HUB_SPLITS)
+    return SegmentationData(name, train, val, num_classes)
 
 
 def split_column(place: str) -> tuple[str, str]:
@@ -184,22 +202,44 @@ def split_column(place: str) -> tuple[str, str]:
     return name, column
 
 
-def hub_pairs(path: str, column: str) -> list[Pair]:
-    """The images of a Hugging Face data set, each with the mask that a column of the same row has."""
-    images, masks = HubImages(path), HubImages(path, column)
+def hub_pairs(path: str, column: str, image_column: str = "") -> list[Pair]:
+    """The images of a Hugging Face data set, each with the mask that a column of the same row has. A line names both.
+
+    Args:
+        column: of the masks.
+        image_column: of the images; "" for the first other one.
+
+    Raises:
+        ConfigError: there is no such column, or both are the same.
+    """
+    if not len(dataset := load_split(*parts_of(path))):
+        raise ConfigError(f"--data {path} has no rows")
+    others = [name for name in image_columns(dataset) if name != column]
+    if image_column == column or not (image_column or others):
+        raise ConfigError(f"--data {path},{column}: the images are in {column} too: give another column for the masks, "
+                          "or --image_column" if image_column else
+                          f"--data {path},{column}: there is no column of images beside {column}: give --image_column")
+    images, masks = HubImages(path, image_column or others[0], dataset), HubImages(path, column, dataset)
+    also = [name for name in others if name != images.column]
+    warn(f"--data {path}: images of the column {images.column}, masks of {column}"
+         + f" (there are also {', '.join(also)}: --image_column)" * bool(also))
     numbers = masks.rows.argsort()  # of masks, by row
     return [Pair(Item(images, i), Item(masks, int(numbers[row]))) for i, row in enumerate(images.rows.tolist())]
 
 
-def image_and_mask_trees(place: str) -> list[Tree]:
+def image_and_mask_trees(place: str, suffixes: Sequence[str] = ()) -> list[Tree]:
     """The two places of --data folders:IMAGES,MASKS.
+
+    Args:
+        suffixes: of the images.
 
     Raises:
         ConfigError: there are not two names, or one of them is no place of images.
     """
     if place.count(",") != 1:
         raise ConfigError(f"--data folders:{place}: give two folders, folders:IMAGES,MASKS")
-    return list(map(Tree, place.split(",")))
+    images, masks = place.split(",")
+    return [Tree(images, suffixes), Tree(masks, report=masks != images)]
 
 
 def split_part(tree: Tree, split: str, top: str = "") -> NamedPart:
@@ -208,26 +248,33 @@ def split_part(tree: Tree, split: str, top: str = "") -> NamedPart:
         if len((part := tree.part(top + name)).numbered()[1]):
             return part
     raise ConfigError(f"--data: there is no folder {' or '.join(SPLITS[split])} with images "
-                      f"({' '.join(IMAGE_SUFFIXES)}) in {os.path.join(tree.place, top)}")
+                      f"({' '.join(tree.suffixes or IMAGE_SUFFIXES)}) in {os.path.join(tree.place, top)}")
 
 
-def find_pairs(images: NamedPart, masks: NamedPart) -> list[Pair]:
+def find_pairs(images: NamedPart, masks: NamedPart, suffixes: Sequence[str] = ()) -> list[Pair]:
     """Every image of a part with the mask of the same name, without regard to suffixes.
+
+    Args:
+        suffixes: --image_suffix; if given, names count up to the first dot, and no image is a mask.
 
     Raises:
         ConfigError: an image has no mask, or there are two masks of one name.
     """
+    split = split_name if suffixes else os.path.splitext
+    numbers, names = images.numbered()
+    own = {Item(images.images, number).real() for number in numbers.tolist()} if suffixes else ()
     found = {}
     for number, name in zip(*masks.numbered(), strict=True):
         item = Item(masks.images, int(number))
-        other = found.setdefault(os.path.splitext(name)[0], item)
+        if own and item.real() in own:
+            continue
+        other = found.setdefault(split(name)[0], item)
         if other != item:
             raise ConfigError(f"--data: {other} and {os.path.basename(name)} are masks of the same name: which one is "
                               "meant is not known, so move one of them out of the folder")
-    numbers, names = images.numbered()
     if not names:
-        raise ConfigError(f"--data: there are no images in {images.place} ({' '.join(IMAGE_SUFFIXES)})")
-    stems = [os.path.splitext(name)[0] for name in names]
+        raise ConfigError(f"--data: there are no images in {images.place} ({' '.join(suffixes or IMAGE_SUFFIXES)})")
+    stems = [split(name)[0] for name in names]
     if missing := [name for name, stem in zip(names, stems, strict=True) if stem not in found]:
         raise ConfigError(f"--data: {len(missing)} of {len(names)} images in {images.place} have no mask in "
                           f"{masks.place}, such as {missing[0]}")
