@@ -105,10 +105,9 @@ def is_image_name(path: str | Path) -> bool:
 
 def split_name(path: str) -> tuple[str, str]:
     """A path up to the first dot of its name, numbers aside, and what follows: a/1.2 and .seg.png of a/1.2.seg.PNG."""
-    folder, name = os.path.split(path)
-    first, *parts = name.split(".")
-    words = [part.lower() for part in parts if not part.isdecimal()]
-    return os.path.join(folder, ".".join([first, *filter(str.isdecimal, parts)])), ".".join(["", *words])
+    first, *parts = os.path.basename(path).split(".")
+    stem = os.path.join(os.path.dirname(path), ".".join([first, *filter(str.isdecimal, parts)]))
+    return stem, "".join(f".{part.lower()}" for part in parts if not part.isdecimal())
 
 
 def is_chosen(path: str, suffixes: Sequence[str] = ()) -> bool:

@@ -34,8 +34,7 @@ IRRELEVANT = {"data_path", "image_suffix", "output_dir", "init_weights", "saveck
               "fused_loss", "compile", "checkpoint_activations", "pack_crops"}
 # paths of one folder on different machines, and what each process or machine has for itself; "data" is compared
 MAY_DIFFER_BETWEEN_RANKS = {"data_path", "data_sizes", "knn_data", "knn_val_labels", "num_workers", "device",
-                            "dist_url", "port",
-                            "local_rank"}
+                            "dist_url", "port", "local_rank"}
 
 
 def fix_random_seeds(*seed: int) -> None:

@@ -9,7 +9,7 @@ import torch
 from image_kinds import FORMS, SIZES, epoch, files, write_list, write_tar
 
 from main_selfpatch import get_args_parser
-from selfpatch.data import names as names
+from selfpatch.data import names
 from selfpatch.data.dataset import build_dataset
 from selfpatch.data.files import UnreadableImage
 from selfpatch.data.loader import CropLoader
