@@ -37,6 +37,7 @@ from selfpatch.evaluation.common import (
     start,
 )
 from selfpatch.evaluation.image_features import PatchFeature, check_finite
+from selfpatch.evaluation.image_trees import Item
 from selfpatch.evaluation.model_options import Candidate, load_candidates
 from selfpatch.evaluation.object_discovery import (
     EPSILON,
@@ -49,7 +50,6 @@ from selfpatch.evaluation.object_discovery import (
     lost,
     tokencut,
 )
-from selfpatch.evaluation.places import Item
 from selfpatch.evaluation.tables import check_output, folder_names
 from selfpatch.visualization.features import boxes_over
 from selfpatch.whole_files import whole_file

@@ -18,7 +18,7 @@ from selfpatch.errors import ConfigError
 ARCHIVE_SUFFIXES = (".zip", ".tar")
 ZIP_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # those that are read
 TAR, SPARSE = -1, -2  # methods of members of a .tar
-NOWHERE = (-1, 0, 0, TAR, 0)  # the place of a link to a file that is not in the archive
+NOWHERE = (-1, 0, 0, TAR, 0)  # the position of a link to a file that is not in the archive
 ZIP_END, ZIP_END_BYTES = b"PK\5\6", 22  # what a .zip ends with, before a comment
 
 
@@ -29,7 +29,7 @@ class Index(NamedTuple):
     has no CRC.
     """
     names: list[str]
-    places: np.ndarray
+    positions: np.ndarray
     unread: Counter
 
 
@@ -39,29 +39,29 @@ def make_index(path: str, is_wanted: Callable[[str], bool] = is_image_name) -> I
     Args:
         is_wanted: whether a name is that of an image, or of what else is looked for.
     """
-    rows, names, places, unread, links = {}, [], array("q"), Counter(), {}
+    rows, names, positions, unread, links = {}, [], array("q"), Counter(), {}
     members = tar_members if is_tar(path) else zip_members
-    for name, place in Progress(f"indexing {path}")(members(path)):
+    for name, position in Progress(f"indexing {path}")(members(path)):
         name = plain_name(name)
         links.pop(name, None)
-        if isinstance(place, str):
-            links[name], place = plain_name(place), NOWHERE
+        if isinstance(position, str):
+            links[name], position = plain_name(position), NOWHERE
         if in_hidden(name):
             continue
         suffix = os.path.splitext(name)[1].lower()
         if not is_wanted(name):
             unread.update([suffix] * (suffix in OTHER_IMAGE_SUFFIXES or suffix in ARCHIVE_SUFFIXES))
         elif name in rows:
-            places[5 * rows[name]:5 * rows[name] + 5] = array("q", place)
+            positions[5 * rows[name]:5 * rows[name] + 5] = array("q", position)
         else:
             rows[name] = len(names)
             names.append(name)
-            places.extend(place)
+            positions.extend(position)
     if links:
         enter_linked_folders(links, rows, names, is_wanted, lambda: members(path))
-        places.extend(NOWHERE * (len(names) - len(places) // 5))
-        follow_links(links, rows, places, lambda: members(path))
-    return Index(names, np.array(places, dtype=np.int64).reshape(-1, 5), unread)
+        positions.extend(NOWHERE * (len(names) - len(positions) // 5))
+        follow_links(links, rows, positions, lambda: members(path))
+    return Index(names, np.array(positions, dtype=np.int64).reshape(-1, 5), unread)
 
 
 def in_hidden(name: str) -> bool:
@@ -87,24 +87,25 @@ def enter_linked_folders(links: dict[str, str], rows: dict[str, int], names: lis
                     names.append(added)
 
 
-def follow_links(links: dict[str, str], rows: dict[str, int], places: array, members: Callable[[], Iterator]) -> None:
-    """Give links the places of the files that they lead to, which may be hidden, or have no image's name.
+def follow_links(links: dict[str, str], rows: dict[str, int], positions: array,
+                 members: Callable[[], Iterator]) -> None:
+    """Give links the positions of the files that they lead to, which may be hidden, or have no image's name.
 
     Args:
         links: the target of each.
-        rows: the row in places of each image, links among them.
+        rows: the row in positions of each image, links among them.
         members: reads the archive once more, for files that are not in rows.
     """
     targets = defaultdict(list)
     for name in links.keys() & rows.keys():
         targets[end_of_links(name, links)].append(rows[name])
-    found = {name: tuple(places[5 * rows[name]:5 * rows[name] + 5]) for name in targets if name in rows}
+    found = {name: tuple(positions[5 * rows[name]:5 * rows[name] + 5]) for name in targets if name in rows}
     if others := targets.keys() - found.keys():
-        found |= {plain: place for name, place in members()
-                  if (plain := plain_name(name)) in others and not isinstance(place, str)}
-    for name, place in found.items():
+        found |= {plain: position for name, position in members()
+                  if (plain := plain_name(name)) in others and not isinstance(position, str)}
+    for name, position in found.items():
         for row in targets[name]:
-            places[5 * row:5 * row + 5] = array("q", place)
+            positions[5 * row:5 * row + 5] = array("q", position)
 
 
 def end_of_links(name: str, links: dict[str, str]) -> str:
@@ -145,7 +146,7 @@ def is_tar(path: str) -> bool:
 
 
 def zip_members(path: str) -> Iterator[tuple[str, tuple[int, ...] | str]]:
-    """(name, place) of every file of a .zip, by its directory, and (name, name of what it leads to) of every link.
+    """(name, position) of every file of a .zip, by its directory, and (name, name of what it leads to) of every link.
 
     Raises:
         ConfigError: it is cut off, in parts, joined with another, encrypted, or compressed in a way that is not read.
@@ -189,7 +190,7 @@ def check_whole_zip(path: str, members: list[zipfile.ZipInfo]) -> None:
 
 
 def tar_members(path: str) -> Iterator[tuple[str, tuple[int, ...] | str]]:
-    """(name, place) of every file of a .tar, or of several that were joined, and (name, its target) of every link.
+    """(name, position) of every file of a .tar, or of several that were joined, and (name, its target) of every link.
 
     Raises:
         ConfigError: it is cut off or in parts, or something else follows it.

@@ -48,13 +48,13 @@ class ArchiveImages(NamedImages):
         self.paths = sorted(paths, key=lambda path: (os.path.basename(path), path))
         indices = [open_index(path) for path in self.paths]
         names = [name for index in indices for name in index.names]
-        places = np.concatenate([index.places for index in indices])
+        positions = np.concatenate([index.positions for index in indices])
         archives = np.repeat(np.arange(len(paths)), [len(index.names) for index in indices])
         unread = sum((index.unread for index in indices), Counter())
         if suffixes:
             unread += unread_formats(names, suffixes)
             kept = [i for i, name in enumerate(names) if is_chosen(name, suffixes)]
-            names, places, archives = [names[i] for i in kept], places[kept], archives[kept]
+            names, positions, archives = [names[i] for i in kept], positions[kept], archives[kept]
         self.top = common_top(names)
         names = [name[len(self.top):] for name in names]
         order = in_order(names)
@@ -64,7 +64,8 @@ class ArchiveImages(NamedImages):
         names = [names[i] for i in order]
         super().__init__(self.paths[0] if len(paths) == 1 else f"{self.paths[0]} and {len(paths) - 1} more", names,
                          *number_classes(names))
-        self.places, self.archives = torch.from_numpy(places[order]), torch.from_numpy(archives[order]).to(torch.int32)
+        self.positions = torch.from_numpy(positions[order])
+        self.archives = torch.from_numpy(archives[order]).to(torch.int32)
         self.unread, self.outside = unread, left_out
         self.suffixes = suffixes or self.suffixes
 
@@ -72,9 +73,9 @@ class ArchiveImages(NamedImages):
         return f"{self.paths[self.archives[index]]}/{self.top}{self.names[index]}"
 
     def read(self, index: int) -> bytes:
-        path, place = self.paths[self.archives[index]], self.places[index].tolist()
+        path, position = self.paths[self.archives[index]], self.positions[index].tolist()
         try:
-            data = with_retries(lambda: read_member(path, *place))
+            data = with_retries(lambda: read_member(path, *position))
         except READ_ERRORS as error:
             reason = getattr(error, "strerror", None) or error
             raise UnreadableImage(f"cannot read the image {self.location(index)} ({reason})") from None
@@ -83,7 +84,7 @@ class ArchiveImages(NamedImages):
         return data
 
     def sizes(self) -> torch.Tensor:
-        return self.places[:, 2]
+        return self.positions[:, 2]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -114,7 +115,7 @@ def read_at(path: str, start: int, count: int) -> bytes:
 
 
 def read_member(path: str, start: int, stored: int, size: int, method: int, crc: int) -> bytes:
-    """The bytes of a member, of a place in an Index.
+    """The bytes of a member, of a position in an Index.
 
     Raises:
         ValueError, zlib.error, tarfile.TarError: it has none, or they are not what the archive says.
@@ -186,10 +187,10 @@ def read_kept_index(kept: str, stamp: list[int]) -> Index | None:
                 return None
             names = content["names"].tobytes().decode(errors="surrogateescape").split("\0")[:-1]
             unread = dict(zip(content["suffixes"].tolist(), content["counts"].tolist(), strict=True))
-            index = Index(names, content["places"].astype(np.int64), Counter(unread))
+            index = Index(names, content["positions"].astype(np.int64), Counter(unread))
     except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile, zlib.error):
         return None
-    return index if index.places.shape == (len(names), 5) else None
+    return index if index.positions.shape == (len(names), 5) else None
 
 
 def keep_index(kept: str, index: Index, stamp: list[int]) -> None:
@@ -197,6 +198,6 @@ def keep_index(kept: str, index: Index, stamp: list[int]) -> None:
     names = "".join(f"{name}\0" for name in index.names).encode(errors="surrogateescape")
     suffixes = sorted(index.unread)
     with contextlib.suppress(WriteError), whole_file(kept) as temporary, open(temporary, "wb") as file:
-        np.savez(file, stamp=np.array(stamp), names=np.frombuffer(names, dtype=np.uint8), places=index.places,
+        np.savez(file, stamp=np.array(stamp), names=np.frombuffer(names, dtype=np.uint8), positions=index.positions,
                  suffixes=np.array(suffixes, dtype=np.str_),
                  counts=np.array([index.unread[suffix] for suffix in suffixes], dtype=np.int64))

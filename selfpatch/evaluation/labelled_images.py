@@ -19,7 +19,7 @@ from selfpatch.data.names import NamedImages, class_folder, number_classes
 from selfpatch.data.sources import as_list, text_lines
 from selfpatch.distributed.processes import get_rank, get_world_size
 from selfpatch.errors import ConfigError, warn
-from selfpatch.evaluation.places import NamedPart, open_reported
+from selfpatch.evaluation.image_trees import NamedPart, open_reported
 
 Paths = str | Path | list[str]
 PARTS = ("train", "val")

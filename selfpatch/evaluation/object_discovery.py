@@ -10,8 +10,8 @@ of patches; box_of converts it to pixels. Data sets of images with boxes are giv
     hf:NAME,COLUMN                    a Hugging Face data set with a column of such masks
     images:FOLDER                     images alone, without scores; also images:hf:NAME
 
-In the place of a folder there may be an archive or a list, see places.py. Boxes are xmin, ymin, xmax, ymax in pixels
-from 0, the last two exclusive.
+In the place of a folder there may be an archive or a list, see image_trees.py. Boxes are xmin, ymin, xmax, ymax in
+pixels from 0, the last two exclusive.
 """
 import json
 import math
@@ -30,7 +30,7 @@ from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
 
 from selfpatch.data.files import IMAGE_SUFFIXES
 from selfpatch.errors import ConfigError, user_path, warn
-from selfpatch.evaluation.places import Item, Tree
+from selfpatch.evaluation.image_trees import Item, Tree
 from selfpatch.evaluation.segmentation import (
     Pair,
     check_sizes,

@@ -7,8 +7,8 @@
     folders:IMAGES,MASKS              any: both have folders train and val; --num_classes tells how many ids count
     hf:NAME,COLUMN                    a Hugging Face data set with train and validation, and a column of masks
 
-In the place of a folder there may be an archive or a list, see places.py. Masks are PNGs of ids, of their image's size;
-255 is not scored.
+In the place of a folder there may be an archive or a list, see image_trees.py. Masks are PNGs of ids, of their image's
+size; 255 is not scored.
 """
 import argparse
 import os
@@ -26,8 +26,8 @@ from selfpatch.data.files import IMAGE_SUFFIXES, load_ids, load_rgb, split_name
 from selfpatch.data.hub import HubImages, image_columns, load_split, parts_of
 from selfpatch.data.sources import add_source_options
 from selfpatch.errors import ConfigError, warn
+from selfpatch.evaluation.image_trees import Item, NamedPart, Tree
 from selfpatch.evaluation.labelled_images import HUB_SPLITS
-from selfpatch.evaluation.places import Item, NamedPart, Tree
 
 IGNORE = 255  # id of pixels that are not scored
 SPLITS = {"train": ("train", "training"), "val": ("val", "validation")}  # names of a split's folder

@@ -74,7 +74,7 @@ def test_the_index_is_kept_and_made_anew_for_another_archive(archive, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(archives, "make_index", refuse)
         found = open_images(archive)
-    assert list(found.names) == list(expected.names) and torch.equal(found.places, expected.places)
+    assert list(found.names) == list(expected.names) and torch.equal(found.positions, expected.positions)
     whole, indexed = kept.read_bytes(), []
     make = archives.make_index
     monkeypatch.setattr(archives, "make_index", lambda path: indexed.append(path) or make(path))
@@ -166,7 +166,7 @@ def test_what_is_no_archive(tmp_path, name, content, message):
 
 def test_a_damaged_member_is_replaced_and_named(archive):
     images = open_images(archive)
-    start, stored = images.places[3].tolist()[:2]
+    start, stored = images.positions[3].tolist()[:2]
     data = bytearray(archive.read_bytes())
     data[start + 100:start + 100 + stored // 2] = bytes(stored // 2)
     archive.write_bytes(data)
@@ -177,7 +177,7 @@ def test_a_damaged_member_is_replaced_and_named(archive):
 
 def test_a_size_beyond_the_archive_takes_no_memory(archive):
     images = open_images(archive)
-    images.places[0, 1] = 2**50
+    images.positions[0, 1] = 2**50
     with pytest.raises(UnreadableImage, match="its directory is damaged"):
         images.read(0)
 

@@ -156,17 +156,17 @@ class Tree:
         try:
             if self.files is None:
                 return Path(where).read_bytes() if os.path.isfile(where) else None
-            archive, place = self.texts.get(path, ("", ()))
-            return read_member(archive, *place) if archive else None
+            archive, position = self.texts.get(path, ("", ()))
+            return read_member(archive, *position) if archive else None
         except READ_ERRORS as error:
             raise ConfigError(f"cannot read {where} ({getattr(error, 'strerror', None) or error})") from None
 
     @cached_property
     def texts(self) -> dict[str, tuple[str, list[int]]]:
-        """The archive of each .txt and .xml file, and its place there."""
+        """The archive of each .txt and .xml file, and its position there."""
         found = {}
         for path in self.files.paths if isinstance(self.files, ArchiveImages) else ():
             index = make_index(path, lambda name: name.endswith((".txt", ".xml")))
             names = [name.removeprefix(self.files.top) for name in index.names]
-            found |= {name: (path, place) for name, place in zip(names, index.places.tolist(), strict=True)}
+            found |= {name: (path, position) for name, position in zip(names, index.positions.tolist(), strict=True)}
         return found
