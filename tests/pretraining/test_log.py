@@ -112,6 +112,10 @@ def test_an_older_log_outlives_resuming(image_folder, two_epochs, tmp_path):
     assert (tmp_path / "log.txt").read_text().splitlines() == rows
 
 
+def test_brackets_in_brackets_are_no_row():
+    assert logs.parse_row("[" * 100_000) is None and logs.parse_row('{"epoch": 3}') == {"epoch": 3}
+
+
 def test_a_log_that_is_no_text_any_more_does_not_end_the_run(tmp_path):
     log = log_of(tmp_path, 0)
     log.epochs.path.write_bytes(b"\xff\xfe\n")
