@@ -6,6 +6,7 @@
 """
 import copy
 import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -14,8 +15,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
+from selfpatch.data.archives import ArchiveImages
 from selfpatch.data.files import UnreadableImage, load_rgb
-from selfpatch.data.names import NamedImages, class_folder, number_classes
+from selfpatch.data.names import NamedImages, class_folder, in_order, number_classes
 from selfpatch.data.sources import as_list, text_lines
 from selfpatch.distributed.processes import get_rank, get_world_size
 from selfpatch.errors import ConfigError, warn
@@ -201,8 +203,8 @@ def open_pair(places: Places, train_transform: Callable | None = None,
     share = places.undivided_share if places.val_share is None else places.val_share
     if len(pair) == 2:
         train = with_classes(pair[0], options[0], train_transform or transform)
-        val = (with_labels(pair[1], places.val_labels, train.classes, transform) if places.val_labels else
-               with_classes(pair[1], options[1], transform, places.labels_option))
+        val = (with_labels(pair[1], places.val_labels, train.classes, transform, places.labels_option)
+               if places.val_labels else with_classes(pair[1], options[1], transform, places.labels_option))
         check_apart(train, val)
     elif share is None or places.val_labels:
         advice = ": give --train_path and --val_path, or --val_share 0.1 to test a share of it"
@@ -258,50 +260,81 @@ def check_apart(train: LabelledImages, val: LabelledImages) -> None:
 
 # ---------------------------------------------------------------- files of labels
 
-def with_labels(part: NamedPart, path: str | Path, classes: list[str],
-                transform: Callable | None = None) -> LabelledImages:
+def with_labels(part: NamedPart, path: str | Path, classes: list[str], transform: Callable | None = None,
+                option: str = "--val_labels") -> LabelledImages:
     """The images of a part with the classes that a file gives them, which are among those of the training images."""
     indices, names = part.numbered()
-    return LabelledImages(part.images, transform or eval_transform(), indices,
-                          torch.tensor(read_labels(path, names, classes)), classes)
+    one_order = os.path.isdir(part.images.source) or isinstance(part.images, ArchiveImages)
+    labels = read_labels(path, names, classes, one_order)
+    if len(set(labels)) == 1:
+        raise ConfigError(f"{option} {path} gives all images one class, {classes[labels[0]]}: there is nothing to tell "
+                          "apart")
+    return LabelledImages(part.images, transform or eval_transform(), indices, torch.tensor(labels), classes)
 
 
-def read_labels(path: str | Path, names: list[str], classes: list[str]) -> list[int]:
+def read_labels(path: str | Path, names: list[str], classes: list[str], one_order: bool = True) -> list[int]:
     """The class of each image, by a file with a line "name label" for each, or a label alone for each in their order.
 
-    A name may lack its suffix and its folders; separators are tabs, commas and spaces. A label is the name of a class,
-    or its number, 0 being the first in sorted order. Lines about other images are skipped, hence a header, too.
+    A name may lack its suffix and its folders, and may come last; separators are tabs, commas and spaces. A label is
+    the name of a class, or its number, 0 being the first in sorted order, unless names of classes are numbers. Lines
+    about other images are skipped, hence a header, too.
+
+    Args:
+        one_order: the images have no order but that of their names, such as that of the lines of a list.
 
     Raises:
-        ConfigError: an image has no label, or a label is no class.
+        ConfigError: an image has no label or two, a label is no class, or labels alone may be in another order.
     """
     lines = [line.strip() for line in text_lines(str(path)) if line.strip()]
-    bases = [os.path.basename(name) for name in names]
-    ways = [names, bases] if len(set(bases)) == len(names) else [names]
-    numbers = {cut(name): i for cut in (lambda name: os.path.splitext(name)[0], str) for way in ways
-               for i, name in enumerate(way)}
-    found = {}
-    for line in lines:
-        splits = [part(separator) for part in (line.partition, line.rpartition) for separator in "\t, "]
-        matches = [(name.strip(), label.strip()) for name, _, label in splits if label and name.strip() in numbers]
-        if matches:
-            name, label = max(matches, key=lambda match: len(match[0]))  # a name may have spaces in it
-            found[numbers[name]] = label
-    if not found and len(lines) == len(names):
-        found = dict(enumerate(lines))
-    if missing := [name for i, name in enumerate(names) if i not in found]:
+    labels = named_labels(lines, names)
+    if alone := not labels and len(lines) == len(names):
+        padded = [re.sub("[0-9]+", lambda number: number[0].zfill(20), name) for name in names]
+        if not one_order or in_order(padded) != list(range(len(names))):
+            raise ConfigError(f"the labels {path} are without names, and the images have more than one order (that of "
+                              "a list or data set, or 2.jpg before 10.jpg): give a line \"name label\" for each")
+        labels = list(enumerate(lines))
+    if missing := sorted(set(range(len(names))) - {image for image, _ in labels}):
         raise ConfigError(f"the labels {path} have {len(lines)} lines, and no label for {len(missing)} of {len(names)} "
-                          f"images, such as {missing[0]}: give a line \"name label\" for each, or a label for each in "
-                          "the order of their names")
-    given = [found[i] for i in range(len(names))]
+                          f"images, such as {names[missing[0]]}: give a line \"name label\" for each, or a label for "
+                          "each in the order of their names")
+    known, found = class_numbers(path, {label for _, label in labels}, classes, alone), {}
+    for image, label in labels:
+        if label not in known:
+            raise ConfigError(f"the labels {path} give {names[image]} the class {label}, which is neither one of the "
+                              f"{len(classes)} classes of the training images nor a number from 0 to {len(classes) - 1}"
+                              ", its place among them where their names are no numbers (ILSVRC's own numbers are in "
+                              "another order)")
+        if found.setdefault(image, known[label]) != known[label]:
+            raise ConfigError(f"the labels {path} give {names[image]} two classes, {classes[found[image]]} and "
+                              f"{classes[known[label]]}: remove one of the lines")
+    return [found[image] for image in range(len(names))]
+
+
+def named_labels(lines: list[str], names: list[str]) -> list[tuple[int, str]]:
+    """(image, label) of lines "name label", or "label name" where that fits more lines; other lines are skipped."""
+    bases, numbers = [os.path.basename(name) for name in names], {}
+    for cut in (lambda name: os.path.splitext(name)[0], str):
+        for way in (names, bases) if len(set(bases)) == len(names) else (names,):
+            numbers |= {cut(name): i for i, name in enumerate(way)}
+
+    def pair(line: str, first: bool) -> tuple[int, str] | None:
+        parts = [cut(separator)[::1 if first else -1] for cut in (line.partition, line.rpartition)
+                 for separator in "\t, "]
+        fits = [(name.strip(), label.strip()) for name, _, label in parts if label and name.strip() in numbers]
+        name, label = max(fits, key=lambda one: len(one[0]), default=("", ""))  # a name may have spaces in it
+        return (numbers[name], label) if fits else None
+
+    return max(([found for line in lines if (found := pair(line, first))] for first in (True, False)), key=len)
+
+
+def class_numbers(path: str | Path, labels: set[str], classes: list[str], alone: bool) -> dict[str, int]:
+    """The classes of labels, by their names, or by numbers where all labels are; labels of no class are left out."""
     known = {name: i for i, name in enumerate(classes)}
-    if not all(label in known for label in given):
-        # as in Kaggle's LOC_val_solution.csv, where boxes follow
-        given = [label if label in known else label.split()[0] for label in given]
-    if not all(label in known for label in given):
+    # as in Kaggle's LOC_val_solution.csv, where boxes follow
+    words = {label: label if alone or label in known else label.split()[0] for label in labels}
+    if all(map(str.isdecimal, words.values())) and not any(map(str.isdecimal, classes)):
         known = {str(i): i for i in range(len(classes))}
-    if wrong := [i for i, label in enumerate(given) if label not in known]:
-        raise ConfigError(f"the labels {path} give {names[wrong[0]]} the class {given[wrong[0]]}, which is neither "
-                          f"one of the {len(classes)} classes of the training images nor a number from 0 to "
-                          f"{len(classes) - 1}, its place among them (ILSVRC's own numbers are in another order)")
-    return [known[label] for label in given]
+        if "0" not in words.values():
+            warn(f"the labels {path} have no 0, which is the first class, {classes[0]}: if they count from 1, all "
+                 "classes are wrong")
+    return {label: known[word] for label, word in words.items() if word in known}

@@ -91,7 +91,8 @@ def test_photographs_beside_their_masks(colours, expected, tmp_path, capsys):
 @pytest.mark.parametrize("text", [
     "x 1.png ant\ny.png bee\nz.png cat\n", "z.png\t2\ny.png\t1\nx 1.png\t0\n", "0\n1\n2\n\n", "ant\nbee\ncat",
     "ImageId,PredictionString\nw,ant 1 2 3 4\nx 1,ant 85 1 499 272\ny,bee 1 2 3 4 bee 5 6 7 8\nz,cat 1 1 1 1\n",
-    "\ufeffy.png,bee\r\nx 1.png,ant\r\nz.png,cat\r\n"])
+    "\ufeffy.png,bee\r\nx 1.png,ant\r\nz.png,cat\r\n", "cat z.png\nant x 1\nbee y.png", "2,z\n0,x 1.png\n1,y\n",
+    "x 1,ant 5\ny,bee\nx 1,ant 7\nz,cat\n"])
 def test_labels_by_name_or_in_order(tmp_path, text):
     (tmp_path / "labels").write_text(text)
     assert read_labels(tmp_path / "labels", ["x 1.png", "y.png", "z.png"], CLASSES) == [0, 1, 2]
@@ -100,20 +101,53 @@ def test_labels_by_name_or_in_order(tmp_path, text):
 def test_class_names_that_are_numbers_or_have_spaces(tmp_path):
     (tmp_path / "labels").write_text("x.png 10\ny.png 2\n")
     assert read_labels(tmp_path / "labels", ["x.png", "y.png"], ["1", "10", "2"]) == [1, 2]
-    (tmp_path / "labels").write_text("x.png golden retriever\ny.png a, b\n")
-    assert read_labels(tmp_path / "labels", ["x.png", "y.png"], ["a, b", "golden retriever"]) == [1, 0]
+    for text in ("x.png golden retriever\ny.png a, b\n", "golden retriever x\na, b y\n", "golden retriever\na, b\n"):
+        (tmp_path / "labels").write_text(text)
+        assert read_labels(tmp_path / "labels", ["x.png", "y.png"], ["a, b", "golden retriever"]) == [1, 0]
 
 
 @pytest.mark.parametrize("text, says", [
     ("x.png ant\n", "labels have 1 lines, and no label for 2 of 3 images, such as y.png: give a line"),
     ("ant\nbee\n", "labels have 2 lines, and no label for 3 of 3 images"),
     ("1\n2\n3\n", "labels give z.png the class 3, which is neither one of the 3 classes .* nor a number from 0 to 2"),
-    ("ant\nbee\ndog\n", "labels give x.png the class ant, which is neither")])
+    ("ant\nbee\ndog\n", "labels give z.png the class dog, which is neither"),
+    ("cat c1\nant c2\nbee c3\n", "labels give x.png the class cat c1, which is neither"),
+    ("x ant\ny bee\nz cat\nx.png cat\n", "labels give x.png two classes, ant and cat: remove one of the lines")])
 def test_labels_that_do_not_fit(tmp_path, text, says):
     (tmp_path / "labels").write_text(text)
     with pytest.raises(ConfigError, match=says) as error:
         read_labels(tmp_path / "labels", ["x.png", "y.png", "z.png"], CLASSES)
     assert "\n" not in str(error.value)
+
+
+def test_labels_whose_order_or_numbers_may_be_others(tmp_path, capsys):
+    labels = tmp_path / "labels"
+    labels.write_text("ant\nbee\ncat\n")
+    for names, one_order in ((["1.png", "10.png", "2.png"], True), (["x.png", "y.png", "z.png"], False)):
+        with pytest.raises(ConfigError, match="labels are without names, and the images have more than one order"):
+            read_labels(labels, names, CLASSES, one_order)
+    assert read_labels(labels, ["01.png", "02.png", "10.png"], CLASSES) == [0, 1, 2]
+    labels.write_text("x 1\ny 2\nz 0\n")
+    with pytest.raises(ConfigError, match="labels give z.png the class 0, which is neither"):
+        read_labels(labels, ["x.png", "y.png", "z.png"], ["1", "2", "3"])
+    assert read_labels(labels, ["x.png", "y.png", "z.png"], CLASSES) == [1, 2, 0] and not capsys.readouterr().err
+    assert read_labels(labels, ["x.png", "y.png"], CLASSES) == [1, 2]
+    assert "labels have no 0, which is the first class, ant: if they count from 1, all" in capsys.readouterr().err
+
+
+def test_labels_alone_go_with_a_folder_but_not_with_a_list(colours, tmp_path):
+    (tmp_path / "flat").mkdir()
+    for i, image in enumerate(sorted((colours / "val").rglob("*.jpg"))):
+        shutil.copy(image, tmp_path / f"flat/{i}.jpg")
+    labels = tmp_path / "labels.txt"
+    labels.write_text("".join(f"{name}\n" for name in ("blue", "green", "red") for _ in range(3)))
+    _, val = open_pair(Places(train=colours / "train", val=tmp_path / "flat", val_labels=labels))
+    assert val.labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    refuse("labels.txt are without names", train=colours / "train", val_labels=labels,
+           val=write_list(tmp_path / "flat", tmp_path / "list.txt"))
+    labels.write_text("red\n" * 9)
+    refuse("^--val_labels .*labels.txt gives all images one class, red: there is nothing to tell apart",
+           train=colours / "train", val=tmp_path / "flat", val_labels=labels)
 
 
 @pytest.mark.parametrize("form", [lambda folder: folder, lambda folder: write_tar(folder, folder.with_suffix(".tar")),
