@@ -4,10 +4,10 @@
     train, val = open_pair(Places("/path/to/imagenet"))                       # train/ and val/ in it
     train, val = open_pair(Places(train="train.zip", val="ILSVRC2012_img_val.tar", val_labels="labels.txt"))
 """
+import contextlib
 import copy
 import os
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,15 +17,18 @@ from torchvision.transforms import v2
 
 from selfpatch.data.archives import ArchiveImages
 from selfpatch.data.files import UnreadableImage, load_rgb
-from selfpatch.data.names import NamedImages, class_folder, in_order, number_classes
-from selfpatch.data.sources import as_list, text_lines
+from selfpatch.data.hub import OwnImages
+from selfpatch.data.names import NamedImages, class_folder, number_classes
+from selfpatch.data.sources import as_list
 from selfpatch.distributed.processes import get_rank, get_world_size
 from selfpatch.errors import ConfigError, warn
 from selfpatch.evaluation.places import NamedPart, open_reported
+from selfpatch.evaluation.tables import read_labels
 
 Paths = str | Path | list[str]
 PARTS = ("train", "val")
 HUB_SPLITS = ("train", "validation")
+COMPARED = 8  # images of equal names, to tell copies
 
 
 def eval_transform(size: int = 224) -> v2.Transform:
@@ -59,10 +62,12 @@ class LabelledImages(Dataset):
     def source(self) -> str:
         return self.images.source
 
+    def read(self, index: int) -> bytes:
+        return self.images.read(int(self.indices[index]))
+
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int, str]:
-        number = int(self.indices[index])
         try:
-            image = load_rgb(self.images.location(number), self.images.read(number))
+            image = load_rgb(self.images.location(int(self.indices[index])), self.read(index))
         except UnreadableImage as error:
             return torch.zeros_like(self.transform(v2.functional.to_pil_image(torch.zeros(3, 8, 8)))), -1, str(error)
         return self.transform(image), int(self.labels[index]), ""
@@ -120,6 +125,18 @@ def with_classes(part: NamedPart, option: str, transform: Callable | None = None
     return LabelledImages(images, transform or eval_transform(), indices[known], labels, [classes[i] for i in found])
 
 
+def with_labels(part: NamedPart, path: str | Path, classes: list[str], transform: Callable | None = None,
+                option: str = "--val_labels") -> LabelledImages:
+    """The images of a part with the classes that a file gives them, which are among those of the training images."""
+    indices, names = part.numbered()
+    one_order = os.path.isdir(part.images.source) or isinstance(part.images, ArchiveImages)
+    labels = read_labels(path, names, classes, one_order)
+    if len(set(labels)) == 1:
+        raise ConfigError(f"{option} {path} gives all images one class, {classes[labels[0]]}: there is nothing to tell "
+                          "apart")
+    return LabelledImages(part.images, transform or eval_transform(), indices, torch.tensor(labels), classes)
+
+
 def has_given_classes(images: NamedImages) -> bool:
     """Whether classes come from a list's lines or a column, not from the folders."""
     return bool(images.classes) and not set(map(class_folder, images.names)) >= set(images.classes)
@@ -138,10 +155,12 @@ def hold_out(images: LabelledImages, share: float,
     """
     if not 0 < share < 1:
         raise ConfigError(f"{option} {share:g}: give a share between 0 and 1, such as 0.1")
-    train, val, seen = [], [], {}
-    for i, label in enumerate(images.labels.tolist()):
-        n = seen[label] = seen.get(label, 0) + 1
-        (val if int(n * share) > int((n - 1) * share) else train).append(i)
+    train, val, seen, sides = [], [], {}, {}
+    for i, (place, (label, _)) in enumerate(identities(images)):
+        if place not in sides:  # an image that is listed twice stays on one side
+            n = seen[label] = seen.get(label, 0) + 1
+            sides[place] = val if int(n * share) > int((n - 1) * share) else train
+        sides[place].append(i)
     if not train or not val:
         raise ConfigError(f"{option}: a share of {share:g} leaves {len(train)} images to compare with and {len(val)} "
                           "to test: give another share, or more images")
@@ -156,7 +175,7 @@ class Places(NamedTuple):
     data has train/ and val/ in it, or is a Hugging Face data set with the splits train and validation.
 
     val_share: the share of each class of data to test, where data is one set.
-    val_labels: file of the test images' classes, see read_labels.
+    val_labels: file of the test images' classes, see tables.read_labels.
     option: that gives data, for messages.
     undivided_share: val_share where data turns out to be one set; None refuses such data.
     suffixes, column: see sources.open_images.
@@ -247,94 +266,38 @@ def check_classes(train: LabelledImages, val: LabelledImages) -> None:
 
 
 def check_apart(train: LabelledImages, val: LabelledImages) -> None:
-    """Raise ConfigError if test images are training images too, by their paths."""
-    roots = [os.path.join(os.path.realpath(images.images.root), "") for images in (train, val)]
-    if train.images is val.images or not (roots[0].startswith(roots[1]) or roots[1].startswith(roots[0])):
-        return  # most often, so that the names of 1.3 million images need not be compared
-    known, tested = ({root + images.images.names[i] for i in images.indices.tolist()}
-                     for root, images in zip(roots, (train, val), strict=True))
-    if shared := sorted(known & tested):
-        raise ConfigError(f"{len(shared)} of {len(val)} test images are training images too, such as {shared[0]}: "
-                          "their classes would be known. Give other images to test")
+    """Raise ConfigError if test images are training images too, or copies: of one class, name and, in some, bytes."""
+    places, names, same, alike = {}, {}, [], []
+    for i, (place, name) in enumerate(identities(val)):
+        places[place] = names[name] = i
+    for i, (place, name) in enumerate(identities(train)):  # 1.3 million
+        if place in places:
+            same.append(places[place])
+        elif name in names:
+            alike.append((i, names[name]))
+    what, copied = "training images too", alike[::-(-len(alike) // COMPARED) or 1]
+    if not same and copied and OwnImages not in (type(train.images), type(val.images)):  # which reads in workers alone
+        with contextlib.suppress(UnreadableImage):
+            if all(train.read(i) == val.read(j) for i, j in copied):
+                what, same = "copies of training images, by their names and the bytes of some", [j for _, j in alike]
+    if same:
+        raise ConfigError(f"{len(same)} of {len(val)} test images are {what}, such as "
+                          f"{val.images.location(int(val.indices[min(same)]))}: their classes would be known. Give "
+                          "other images to test")
 
 
-# ---------------------------------------------------------------- files of labels
-
-def with_labels(part: NamedPart, path: str | Path, classes: list[str], transform: Callable | None = None,
-                option: str = "--val_labels") -> LabelledImages:
-    """The images of a part with the classes that a file gives them, which are among those of the training images."""
-    indices, names = part.numbered()
-    one_order = os.path.isdir(part.images.source) or isinstance(part.images, ArchiveImages)
-    labels = read_labels(path, names, classes, one_order)
-    if len(set(labels)) == 1:
-        raise ConfigError(f"{option} {path} gives all images one class, {classes[labels[0]]}: there is nothing to tell "
-                          "apart")
-    return LabelledImages(part.images, transform or eval_transform(), indices, torch.tensor(labels), classes)
-
-
-def read_labels(path: str | Path, names: list[str], classes: list[str], one_order: bool = True) -> list[int]:
-    """The class of each image, by a file with a line "name label" for each, or a label alone for each in their order.
-
-    A name may lack its suffix and its folders, and may come last; separators are tabs, commas and spaces. A label is
-    the name of a class, or its number, 0 being the first in sorted order, unless names of classes are numbers. Lines
-    about other images are skipped, hence a header, too.
-
-    Args:
-        one_order: the images have no order but that of their names, such as that of the lines of a list.
-
-    Raises:
-        ConfigError: an image has no label or two, a label is no class, or labels alone may be in another order.
-    """
-    lines = [line.strip() for line in text_lines(str(path)) if line.strip()]
-    labels = named_labels(lines, names)
-    if alone := not labels and len(lines) == len(names):
-        padded = [re.sub("[0-9]+", lambda number: number[0].zfill(20), name) for name in names]
-        if not one_order or in_order(padded) != list(range(len(names))):
-            raise ConfigError(f"the labels {path} are without names, and the images have more than one order (that of "
-                              "a list or data set, or 2.jpg before 10.jpg): give a line \"name label\" for each")
-        labels = list(enumerate(lines))
-    if missing := sorted(set(range(len(names))) - {image for image, _ in labels}):
-        raise ConfigError(f"the labels {path} have {len(lines)} lines, and no label for {len(missing)} of {len(names)} "
-                          f"images, such as {names[missing[0]]}: give a line \"name label\" for each, or a label for "
-                          "each in the order of their names")
-    known, found = class_numbers(path, {label for _, label in labels}, classes, alone), {}
-    for image, label in labels:
-        if label not in known:
-            raise ConfigError(f"the labels {path} give {names[image]} the class {label}, which is neither one of the "
-                              f"{len(classes)} classes of the training images nor a number from 0 to {len(classes) - 1}"
-                              ", its place among them where their names are no numbers (ILSVRC's own numbers are in "
-                              "another order)")
-        if found.setdefault(image, known[label]) != known[label]:
-            raise ConfigError(f"the labels {path} give {names[image]} two classes, {classes[found[image]]} and "
-                              f"{classes[known[label]]}: remove one of the lines")
-    return [found[image] for image in range(len(names))]
-
-
-def named_labels(lines: list[str], names: list[str]) -> list[tuple[int, str]]:
-    """(image, label) of lines "name label", or "label name" where that fits more lines; other lines are skipped."""
-    bases, numbers = [os.path.basename(name) for name in names], {}
-    for cut in (lambda name: os.path.splitext(name)[0], str):
-        for way in (names, bases) if len(set(bases)) == len(names) else (names,):
-            numbers |= {cut(name): i for i, name in enumerate(way)}
-
-    def pair(line: str, first: bool) -> tuple[int, str] | None:
-        parts = [cut(separator)[::1 if first else -1] for cut in (line.partition, line.rpartition)
-                 for separator in "\t, "]
-        fits = [(name.strip(), label.strip()) for name, _, label in parts if label and name.strip() in numbers]
-        name, label = max(fits, key=lambda one: len(one[0]), default=("", ""))  # a name may have spaces in it
-        return (numbers[name], label) if fits else None
-
-    return max(([found for line in lines if (found := pair(line, first))] for first in (True, False)), key=len)
-
-
-def class_numbers(path: str | Path, labels: set[str], classes: list[str], alone: bool) -> dict[str, int]:
-    """The classes of labels, by their names, or by numbers where all labels are; labels of no class are left out."""
-    known = {name: i for i, name in enumerate(classes)}
-    # as in Kaggle's LOC_val_solution.csv, where boxes follow
-    words = {label: label if alone or label in known else label.split()[0] for label in labels}
-    if all(map(str.isdecimal, words.values())) and not any(map(str.isdecimal, classes)):
-        known = {str(i): i for i in range(len(classes))}
-        if "0" not in words.values():
-            warn(f"the labels {path} have no 0, which is the first class, {classes[0]}: if they count from 1, all "
-                 "classes are wrong")
-    return {label: known[word] for label, word in words.items() if word in known}
+def identities(images: LabelledImages) -> Iterator[tuple[Hashable, tuple[int, str]]]:
+    """Where each image lies, the same in all data that it is in, and its class with the name of its file."""
+    source, folders = images.images, {}
+    names, indices, labels = list(source.names), images.indices.tolist(), images.labels.tolist()
+    if isinstance(source, ArchiveImages):
+        files = [(status.st_dev, status.st_ino) for status in map(os.stat, source.paths)]
+        archives, starts = source.archives.tolist(), source.places[:, 0].tolist()
+    for i, label in zip(indices, labels, strict=True):
+        folder, slash, name = names[i].rpartition("/")
+        if isinstance(source, ArchiveImages):
+            yield (files[archives[i]], starts[i] if starts[i] >= 0 else names[i]), (label, name)
+        else:
+            if folder not in folders:
+                folders[folder] = os.path.join(os.path.realpath(os.path.join(source.root, folder + slash)), "")
+            yield folders[folder] + name, (label, name)

@@ -1,4 +1,5 @@
 """Images with classes: the same figures from every form of data, files of labels, and what is refused or reported."""
+import os
 import shutil
 import zipfile
 
@@ -9,7 +10,8 @@ from image_kinds import files, write_hub, write_list, write_tar, write_zip
 
 import eval_knn
 from selfpatch.errors import ConfigError
-from selfpatch.evaluation.labelled_images import Places, open_labelled, open_pair, read_labels
+from selfpatch.evaluation.labelled_images import Places, open_labelled, open_pair
+from selfpatch.evaluation.tables import read_labels
 
 CLASSES = ["ant", "bee", "cat"]
 
@@ -203,6 +205,39 @@ def test_images_that_are_in_both(colours, tmp_path):
         refuse("^12 of 12 test images are training images too, such as .*blue/00.jpg", train=a, val=b)
     for a in (train, colours / "train"):
         refuse("^9 of 9 test images are training images too", train=a, val=text)
+
+
+def test_archives_that_are_in_both(colours, tmp_path):
+    images = files(colours / "train")
+    for write, end in ((write_tar, "tar"), (lambda *args: write_zip(*args[:2]), "zip")):
+        shards = [write(colours / "train", tmp_path / f"{i}.{end}", "", images[i::2]) for i in range(2)]
+        (tmp_path / f"link.{end}").symlink_to(shards[1])
+        refuse(f"^{12 if end == 'zip' else 6} of .* test images are training images too", train=shards,
+               val=tmp_path / f"link.{end}")
+    refuse("^6 of 6 test images are training images too, such as .*1.tar/", train=str(tmp_path / "?.tar"),
+           val=tmp_path / "1.tar")
+
+
+@pytest.mark.parametrize("copy", [
+    lambda folder, path: write_zip(folder, path.with_suffix(".zip"), "top"),
+    lambda folder, path: shutil.copytree(folder, path),
+    lambda folder, path: shutil.copytree(folder, path, copy_function=os.symlink)])
+def test_copies_of_training_images(colours, tmp_path, copy):
+    refuse("^12 of 12 test images are copies of training images, by their names and the bytes of some, such as",
+           train=colours / "train", val=copy(colours / "train", tmp_path / "copy"))
+
+
+def test_a_split_of_a_data_set_by_two_names(colours, tmp_path):
+    name = write_hub_splits(colours, tmp_path / "set")[1]
+    refuse("^12 of 12 test images are copies of training images", train=name, val=f"{name}:train")
+
+
+def test_an_image_that_is_listed_twice_stays_on_one_side(colours, tmp_path):
+    names = [f"{path}\n" for path in files(colours / "train")]
+    (tmp_path / "list.txt").write_text("".join(names + names[:9]))
+    train, val = open_pair(Places(tmp_path / "list.txt", val_share=0.5))
+    sides = [{images.images.names[i] for i in images.indices.tolist()} for images in (train, val)]
+    assert not sides[0] & sides[1] and [len(side) for side in sides] == [6, 6] and len(train) + len(val) == 21
 
 
 def test_one_class(colours, tmp_path):

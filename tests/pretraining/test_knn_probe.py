@@ -98,13 +98,15 @@ def test_figures_are_those_of_the_evaluation(image_folder):
 def test_a_folder_with_train_and_val(image_folder, tmp_path):
     (tmp_path / "train").symlink_to(image_folder)
     shutil.copytree(image_folder, tmp_path / "val")
+    for path in (tmp_path / "val").rglob("*.jpg"):
+        path.rename(path.with_name(f"1{path.name}"))  # copies of the same names would be refused
     # every image has its copy as its nearest neighbour, though k = 20 is all 12 of them
     network = small_wrapper()
     expected = KnnProbe(tmp_path, 32)(network)
     assert expected["knn_top1"] >= 50
     for path in (tmp_path / "val").rglob("*.jpg"):
         path.rename(tmp_path / "val" / path.name)
-    (tmp_path / "labels.txt").write_text("".join(f"{i:02} class{i % 2}\n" for i in range(12)))
+    (tmp_path / "labels.txt").write_text("".join(f"1{i:02} class{i % 2}\n" for i in range(12)))
     found = KnnProbe(Places(tmp_path, val_labels=tmp_path / "labels.txt"), 32)(network)
     assert [found[name] for name in ("knn_top1", "knn_top5")] == [expected[name] for name in ("knn_top1", "knn_top5")]
 
