@@ -19,7 +19,7 @@ from selfpatch.data.archives import ArchiveImages
 from selfpatch.data.files import UnreadableImage, load_rgb
 from selfpatch.data.hub import OwnImages
 from selfpatch.data.names import NamedImages, class_folder, number_classes
-from selfpatch.data.sources import as_list
+from selfpatch.data.sources import as_list, check_paths
 from selfpatch.distributed.processes import get_rank, get_world_size
 from selfpatch.errors import ConfigError, warn
 from selfpatch.evaluation.places import NamedPart, open_reported
@@ -28,6 +28,7 @@ from selfpatch.evaluation.tables import read_labels
 Paths = str | Path | list[str]
 PARTS = ("train", "val")
 HUB_SPLITS = ("train", "validation")
+SPLITS = {"train", "training", "val", "valid", "validation", "test"}
 COMPARED = 8  # images of equal names, to tell copies
 
 
@@ -233,12 +234,13 @@ def open_pair(places: Places, train_transform: Callable | None = None,
         every = with_classes(pair[0], option, transform)
         train, val = hold_out(every, share, "--val_share" if places.val_share is not None else option)
         train.transform = train_transform or train.transform
-    check_classes(train, val)
+    check_classes(train, val, places.val_share is not None)
     return train, val
 
 
 def find_parts(places: Places) -> list[NamedPart]:
     """Training and test images of places.data, or all images where it is not divided."""
+    check_paths(places.data, places.option, places.suffixes, places.column)
     first, *more = as_list(places.data)
     name = os.path.expanduser(first.removeprefix("hf:"))
     if first.startswith("hf:") and (":" not in name or os.path.exists(name)):  # without a split
@@ -250,14 +252,18 @@ def find_parts(places: Places) -> list[NamedPart]:
     return [NamedPart(images, f"{part}/") for part in PARTS] if divided else [NamedPart(images)]
 
 
-def check_classes(train: LabelledImages, val: LabelledImages) -> None:
-    """Raise ConfigError unless both have the same classes, two at least."""
+def check_classes(train: LabelledImages, val: LabelledImages, divided: bool) -> None:
+    """Raise ConfigError unless both have the same classes, two at least, which are no names of splits."""
+    for images in (train, val):
+        if SPLITS.issuperset(map(str.lower, images.classes)):
+            advice = ("leave --val_share out" if divided and {*PARTS} <= {*images.classes} else
+                      "name them train and val, or give one of them")
+            raise ConfigError(f"{images.source} has the folders {', '.join(images.classes)}, which are no classes: "
+                              + advice)
     if train.classes != val.classes:
         only = sorted(set(train.classes) ^ set(val.classes))
         raise ConfigError(f"{train.source} and {val.source} differ in class folders: {shortened(only)} "
                           f"{'is' if len(only) == 1 else 'are'} in one of them only")
-    if set(train.classes) == set(PARTS):
-        raise ConfigError(f"{train.source} has the folders train and val, which are no classes: leave --val_share out")
     for images in (train, val):
         if len(found := images.labels.unique()) < 2:
             raise ConfigError(f"{images.source} has images of one class only, {images.classes[int(found[0])]}: there "

@@ -3,6 +3,7 @@ import os
 import shutil
 import zipfile
 
+import image_kinds
 import pytest
 import torch
 from evaluation_jobs import SMALL, make_class_folders, run_job
@@ -43,7 +44,20 @@ def write_shards(folder, path):
     return ["--train_path", *shards, "--val_path", folder / "val"]
 
 
-KINDS = {"list": parts(write_list), "zip": parts(write_zip, ".zip"), "tar": parts(write_tar, ".tar"),
+def write_own_images(folder, path):
+    """A function that reads folders."""
+    path.with_name("mine.py").write_text(
+        "from pathlib import Path\n\ndef open_images(folder):\n"
+        "    names = [str(path.relative_to(folder)) for path in Path(folder).rglob('*.jpg')]\n"
+        "    return names, lambda name: Path(folder, name).read_bytes()\n")
+    return f"{path.with_name('mine.py')}:{folder}"
+
+
+KINDS = {"own": parts(write_own_images),
+         "pattern": lambda folder, path: ["--train_path", image_kinds.write_shards(folder / "train", path),
+                                          "--val_path", folder / "val"],
+         "one tar": lambda folder, path: ["--data_path", write_tar(folder, path.with_suffix(".tar"), "colours")],
+         "list": parts(write_list), "zip": parts(write_zip, ".zip"), "tar": parts(write_tar, ".tar"),
          "hub": parts(write_hub), "shards": write_shards, "splits": write_hub_splits,
          "one list": lambda folder, path: ["--data_path", write_list(folder, path)],
          "one zip": lambda folder, path: ["--data_path", write_zip(folder, path.with_suffix(".zip"), "colours")],
@@ -227,8 +241,11 @@ def test_copies_of_training_images(colours, tmp_path, copy):
            train=colours / "train", val=copy(colours / "train", tmp_path / "copy"))
 
 
-def test_a_split_of_a_data_set_by_two_names(colours, tmp_path):
+def test_a_split_of_a_data_set_by_two_names(colours, tmp_path, capsys):
     name = write_hub_splits(colours, tmp_path / "set")[1]
+    open_labelled(name, "--val_path")
+    line = f"warning: --val_path {name}: images of the column image, classes of the column label\n"
+    assert capsys.readouterr().err.endswith(line)
     refuse("^12 of 12 test images are copies of training images", train=name, val=f"{name}:train")
 
 
@@ -238,6 +255,25 @@ def test_an_image_that_is_listed_twice_stays_on_one_side(colours, tmp_path):
     train, val = open_pair(Places(tmp_path / "list.txt", val_share=0.5))
     sides = [{images.images.names[i] for i in images.indices.tolist()} for images in (train, val)]
     assert not sides[0] & sides[1] and [len(side) for side in sides] == [6, 6] and len(train) + len(val) == 21
+
+
+def test_folders_of_splits_are_no_classes(colours, tmp_path):
+    shutil.copytree(colours, tmp_path / "a")
+    shutil.copytree(colours / "val", tmp_path / "a/test")
+    refuse("a has the folders test, train, val, which are no classes: leave --val_share out", data=tmp_path / "a",
+           val_share=0.5)
+    refuse("a has the folders test, train, val, .*: name them train and val, or give one", train=tmp_path / "a",
+           val=colours / "val")
+    for folder, *names in (("b", "train", "test"), ("c", "Train", "Val")):
+        for part, name in zip(("train", "val"), names, strict=True):
+            shutil.copytree(colours / part, tmp_path / folder / name)
+        refuse(f"{names[-1]}.* are no classes: name them train and val", data=tmp_path / folder,
+               option="--knn_data", undivided_share=0.2)
+
+
+def test_a_second_data_set_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("selfpatch.data.hub.require_packages", lambda *names: None)
+    refuse("^--data_path hf:A: of several values each must be a .zip or .tar archive", data=["hf:A", "hf:B"])
 
 
 def test_one_class(colours, tmp_path):

@@ -111,6 +111,22 @@ def test_a_folder_with_train_and_val(image_folder, tmp_path):
     assert [found[name] for name in ("knn_top1", "knn_top5")] == [expected[name] for name in ("knn_top1", "knn_top5")]
 
 
+def test_photographs_are_chosen_as_for_training(image_folder, tmp_path):
+    data = shutil.copytree(image_folder, tmp_path / "data")
+    for image in list(data.rglob("*.jpg")):
+        shutil.copy(image, image.with_name(f"{image.stem}.seg.png"))
+    probe = KnnProbe(Places(data, suffixes=[".jpg"], column="photo"), 32)  # of an hf: set, as the training images
+    assert sum(len(loader.dataset) for loader in probe.loaders) == 12
+    with pytest.raises(ConfigError, match="--knn_data .*data has no images in it: not read: .* .only .seg.png are"):
+        for image in list(data.rglob("*.png")):
+            image.unlink()
+        shutil.copytree(image_folder, tmp_path / "train")
+        for image in list((tmp_path / "train").rglob("*.jpg")):
+            image.rename(image.with_suffix(".seg.png"))
+        train_dino(options("--epochs", 1, "--data_path", tmp_path / "train", "--output_dir", tmp_path / "run",
+                           "--knn_data", data, "--image_suffix", ".seg.png"))
+
+
 @pytest.mark.parametrize("make, says", [
     (lambda folder, images: None, "there is no folder .*knn, and no file of that name: give --knn_data"),
     (lambda folder, images: folder.mkdir(), "--knn_data .*knn has no images in it"),
