@@ -17,7 +17,7 @@ from torchvision.transforms import v2
 
 from selfpatch.data.archives import ArchiveImages
 from selfpatch.data.files import UnreadableImage, load_rgb
-from selfpatch.data.hub import OwnImages
+from selfpatch.data.hub import HubImages, OwnImages
 from selfpatch.data.names import NamedImages, class_folder, number_classes
 from selfpatch.data.sources import as_list, check_paths
 from selfpatch.distributed.processes import get_rank, get_world_size
@@ -299,11 +299,16 @@ def identities(images: LabelledImages) -> Iterator[tuple[Hashable, tuple[int, st
     if isinstance(source, ArchiveImages):
         files = [(status.st_dev, status.st_ino) for status in map(os.stat, source.paths)]
         archives, starts = source.archives.tolist(), source.places[:, 0].tolist()
+    elif isinstance(source, HubImages):
+        rows = source.rows.tolist()
     for i, label in zip(indices, labels, strict=True):
         folder, slash, name = names[i].rpartition("/")
         if isinstance(source, ArchiveImages):
-            yield (files[archives[i]], starts[i] if starts[i] >= 0 else names[i]), (label, name)
+            place = (files[archives[i]], starts[i] if starts[i] >= 0 else names[i])
+        elif isinstance(source, HubImages):  # where several rows may have one name
+            place = (source.root, rows[i])
         else:
             if folder not in folders:
                 folders[folder] = os.path.join(os.path.realpath(os.path.join(source.root, folder + slash)), "")
-            yield folders[folder] + name, (label, name)
+            place = folders[folder] + name
+        yield place, (label, name)

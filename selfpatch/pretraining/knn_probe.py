@@ -57,7 +57,7 @@ class KnnProbe:
     def __init__(self, data: Paths | Places, image_size: int = 224, batch_size: int = 64, num_workers: int = 0,
                  device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, every: int = 1):
         places = data if isinstance(data, Places) else Places(data)
-        opens = check_paths(places.data, "--knn_data")
+        opens = check_paths(places.data or places.train, "--knn_data")
         places = places._replace(option="--knn_data", undivided_share=HELD_OUT,
                                  suffixes=() if opens in (HubImages, OwnImages) else places.suffixes,
                                  column=places.column if opens is HubImages else "")

@@ -247,6 +247,7 @@ def test_a_split_of_a_data_set_by_two_names(colours, tmp_path, capsys):
     line = f"warning: --val_path {name}: images of the column image, classes of the column label\n"
     assert capsys.readouterr().err.endswith(line)
     refuse("^12 of 12 test images are copies of training images", train=name, val=f"{name}:train")
+    refuse("^12 of 12 test images are training images too", train=name, val=name)
 
 
 def test_an_image_that_is_listed_twice_stays_on_one_side(colours, tmp_path):
