@@ -17,7 +17,6 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P leaves it out
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional as tf
@@ -26,7 +25,7 @@ from tqdm import tqdm
 from selfpatch.checkpoints.backbones import image_statistics
 from selfpatch.data.files import load_rgb
 from selfpatch.data.normalisation import normalise
-from selfpatch.distributed.processes import get_rank, get_world_size, is_main_process, together
+from selfpatch.distributed.processes import gather_objects, get_rank, get_world_size, is_main_process, together
 from selfpatch.errors import POSITIVE_FLOAT, ArgumentParser, ConfigError, Number, run_main, user_path
 from selfpatch.evaluation.common import (
     Column,
@@ -120,12 +119,8 @@ def discover_all(feature: PatchFeature, images: list[BoxImage], args: argparse.N
     Raises:
         ConfigError: an image cannot be read, is too large, or cannot be drawn; all processes raise it.
     """
-    outcome = together(lambda: discover_share(feature, images, args, device, draw))
-    if get_world_size() > 1:
-        parts = [None] * get_world_size()
-        dist.all_gather_object(parts, outcome)
-        outcome = {i: found for part in parts for i, found in part.items()}
-    return dict(sorted(outcome.items()))
+    shares = gather_objects(together(lambda: discover_share(feature, images, args, device, draw)))
+    return dict(sorted((i, found) for share in shares for i, found in share.items()))
 
 
 def discover_share(feature: PatchFeature, images: list[BoxImage], args: argparse.Namespace, device: torch.device,

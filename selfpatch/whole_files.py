@@ -53,8 +53,8 @@ def whole_file(path: str | Path, previous: Path | None = None, suffix: str = "")
         WriteError: the disk is full or cannot be written, or path is a pipe or a device.
     """
     path = Path(os.path.realpath(path))
-    if path.exists():
-        with write_errors(path):
+    with write_errors(path):  # a name may be too long even to look for
+        if path.exists():
             regular(path)  # /dev/null would be replaced
     number = int.from_bytes(os.urandom(5), "big")  # unlike a process id, unique on all machines that share the disk
     temporary = path.with_name(f".{path.name}.{number}.tmp{suffix}")

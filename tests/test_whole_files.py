@@ -87,3 +87,8 @@ def test_a_file_through_a_link(tmp_path):
     with whole_file(tmp_path / "link") as temporary:
         temporary.write_text("one")
     assert (tmp_path / "link").is_symlink() and (tmp_path / "disk" / "file").read_text() == "one"
+
+
+def test_a_name_that_is_too_long_is_one_line(tmp_path):
+    with pytest.raises(WriteError, match="cannot be written: File name too long"), whole_file(tmp_path / ("x" * 256)):
+        pass

@@ -33,8 +33,12 @@ class Index(NamedTuple):
     unread: Counter
 
 
-def make_index(path: str) -> Index:
-    """Where each image of an archive is; of several members with one name the last counts, as when it is unpacked."""
+def make_index(path: str, is_wanted: Callable[[str], bool] = is_image_name) -> Index:
+    """Where each image of an archive is; of several members with one name the last counts, as when it is unpacked.
+
+    Args:
+        is_wanted: whether a name is that of an image, or of what else is looked for.
+    """
     rows, names, places, unread, links = {}, [], array("q"), Counter(), {}
     members = tar_members if is_tar(path) else zip_members
     for name, place in Progress(f"indexing {path}")(members(path)):
@@ -42,10 +46,10 @@ def make_index(path: str) -> Index:
         links.pop(name, None)
         if isinstance(place, str):
             links[name], place = plain_name(place), NOWHERE
-        if any(is_hidden(part) for part in name.split("/") if part != ".."):
+        if in_hidden(name):
             continue
         suffix = os.path.splitext(name)[1].lower()
-        if not is_image_name(name):
+        if not is_wanted(name):
             unread.update([suffix] * (suffix in OTHER_IMAGE_SUFFIXES or suffix in ARCHIVE_SUFFIXES))
         elif name in rows:
             places[5 * rows[name]:5 * rows[name] + 5] = array("q", place)
@@ -54,8 +58,33 @@ def make_index(path: str) -> Index:
             names.append(name)
             places.extend(place)
     if links:
+        enter_linked_folders(links, rows, names, is_wanted, lambda: members(path))
+        places.extend(NOWHERE * (len(names) - len(places) // 5))
         follow_links(links, rows, places, lambda: members(path))
     return Index(names, np.array(places, dtype=np.int64).reshape(-1, 5), unread)
+
+
+def in_hidden(name: str) -> bool:
+    return any(is_hidden(part) for part in name.split("/") if part != "..")
+
+
+def enter_linked_folders(links: dict[str, str], rows: dict[str, int], names: list[str],
+                         is_wanted: Callable[[str], bool], members: Callable[[], Iterator]) -> None:
+    """Add the images below hidden folders that links lead to, as links to them; other folders have theirs already.
+
+    Of several links to one folder the first counts, as for folders on a disk.
+    """
+    folders = {end_of_links(name, links): name for name in sorted(links.keys() - rows.keys(), reverse=True)
+               if not in_hidden(name)}
+    folders = {folder: name for folder, name in folders.items() if in_hidden(folder)}
+    for name, _ in members() if folders else ():
+        name = plain_name(name)
+        for i, char in enumerate(name):
+            if char == "/" and name[:i] in folders and is_wanted(name) and not in_hidden(name[i + 1:]):
+                added = folders[name[:i]] + name[i:]
+                if added not in rows:
+                    rows[added], links[added] = len(names), name
+                    names.append(added)
 
 
 def follow_links(links: dict[str, str], rows: dict[str, int], places: array, members: Callable[[], Iterator]) -> None:

@@ -24,11 +24,12 @@ from selfpatch.data.names import NamedImages, common_top, in_order, number_class
 from selfpatch.errors import ConfigError
 from selfpatch.whole_files import WriteError, regular, whole_file
 
-INDEX_VERSION, INDEX_SUFFIX = 2, ".index.npz"
+INDEX_VERSION, INDEX_SUFFIX = 3, ".index.npz"
 COMPRESSED_TARS = (".tgz", ".tbz", ".tbz2", ".txz", ".tzst", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
 # by method: from the bytes stored and the size that the directory gives; no more than one byte above it is unpacked
 UNPACK = {zipfile.ZIP_STORED: lambda data, _: data,
           zipfile.ZIP_DEFLATED: lambda data, size: zlib.decompressobj(-15).decompress(data, size + 1)}
+READ_ERRORS = (OSError, ValueError, zlib.error, tarfile.TarError)  # of read_member
 MAX_BYTES = 2**31  # of an image: holes and compression would let a small archive fill the memory
 OPEN_ARCHIVES = 64  # at a time in a process, which may have 1024 files open by default
 
@@ -72,7 +73,7 @@ class ArchiveImages(NamedImages):
         path, place = self.paths[self.archives[index]], self.places[index].tolist()
         try:
             data = with_retries(lambda: read_member(path, *place))
-        except (OSError, ValueError, zlib.error, tarfile.TarError) as error:
+        except READ_ERRORS as error:
             reason = getattr(error, "strerror", None) or error
             raise UnreadableImage(f"cannot read the image {self.location(index)} ({reason})") from None
         if not data:
@@ -106,7 +107,7 @@ def read_at(path: str, start: int, count: int) -> bytes:
             raise ValueError("the archive has become shorter since it was indexed, or its directory is damaged")
         return os.pread(archive.fileno(), count, start)
     except OSError:
-        open_archive.cache_clear()  # a file server that was away may know the open file no longer
+        open_archive.cache_clear()  # a file server that was unreachable may know the open file no longer
         raise
 
 

@@ -103,10 +103,20 @@ def is_image_name(path: str | Path) -> bool:
     return str(path).lower().endswith(IMAGE_SUFFIXES)
 
 
+def split_name(path: str) -> tuple[str, str]:
+    """A path up to the first dot of the file's name, and what follows, in lower case: a/0000 and .seg.png.
+
+    Numbers between dots count to the first: a/2012.0001 and .seg.png of a/2012.0001.seg.png.
+    """
+    folder, name = os.path.split(path)
+    first, *parts = name.split(".")
+    stem = ".".join([first, *(part for part in parts if part.isdecimal())])
+    return os.path.join(folder, stem), "".join(f".{part.lower()}" for part in parts if not part.isdecimal())
+
+
 def long_suffix(path: str) -> str:
-    """What follows the first dot of a file's name, with it, in lower case: .seg.png of 0000.seg.png."""
-    name = os.path.basename(path).lower()
-    return name[name.find("."):] if "." in name else ""
+    """The second part of split_name: .seg.png of 0000.seg.png."""
+    return split_name(path)[1]
 
 
 def is_chosen(path: str, suffixes: Sequence[str] = ()) -> bool:

@@ -11,7 +11,7 @@ from itertools import pairwise
 
 import torch
 
-from selfpatch.data.files import IMAGE_SUFFIXES, long_suffix, read_bytes
+from selfpatch.data.files import IMAGE_SUFFIXES, long_suffix, read_bytes, split_name
 from selfpatch.errors import is_first_of_machine
 
 PROGRESS_SECONDS = 5.0  # between two lines about a long scan
@@ -115,8 +115,7 @@ def remarks_on(names: list[str]) -> list[str]:
     end = os.path.splitext(names[0])[1] if names else ""
     if all(name.endswith(end) and name.count(".") == 1 for name in names):  # nearly always, and soon known
         return remarks
-    keys = {name[:-len(end)] if (end := long_suffix(name)) else name for name in names}
-    if (alike := len(names) - repeated - len(keys)) > 0:
+    if (alike := len(names) - repeated - len({split_name(name)[0] for name in names})) > 0:
         remarks.append(f"{alike} images differ from another one only behind the first dot of the name "
                        f"({in_words(Counter(map(long_suffix, names)))}): if some are masks, --image_suffix chooses")
     return remarks

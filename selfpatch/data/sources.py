@@ -39,7 +39,8 @@ def add_source_options(group: argparse._ActionsContainer) -> None:
     """Add --image_suffix and --image_column, see open_images."""
     group.add_argument("--image_suffix", default=[], type=image_suffix, nargs="+", metavar="SUFFIX",
                        help="where photographs and masks are together: take the images alone whose names go on so "
-                            "after the first dot, .jpg of 0001.jpg and 0001.seg.png; for folders, lists and archives")
+                            "after the first dot, .jpg of 0001.jpg and 0001.seg.png, apart from numbers; for folders, "
+                            "lists and archives")
     group.add_argument("--image_column", default="", metavar="NAME",
                        help="of a Hugging Face data set; default: the first column of images")
 
@@ -55,24 +56,24 @@ def open_images(paths: str | Path | list[str], option: str = "--data_path", suff
     Raises:
         ConfigError: there are none, or they cannot be read; the message names the option.
     """
-    opens, paths = check_paths(paths, option, suffixes, column), expand(paths, option)
-    images = (opens(paths, suffixes) if opens is ArchiveImages else opens(paths[0]) if opens is OwnImages else
-              opens(paths[0], column if opens is HubImages else suffixes))
+    reader, paths = check_paths(paths, option, suffixes, column)
+    images = (reader(paths, suffixes) if reader is ArchiveImages else reader(paths[0]) if reader is OwnImages else
+              reader(paths[0], column if reader is HubImages else suffixes))
     if not len(images):
         reason = images.unread_summary() or images.expects
         if any(images.unread[suffix] for suffix in ARCHIVE_SUFFIXES):
-            reason += "; give the archives in it themselves" + ", unpacked from this one" * (opens is ArchiveImages)
+            reason += "; give the archives in it themselves" + ", unpacked from this one" * (reader is ArchiveImages)
         raise ConfigError(f"{option} {images.source} has no images in it: {reason}")
     return images
 
 
 def prepare(paths: str | Path | list[str], column: str = "") -> None:
     """Index archives, and load a data set into its cache, so that other processes find them there."""
-    opens = check_paths(paths)
-    for path in expand(paths):
-        if opens is ArchiveImages:
+    reader, paths = check_paths(paths)
+    for path in paths:
+        if reader is ArchiveImages:
             open_index(path)
-        elif opens is HubImages:
+        elif reader is HubImages:
             HubImages(path, column)
 
 
@@ -133,13 +134,17 @@ def absolute(path: str) -> str:
 
 
 def check_paths(paths: str | Path | list[str], option: str = "--data_path", suffixes: Sequence[str] = (),
-                column: str = "") -> Callable[..., NamedImages]:
-    """What opens the paths, found without reading more than the beginning of a file; arguments as of open_images.
+                column: str = "") -> tuple[Callable[..., NamedImages], list[str]]:
+    """What reads the paths, and these with patterns expanded; no more is read than the beginning of a file.
+
+    Args: as of open_images.
 
     Raises:
-        ConfigError: one of them is not there, or is none of the kinds; or several are no archives, or not different.
+        ConfigError: one of them is not there, or is none of the kinds; several are no archives, or not different; or
+            there are none.
     """
-    paths = expand(paths, option)
+    if not (paths := expand(paths, option)):
+        raise ConfigError(f"{option}: give {KINDS}")
     kinds = [kind_of(path, option) for path in paths]
     if len(paths) > 1 and set(kinds) != {ArchiveImages}:
         other = next(path for path, kind in zip(paths, kinds, strict=True) if kind is not ArchiveImages)
@@ -156,7 +161,7 @@ def check_paths(paths: str | Path | list[str], option: str = "--data_path", suff
                           f"{paths[0]} is none of them")
     if column and kinds[0] is not HubImages:
         raise ConfigError(f"--image_column {column}: is for hf:NAME only, and {option} is {paths[0]}")
-    return kinds[0]
+    return kinds[0], paths
 
 
 def kind_of(path: str, option: str) -> Callable[..., NamedImages]:

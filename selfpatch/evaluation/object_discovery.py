@@ -18,7 +18,7 @@ import math
 import xml.etree.ElementTree as ElementTree
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import NamedTuple
 
 import cv2
@@ -39,7 +39,7 @@ from selfpatch.evaluation.segmentation import (
     read_list,
     split_column,
 )
-from selfpatch.evaluation.tables import tell_apart
+from selfpatch.evaluation.tables import unique_names
 from selfpatch.video.davis import VOID, read_mask
 from selfpatch.whole_files import regular
 
@@ -157,7 +157,7 @@ def is_found(box: tuple[int, int, int, int], boxes: np.ndarray) -> bool:
 # ---------------------------------------------------------------- data sets with boxes
 
 class BoxImage(NamedTuple):
-    """An image, its name in results (see unique_names), and its boxes [B, 4] or the mask to read them from."""
+    """An image, its name in results (see tables.unique_names), and its boxes [B, 4] or the mask to read them from."""
     name: str
     image: Item
     boxes: np.ndarray | Item | None
@@ -178,20 +178,25 @@ def boxes_of_mask(mask: np.ndarray) -> np.ndarray:
     return np.array(boxes, np.float64).reshape(-1, 4)
 
 
-def sound_box(numbers: object, sized: bool) -> tuple[float, ...] | None:
+def sound_box(numbers: object, sized: bool, size: Sequence[object]) -> tuple[float, ...] | None:
     """xmin, ymin, xmax, ymax of COCO's x, y, width, height (sized) or VOC's sides, as numbers or text.
 
-    VOC counts pixels from 1, up to the last inside. None if they are not four finite numbers, or no image has pixels
-    within.
+    VOC counts pixels from 1, up to the last inside. None if they are not four finite numbers, or the image has no
+    pixels within.
+
+    Args:
+        size: width and height of the image, as the file has them; None or 0 if they are not known.
     """
     if not isinstance(numbers, list) or len(numbers) != 4:
         return None
     try:
         a, b, c, d = map(float, numbers)
+        width, height = (float(side or 0) or math.inf for side in size)
     except (TypeError, ValueError, OverflowError):
         return None
     box = (a, b, a + c, b + d) if sized else (a - 1, b - 1, c, d)
-    return box if all(map(math.isfinite, box)) and box[0] < box[2] > 0 and box[1] < box[3] > 0 else None
+    inside = box[0] < box[2] > 0 and box[1] < box[3] > 0 and box[0] < width and box[1] < height
+    return box if inside and all(map(math.isfinite, box)) else None
 
 
 def find_box_data(text: str) -> list[BoxImage]:
@@ -212,23 +217,10 @@ def find_box_data(text: str) -> list[BoxImage]:
     return images
 
 
-def unique_names(paths: Sequence[str | Path]) -> list[str]:
-    """A name for each image: its relative path without the suffix, or with it if another image differs only there.
-
-    Names that are still equal get numbers (see tables.tell_apart). Leading / and .. are removed, so that no name
-    points outside its folder.
-    """
-    plain = [PurePosixPath(*(part for part in PurePosixPath(path).parts if part not in ("/", ".."))) for path in paths]
-    names = [str(path.with_suffix("")) for path in plain]
-    count = Counter(names)
-    return tell_apart([name if count[name] == 1 else str(path) for name, path in zip(names, plain, strict=True)])
-
-
-def report_odd(odd: list[str], file: str) -> None:
+def report_odd(odd: list[str], file: str, why: str = "they are not four numbers around pixels of their image") -> None:
     """Name the first of the boxes that are left out."""
     if odd:
-        warn(f"{len(odd)} boxes of {file} are left out, since they are not four numbers around any pixel: {odd[0]}"
-             + ", …" * (len(odd) > 1))
+        warn(f"{len(odd)} boxes of {file} are left out, since {why}: {odd[0]}" + ", …" * (len(odd) > 1))
 
 
 def _voc(place: str) -> list[BoxImage]:
@@ -253,13 +245,13 @@ def voc_boxes(tree: Tree, path: str, odd: list[str]) -> np.ndarray:
     if (content := tree.text(path)) is None:
         raise ConfigError(f"cannot read the boxes {tree.place}/{path}: there is no such file")
     try:
-        found = list(ElementTree.fromstring(content).iterfind("object/bndbox"))
-    except (ElementTree.ParseError, ValueError) as error:  # ValueError: of another encoding
+        annotation = ElementTree.fromstring(content)
+    except (ElementTree.ParseError, ValueError, LookupError) as error:  # the last two: of another encoding, or of none
         raise ConfigError(f"{tree.place}/{path} is not VOC's annotation of an image ({error})") from None
-    boxes = []
-    for one in found:
+    boxes, size = [], [annotation.findtext(f"size/{side}") for side in ("width", "height")]
+    for one in annotation.iterfind("object/bndbox"):
         sides = [one.findtext(side) for side in ("xmin", "ymin", "xmax", "ymax")]
-        if (box := sound_box(sides, sized=False)) is None:
+        if (box := sound_box(sides, False, size)) is None:
             odd.append(f"{path} has {sides}")
         else:
             boxes.append(box)
@@ -272,32 +264,56 @@ def _coco(place: str) -> list[BoxImage]:
         raise ConfigError(f"--data coco:{place}: give a file and a folder, coco:JSON,IMAGES")
     try:
         content = json.loads(Path(regular(user_path(file))).read_text(encoding="utf-8-sig"))
-        boxes = coco_boxes(content["annotations"], file)
-        # as text, since some programs write ids so in one list only
-        numbers, files = zip(*[(str(image["id"]), image["file_name"]) for image in content["images"]], strict=True)
-        names = unique_names(files)
+        images = coco_images(content["images"], file)
+        boxes = coco_boxes(content["annotations"], images, file)
+        names = unique_names(files := [image["file_name"] for image in images.values()])
+    except ConfigError:
+        raise
     except OSError as error:
         raise ConfigError(f"--data coco: cannot read {file} ({error.strerror})") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(f"--data coco: {file} has no instances in COCO's format ({error!r})") from None
-    different = Counter(number for number, _ in set(zip(numbers, files, strict=True)))
-    if repeated := [number for number, count in different.items() if count > 1]:
-        raise ConfigError(f"--data coco: {file} has several images of the id {repeated[0]}: their boxes are mixed up")
     return [BoxImage(name, item, np.array(boxes[number], np.float64).reshape(-1, 4))
-            for name, item, number in zip(names, Tree(folder).find(list(files)), numbers, strict=True)]
+            for name, item, number in zip(names, Tree(folder).find(files), images, strict=True)]
 
 
-def coco_boxes(annotations: list[dict], file: str) -> dict[str, list[tuple[float, ...]]]:
-    """The boxes of COCO's annotations by image."""
-    boxes, odd = defaultdict(list), []
+def id_of(value: object) -> str:
+    """An id of COCO's as text: 1, 1.0 and "1" are the same, since programs write it differently in two lists."""
+    return str(int(value) if isinstance(value, float) and value.is_integer() else value)
+
+
+def coco_images(listed: list[dict], file: str) -> dict[str, dict]:
+    """COCO's images by id. A line reports images that are listed several times; with one id they count once.
+
+    Raises:
+        ConfigError: two images have the same id.
+    """
+    images = {}
+    for image in listed:
+        if images.setdefault(number := id_of(image["id"]), image)["file_name"] != image["file_name"]:
+            raise ConfigError(f"--data coco: {file} has several images of the id {number}: their boxes are mixed up")
+    files = Counter(image["file_name"] for image in listed)
+    if repeated := [name for name, count in files.items() if count > 1]:
+        warn(f"{len(repeated)} images of {file} are listed several times, and count once for each id: {repeated[0]}"
+             + ", …" * (len(repeated) > 1))
+    return images
+
+
+def coco_boxes(annotations: list[dict], images: dict[str, dict], file: str) -> dict[str, list[tuple[float, ...]]]:
+    """The boxes of COCO's annotations by image, see coco_images."""
+    boxes, odd, unknown = defaultdict(list), [], []
     for found in annotations:
-        if found.get("iscrowd"):
+        if found.get("iscrowd") in (1, "1"):
             continue
-        if (box := sound_box(found.get("bbox"), sized=True)) is None:
-            odd.append(f"annotation {found.get('id')} of image {found['image_id']} has {found.get('bbox')}")
+        image, which = images.get(number := id_of(found.get("image_id"))), f"annotation {found.get('id')} of image"
+        if image is None:
+            unknown.append(f"{which} {found.get('image_id')}")
+        elif (box := sound_box(found.get("bbox"), True, (image.get("width"), image.get("height")))) is None:
+            odd.append(f"{which} {found['image_id']} has {found.get('bbox')}")
         else:
-            boxes[str(found["image_id"])].append(box)
+            boxes[number].append(box)
     report_odd(odd, file)
+    report_odd(unknown, file, "their image is not among its images")
     return boxes
 
 

@@ -7,9 +7,7 @@
 """
 import io
 import os
-import tarfile
-import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -17,11 +15,13 @@ from typing import NamedTuple
 import torch
 from PIL import Image
 
-from selfpatch.data.archives import ArchiveImages
+from selfpatch.data.archive_index import make_index
+from selfpatch.data.archives import READ_ERRORS, ArchiveImages, read_member
 from selfpatch.data.files import UnreadableImage, is_image_name, open_image, walk
 from selfpatch.data.names import NamedImages, in_order
 from selfpatch.data.sources import open_images
 from selfpatch.errors import ConfigError, warn
+from selfpatch.whole_files import regular
 
 
 def open_reported(paths: str | Path | list[str], option: str, suffixes: Sequence[str] = (),
@@ -59,7 +59,8 @@ class Item(NamedTuple):
             UnreadableImage: there is none.
         """
         try:
-            with Image.open(str(self) if type(self.images) is NamedImages else io.BytesIO(self.read())) as image:
+            file = regular(str(self)) if type(self.images) is NamedImages else io.BytesIO(self.read())
+            with Image.open(file) as image:
                 return image.size
         except Exception:
             open_image(str(self), self.read())  # says what is wrong
@@ -137,30 +138,26 @@ class Tree:
         return shared[:shared.rfind("/") + 1]
 
     def text(self, path: str) -> bytes | None:
-        """The bytes of a .txt or .xml file; None if there is none."""
-        if self.files is not None:
-            return self.texts.get(path)
-        path = os.path.join(self.place, path)
+        """The bytes of a .txt or .xml file; None if there is none.
+
+        Raises:
+            ConfigError: it cannot be read.
+        """
+        where = os.path.join(self.place, path)
         try:
-            return Path(path).read_bytes() if os.path.isfile(path) else None
-        except OSError as error:
-            raise ConfigError(f"cannot read {path} ({error.strerror})") from None
+            if self.files is None:
+                return Path(where).read_bytes() if os.path.isfile(where) else None
+            archive, place = self.texts.get(path, ("", ()))
+            return read_member(archive, *place) if archive else None
+        except READ_ERRORS as error:
+            raise ConfigError(f"cannot read {where} ({getattr(error, 'strerror', None) or error})") from None
 
     @cached_property
-    def texts(self) -> dict[str, bytes]:
-        if not isinstance(self.files, ArchiveImages):
-            return {}
-        top = self.files.top
-        return {name.removeprefix(top): data for path in self.files.paths for name, data in archived_texts(path)}
-
-
-def archived_texts(path: str) -> Iterator[tuple[str, bytes]]:
-    """(name, bytes) of every .txt and .xml file of an archive."""
-    ends = ".txt", ".xml"
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            yield from ((name, archive.read(name)) for name in archive.namelist() if name.endswith(ends))
-    else:
-        with tarfile.open(path, "r:", ignore_zeros=True) as archive:  # several tars may be joined
-            yield from ((os.path.normpath(member.name), archive.extractfile(member).read()) for member in archive
-                        if member.isreg() and member.name.endswith(ends))
+    def texts(self) -> dict[str, tuple[str, list[int]]]:
+        """The archive of each .txt and .xml file, and its place there."""
+        found = {}
+        for path in self.files.paths if isinstance(self.files, ArchiveImages) else ():
+            index = make_index(path, lambda name: name.endswith((".txt", ".xml")))
+            names = [name.removeprefix(self.files.top) for name in index.names]
+            found |= {name: (path, place) for name, place in zip(names, index.places.tolist(), strict=True)}
+        return found

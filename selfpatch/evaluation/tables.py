@@ -5,8 +5,9 @@ And the table that it may begin with, the labels of test images.
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from selfpatch.data.names import in_order
 from selfpatch.data.sources import text_lines
@@ -34,6 +35,18 @@ def folder_names(names: Sequence[str]) -> list[str]:
     """Names of folders for the rows of a table, side by side in one folder: no separators, and neither . nor .."""
     plain = [name.replace(os.sep, "_") for name in names]
     return tell_apart(["backbone" if name in ("", os.curdir, os.pardir) else name for name in plain])
+
+
+def unique_names(paths: Sequence[str | Path]) -> list[str]:
+    """A name for each image: its relative path without the suffix, or with it if another image differs only there.
+
+    Names that are still equal get numbers (see tell_apart). Leading / and .. are removed, so that no name
+    points outside its folder.
+    """
+    plain = [PurePosixPath(*(part for part in PurePosixPath(path).parts if part not in ("/", ".."))) for path in paths]
+    names = [str(path.with_suffix("")) for path in plain]
+    count = Counter(names)
+    return tell_apart([name if count[name] == 1 else str(path) for name, path in zip(names, plain, strict=True)])
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -47,7 +47,7 @@ def parse_row(line: str | bytes) -> dict | None:
     """A line as a row, which has an epoch; None for any other text."""
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):  # the second: of brackets in brackets
         return None
     return row if isinstance(row, dict) and type(row.get("epoch")) in (int, float) else None
 

@@ -45,7 +45,7 @@ class Unfinished:
         """Whether a run with these settings was interrupted."""
         try:
             return json.loads(self.path.read_text()) == self.settings
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return False
 
     def masks(self, sequence: Sequence) -> np.ndarray | None:

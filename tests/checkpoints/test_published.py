@@ -102,9 +102,10 @@ def test_the_config_tells_the_number_of_heads(tmp_path, weights, config, heads):
     assert model.num_heads == heads and (info.heads_from == "recorded") is (heads == 6)
 
 
-def test_a_config_that_is_cut_off(tmp_path, weights):
+@pytest.mark.parametrize("content", ['{"num_attention', "[" * 100_000])
+def test_a_config_that_is_cut_off(tmp_path, weights, content):
     put(weights / "weights.safetensors", tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text('{"num_attention')
+    (tmp_path / "config.json").write_text(content)
     with pytest.raises(CheckpointError, match="config.json cannot be read .*download or copy it again"):
         load_backbone(tmp_path)
 

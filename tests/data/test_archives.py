@@ -262,11 +262,26 @@ def test_links_lead_through_links_and_are_stored_in_zips_too(image_folder, tmp_p
             zipped.writestr(name, data)
     for kind in WRITERS:
         found = open_images(tmp_path / f"x.{kind}")
-        assert list(found.names) == ["a/1.jpg", "a/2.jpg", "c/3.jpg", "c/4.JPG", "d/circle.jpg", "d/out.jpg"]
-        assert [found.read(i) for i in range(4)] == [images[i] for i in (0, 1, 1, 1)]
-        for i in (4, 5):
+        assert list(found.names) == ["a/1.jpg", "a/2.jpg", "b/1.jpg", "c/3.jpg", "c/4.JPG", "d/circle.jpg", "d/out.jpg"]
+        assert [found.read(i) for i in range(5)] == [images[i] for i in (0, 1, 0, 1, 1)]
+        for i in (5, 6):
             with pytest.raises(UnreadableImage, match="a link to a file that is not in the archive"):
                 found.read(i)
+
+
+def test_links_to_folders_are_entered_as_on_a_disk(image_folder, tmp_path):
+    """To hidden ones, one of them twice, and one with a link in it; a folder that is not hidden counts where it is."""
+    for i, path in enumerate(("set/cat/0.jpg", "set/.store/a/1.jpg", "set/.store/a/.x/2.jpg", "set/.store/b/3.jpg")):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_bytes(files(image_folder)[i].read_bytes())
+    for link, target in {"set/dog": ".store/a", "set/dog2": ".store/a", "set/.store/a/4.jpg": "../b/3.jpg",
+                         "set/cat/deep": "../.store/b", "set/cat2": "cat", "set/gone": ".store/c"}.items():
+        (tmp_path / link).symlink_to(target)
+    with tarfile.open(tmp_path / "x.tar", "w") as archive:
+        archive.add(tmp_path / "set", "set")
+    folder, packed = (open_images(tmp_path / name) for name in ("set", "x.tar"))
+    assert list(packed.names) == list(folder.names) == ["cat/0.jpg", "cat/deep/3.jpg", "dog/1.jpg", "dog/4.jpg"]
+    assert [packed.read(i) for i in range(4)] == [folder.read(i) for i in range(4)]
 
 
 def test_members_with_holes_are_read_whole(image_folder, tmp_path):

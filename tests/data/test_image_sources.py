@@ -150,9 +150,23 @@ def test_photographs_and_masks_of_one_name(image_folder, tmp_path, form):
         open_images(data, suffixes=[".png"])
 
 
+def test_numbers_between_dots_are_no_suffixes(tmp_path):
+    for name in ("2012.000001", "2012.000002", "x.seg.7"):
+        (tmp_path / f"{name}.jpg").write_bytes(b"x")
+    (tmp_path / "2012.000001.seg.png").write_bytes(b"x")
+    images = open_images(tmp_path, suffixes=[".jpg"])
+    assert list(images.names) == ["2012.000001.jpg", "2012.000002.jpg"]
+    assert open_images(tmp_path).notes() == ["1 images differ from another one only behind the first dot of the name "
+                                             "(2 .jpg, 1 .seg.jpg, 1 .seg.png): if some are masks, --image_suffix "
+                                             "chooses"]
+    (tmp_path / "2012.000001.seg.png").unlink()
+    assert open_images(tmp_path).notes() == []
+
+
 def test_options_for_other_kinds_of_data(image_folder, capsys):
     for words, message in (({"suffixes": [".jpg"], "paths": "f.py:x"}, "--image_suffix .jpg: is for folders, lists"),
-                           ({"column": "mask", "paths": image_folder}, "--image_column mask: is for hf:NAME only")):
+                           ({"column": "mask", "paths": image_folder}, "--image_column mask: is for hf:NAME only"),
+                           ({"paths": []}, "--data_path: give a folder of images, a text file")):
         with pytest.raises(ConfigError, match=message):
             open_images(**words)
     parse = get_args_parser().parse_args

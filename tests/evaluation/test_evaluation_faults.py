@@ -21,8 +21,8 @@ from selfpatch.evaluation.image_features import PatchFeature, check_finite
 from selfpatch.evaluation.knn import class_ranks, classify
 from selfpatch.evaluation.linear_segmentation import LinearHead, window_starts
 from selfpatch.evaluation.model_options import Candidate, row_names
-from selfpatch.evaluation.object_discovery import cut_vector, tokencut, unique_names
-from selfpatch.evaluation.tables import folder_names
+from selfpatch.evaluation.object_discovery import cut_vector, tokencut
+from selfpatch.evaluation.tables import folder_names, unique_names
 from selfpatch.method.vision_transformer import vit_tiny
 
 NAN = float("nan")

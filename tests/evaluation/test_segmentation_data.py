@@ -11,8 +11,9 @@ from PIL import Image
 from selfpatch.data import archives
 from selfpatch.data.files import load_ids
 from selfpatch.errors import ConfigError
-from selfpatch.evaluation.object_discovery import boxes_of_mask, find_box_data, unique_names
+from selfpatch.evaluation.object_discovery import boxes_of_mask, find_box_data
 from selfpatch.evaluation.segmentation import IGNORE, find_segmentation_data
+from selfpatch.evaluation.tables import unique_names
 
 TRUE_BOXES = [[8, 8, 40, 40], [56, 32, 88, 56]]
 
@@ -330,7 +331,7 @@ def test_a_coco_file_with_two_images_of_one_id(tmp_path):
     folder = make_folders(tmp_path).split(",")[0]
     content = {"images": [{"id": 1, "file_name": "0.jpg"}, {"id": "1", "file_name": "1.jpg"}], "annotations": []}
     (tmp_path / "boxes.json").write_text(json.dumps(content))
-    with pytest.raises(ConfigError, match="has several images of the id 1"):
+    with pytest.raises(ConfigError, match="^--data coco: .*boxes.json has several images of the id 1"):
         find_box_data(f"coco:{tmp_path / 'boxes.json'},{folder}/train")
 
 
