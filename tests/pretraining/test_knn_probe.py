@@ -6,6 +6,7 @@ import signal
 
 import pytest
 import torch
+from image_kinds import write_hub
 from networks import assert_same, small_wrapper
 from small_job import load, options
 
@@ -125,6 +126,13 @@ def test_photographs_are_chosen_as_for_training(image_folder, tmp_path):
             image.rename(image.with_suffix(".seg.png"))
         train_dino(options("--epochs", 1, "--data_path", tmp_path / "train", "--output_dir", tmp_path / "run",
                            "--knn_data", data, "--image_suffix", ".seg.png"))
+
+
+def test_the_column_of_a_data_set_is_chosen_as_for_training(image_folder, tmp_path):
+    data = f"{write_hub(image_folder, tmp_path / 'data')}:train"
+    assert len(KnnProbe(Places(data, suffixes=[".jpg"], column="image"), 32).loaders) == 2
+    with pytest.raises(ConfigError, match="has no column of images photo, but image: give .* --image_column"):
+        KnnProbe(Places(data, column="photo"), 32)
 
 
 @pytest.mark.parametrize("make, says", [
