@@ -43,7 +43,8 @@ FORMATS = {
 SUFFIXES = {"onnx": (".onnx",), "mmdet": (".pth", ".pt"), "mmseg": (".pth", ".pt"),
             "backbone": (".pth", ".pt", ".safetensors"), "selfpatch": (".pth", ".pt", ".safetensors"),
             "timm": (".pth", ".pt", ".safetensors")}
-FILES = (*SUFFIXES["timm"], *SUFFIXES["onnx"], ".bin", ".ckpt", ".pkl", ".h5", ".npz", ".tar", ".zip")  # no folders
+# a name for --to timm that ends otherwise is that of a folder
+FILES = (*SUFFIXES["timm"], *SUFFIXES["onnx"], ".bin", ".ckpt", ".pkl", ".h5", ".npz", ".tar", ".zip")
 FORMAT_OPTIONS = {"keep_heads": ("mmdet", "mmseg"), "half": ("backbone", "selfpatch"), "image_size": ("onnx",)}
 
 
@@ -190,7 +191,8 @@ def convert_file(source: str | Path, output: str | Path, to: str, key: str = "te
         if value and to not in (formats := FORMAT_OPTIONS[name]):
             raise CheckpointError(f"--{name} requires --to {' or '.join(formats)}, not {to}")
     try:
-        check_paths(resolve_path(source), output, to, overwrite)
+        source = resolve_path(source)
+        check_paths(source, output, to, overwrite)
     except OSError as error:  # a folder that may not be read
         raise CheckpointError(str(error)) from None
     if to == "onnx":

@@ -149,9 +149,9 @@ def pretrain(args: argparse.Namespace, loss_class: type[DINOLoss] | None = None)
                        if args.init_weights and not continues else None)
     on_main_process(lambda: prepare(args.data_path, args.image_column))
     loader = together(lambda: build_loader(args, process, compiled))
-    probe = together(lambda: KnnProbe(Places(args.knn_data, val_labels=args.knn_val_labels), args.global_crops_size,
-                                      args.batch_size_per_gpu, args.num_workers, process.device, dtype,
-                                      args.knn_every) if args.knn_data else None)
+    places = Places(args.knn_data, val_labels=args.knn_val_labels, suffixes=args.image_suffix, column=args.image_column)
+    probe = together(lambda: KnnProbe(places, args.global_crops_size, args.batch_size_per_gpu, args.num_workers,
+                                      process.device, dtype, args.knn_every) if args.knn_data else None)
     saved_args = plain_args(vars(args), process.world_size, loader.dataset)
     together(lambda: compare_ranks(saved_args))
     fix_random_seeds(args.seed)

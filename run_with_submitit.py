@@ -14,6 +14,7 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P leaves it out
 import main_selfpatch
+from selfpatch.checkpoints.published import is_remote
 from selfpatch.data.sources import absolute, as_list
 from selfpatch.errors import ArgumentParser, require_packages, run_main
 
@@ -45,8 +46,9 @@ class Trainer:
         import submitit
 
         import main_selfpatch
-        from selfpatch.errors import RunStopped
+        from selfpatch.errors import RunStopped, replace_unknown_characters
 
+        replace_unknown_characters()
         job = submitit.JobEnvironment()
         # main_selfpatch reads a launcher's variables, which submitit's local executor does not set
         os.environ.update(RANK=str(job.global_rank), WORLD_SIZE=str(job.num_tasks), LOCAL_RANK=str(job.local_rank))
@@ -76,6 +78,8 @@ def main() -> None:
     args.output_dir, args.data_path = str(folder), [absolute(path) for path in as_list(args.data_path)]
     args.knn_data = [absolute(path) for path in as_list(args.knn_data) if path]
     args.knn_val_labels = args.knn_val_labels and absolute(args.knn_val_labels)
+    if args.init_weights and not is_remote(args.init_weights):
+        args.init_weights = absolute(args.init_weights)
     executor = submitit.AutoExecutor(folder=folder / "submitit", cluster=args.cluster, slurm_max_num_timeout=30)
     executor.update_parameters(
         name="selfpatch", nodes=args.nodes if args.cluster == "slurm" else 1, tasks_per_node=max(args.ngpus, 1),

@@ -28,6 +28,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P leaves it out
 from pictures import make_images
 
 from selfpatch.data.augmentations import DataAugmentationDINO, DeviceAugmentation, RandomCrops

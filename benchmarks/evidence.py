@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P leaves it out
 
 from demo_seeds import cpu_seconds
 from evidence_settings import DINO, UNTRAINED, Jobs, Photographs, Scenes, Setting, read
@@ -23,7 +24,15 @@ from evidence_tables import Figures, all_tables, differences
 from main_selfpatch import build_run
 from selfpatch.checkpoints.files import write_checkpoint
 from selfpatch.distributed.processes import Process
-from selfpatch.errors import ArgumentParser, ConfigError, RunStopped, require_packages, run_main, user_path
+from selfpatch.errors import (
+    POSITIVE_FLOAT,
+    ArgumentParser,
+    ConfigError,
+    RunStopped,
+    require_packages,
+    run_main,
+    user_path,
+)
 from selfpatch.evaluation.tables import write_json
 from selfpatch.pretraining.options import check_numbers
 from selfpatch.pretraining.options import get_args_parser as pretraining_parser
@@ -142,7 +151,7 @@ def get_parser() -> ArgumentParser:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of weights, images' order and scenes")
     parser.add_argument("--output_dir", type=user_path, default=Path("runs/evidence"), help="where everything goes")
     parser.add_argument("--epochs", type=int, help="default: 8 of the scenes, 100 of photographs")
-    parser.add_argument("--patch_loss_weight", type=float, nargs="+", default=[0.1],
+    parser.add_argument("--patch_loss_weight", type=POSITIVE_FLOAT, nargs="+", default=[0.1],
                         help="SelfPatch's, a run for each; DINO's is 0")
     parser.add_argument("--minutes", type=float, default=0,
                         help="end after so many, saved: the same command again goes on; 0: no limit")
@@ -179,8 +188,6 @@ def check_options(args: argparse.Namespace) -> None:
     for name, least in (("epochs", 1), ("scenes", 1), ("minutes", 0)):
         if getattr(args, name) is not None and getattr(args, name) < least:
             raise ConfigError(f"--{name} {getattr(args, name)}: give {least} or more")
-    if min(args.patch_loss_weight) <= 0:
-        raise ConfigError(f"--patch_loss_weight {min(args.patch_loss_weight):g}: is SelfPatch's, give more than 0")
     if (args.davis_path or args.segmentation_path) and not args.data_path:
         raise ConfigError("--davis_path and --segmentation_path go with --data_path: the scenes have their own clips "
                           "and materials")

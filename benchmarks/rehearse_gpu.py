@@ -24,6 +24,7 @@ import torch
 from torch._dynamo.utils import counters
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P leaves it out
 from published_order import PARTS
 from train_step import Way
 

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P leaves it out
 from published_order import PARTS, PlainBackbone, PlainHead, PlainLoss, fused_update, plain_update
 
 import main_selfpatch as job

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P leaves it out
 from pictures import make_images
 
 from selfpatch.data.augmentations import RandomCrops

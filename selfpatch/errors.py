@@ -1,4 +1,4 @@
-"""Errors that a user can act on, and how a job reports them.
+"""Errors that a user can act on, types of options that raise them, and how a job reports them.
 
 Library code raises; only a job's main ends the process:
 
@@ -109,7 +109,9 @@ class ArgumentParser(argparse.ArgumentParser):
             if action.dest not in options:
                 raise ConfigError(f"the options lack {action.dest}: take them from get_args_parser().parse_args([…])")
             values = options[action.dest]
-            several = isinstance(values, (list, tuple)) and action.nargs
+            several = isinstance(values, (list, tuple)) and action.nargs and action.nargs != "?"
+            if several and not values and action.nargs == "+" and values != action.default:
+                raise ConfigError(f"--{action.dest} is empty: give a value")
             if isinstance(action.nargs, int) and action.nargs and not (several and len(values) == action.nargs):
                 raise ConfigError(f"--{action.dest} is {values!r}: it must be {action.nargs} values")
             for value in values if several else [values]:
@@ -132,8 +134,10 @@ def wanted_instead(action: argparse.Action, value: object) -> str:
     if action.choices is not None:
         return "" if value in action.choices else f"one of {', '.join(map(str, action.choices))}"
     if action.type in (int, float):
-        return "" if isinstance(value, numbers.Real) else "a number"
-    return "text" if isinstance(action.default, str) and not isinstance(value, (str, Path)) else ""
+        kind = numbers.Integral if action.type is int else numbers.Real
+        return "" if isinstance(value, kind) else "a whole number" if action.type is int else "a number"
+    is_text = isinstance(action.default, str) or action.default == []
+    return "text" if is_text and not isinstance(value, (str, Path)) else ""
 
 
 def absurdity(value: object) -> str:
@@ -202,7 +206,7 @@ POSITIVE_INT, POSITIVE_FLOAT = Number(int, 1), Number(float, above=0)
 
 
 def is_installed(package: str) -> bool:
-    """Whether a package can be imported; it is not imported. A folder of that name, without a module, is none."""
+    """Whether a package can be imported; it is not imported. A folder without a module does not count."""
     if package in sys.modules:
         return sys.modules[package] is not None
     specification = importlib.util.find_spec(package)
@@ -259,6 +263,13 @@ def report(error: Exception) -> int:
     return getattr(error, "status", 2)
 
 
+def replace_unknown_characters() -> None:
+    """Let the standard streams print ? for characters that they cannot encode."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
 def run_main(main: Callable[..., int | None], *args) -> NoReturn:
     """Call main(*args) and end the process with the status it returns.
 
@@ -268,9 +279,7 @@ def run_main(main: Callable[..., int | None], *args) -> NoReturn:
     Args:
         args: main's; in the place of a parser, the options that it reads from the command line.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
+    replace_unknown_characters()
     try:
         status = main(*(arg.parse_args() if isinstance(arg, argparse.ArgumentParser) else arg for arg in args))
     except (ConfigError, TrainingError) as error:

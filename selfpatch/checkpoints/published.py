@@ -28,6 +28,7 @@ HUB, ADDRESSES = "hf-hub:", ("https://", "http://")
 FORMS = "a checkpoint of any kind, a folder with one, https://… or hf-hub:NAME"  # for the help of options
 CONFIG = "config.json"
 PUBLISHED = ("model.safetensors", "pytorch_model.bin")  # beside config.json, in timm's and Hugging Face's folders
+FILES = ("checkpoint.pth", *PUBLISHED)  # in this order
 CHECKSUM = re.compile(r"-(?!(?:19|20)\d{6}\.)([0-9a-f]{8,64})\.")  # as torch.hub names files; 20240131 is a date
 TIMEOUT = 60  # seconds without an answer
 
@@ -52,10 +53,10 @@ def resolve_path(path: str | Path) -> Path:
         return download(str(path))
     if str(path).startswith(HUB):
         return from_hub(str(path).removeprefix(HUB))
-    path, names = Path(os.path.expanduser(path)), ("checkpoint.pth", *PUBLISHED)
-    found = [path / name for name in names if os.path.isfile(path / name)]
+    path = Path(os.path.expanduser(path))
+    found = [path / name for name in FILES if os.path.isfile(path / name)]
     if not found and os.path.isdir(path):
-        raise CheckpointError(f"{path} cannot be read: Is a directory without {', '.join(names)}")
+        raise CheckpointError(f"{path} cannot be read: Is a directory without {', '.join(FILES)}")
     return found[0] if found else path
 
 
@@ -106,17 +107,21 @@ def from_hub(name: str) -> Path:
     huggingface_hub lets one process download while others wait, and takes what the cache has where HF_HUB_OFFLINE is 1.
     """
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub.constants import HF_HUB_CACHE
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
     repository, _, revision = name.partition("@")
-    with explained(f"{HUB}{name}"):
-        for file in (*PUBLISHED, "checkpoint.pth"):
-            with contextlib.suppress(EntryNotFoundError):
-                path = Path(hf_hub_download(repository, file, revision=revision or None))
+    with write_errors(Path(HF_HUB_CACHE)), explained(f"{HUB}{name}"):
+        try:
+            for file in FILES:
                 with contextlib.suppress(EntryNotFoundError):
-                    hf_hub_download(repository, CONFIG, revision=path.parent.name)
-                return path
-        raise ValueError(f"neither it nor the cache has {' or '.join(PUBLISHED)}, or the Hub does not answer")
+                    path = Path(hf_hub_download(repository, file, revision=revision or None))
+                    with contextlib.suppress(EntryNotFoundError):
+                        hf_hub_download(repository, CONFIG, revision=path.parent.name)
+                    return path
+        except HfHubHTTPError as error:  # an OSError, but not of the disk: no such repository, or no access
+            raise ValueError(error) from None
+        raise ValueError(f"neither it nor the cache has {' or '.join(FILES)}, or the Hub does not answer")
 
 
 @contextlib.contextmanager
@@ -129,7 +134,9 @@ def explained(what: str) -> Iterator[None]:
     except (URLError, HTTPException, ConnectionError, TimeoutError, RuntimeError, ValueError) as error:
         about = error if isinstance(error, HTTPError) else getattr(error, "reason", "") or error
         reason = str(about).strip() or type(error).__name__
-        raise CheckpointError(f"{what} cannot be downloaded: {reason.splitlines()[0]}") from None
+        hint = "; the digits in its name are taken for its SHA-256: if they are none, download it and give the file"
+        raise CheckpointError(f"{what} cannot be downloaded: {reason.splitlines()[0]}"
+                              + hint * ("invalid hash" in reason)) from None
 
 
 def recorded_heads(path: Path) -> dict[str, str]:

@@ -4,7 +4,7 @@ import torch
 from selfpatch.errors import ConfigError
 
 # kernels of scaled_dot_product_attention, by the numbers of torch.nn.attention.SDPBackend
-ATTENTION = ("plain", "flash", "memory-efficient", "cuDNN's")
+ATTENTION = dict(enumerate(("plain", "flash", "memory-efficient", "cuDNN's")))
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -48,7 +48,7 @@ def describe_precision(device: torch.device, dtype: torch.dtype, head_dim: int =
     if device.type != "cuda":
         return name
     x = torch.empty(1, 1, 64, head_dim, dtype=dtype, device=device)
-    return f"{name} with {ATTENTION[torch._fused_sdp_choice(x, x, x)]} attention"
+    return f"{name} with {ATTENTION.get(torch._fused_sdp_choice(x, x, x), 'some')} attention"
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:

@@ -256,8 +256,8 @@ def is_distributed() -> bool:
 def leave_processes() -> None:
     """Leave the group of processes, if there is one."""
     if is_distributed():
-        # torch 2.6: a thread of gloo may need the interpreter to free its last tensor, and leaving would
-        # keep that while it waits for the thread
+        # torch 2.6: a thread of gloo may need the GIL to free its last tensor, while destroy_process_group
+        # holds it and waits for the thread
         time.sleep(0.1)
         dist.destroy_process_group()
 

@@ -29,7 +29,7 @@ def open_reported(paths: str | Path | list[str], option: str, suffixes: Sequence
     """sources.open_images, with lines about what is left out and which column is read."""
     images = open_images(paths, option, suffixes, column, beside)
     for note in images.notes():
-        warn(f"{option} {images.source}: {note}")
+        warn(f"{option} {images.source}: {note.removeprefix(f'{images.source}: ')}")
     return images
 
 

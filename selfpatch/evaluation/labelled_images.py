@@ -4,9 +4,10 @@
     train, val = open_pair(Places("/path/to/imagenet"))                       # train/ and val/ in it
     train, val = open_pair(Places(train="train.zip", val="ILSVRC2012_img_val.tar", val_labels="labels.txt"))
 """
+import contextlib
 import copy
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,16 +15,21 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
+from selfpatch.data.archives import ArchiveImages
 from selfpatch.data.files import UnreadableImage, load_rgb
+from selfpatch.data.hub import HubImages, OwnImages
 from selfpatch.data.names import NamedImages, class_folder, number_classes
-from selfpatch.data.sources import as_list, text_lines
+from selfpatch.data.sources import as_list, check_paths
 from selfpatch.distributed.processes import get_rank, get_world_size
 from selfpatch.errors import ConfigError, warn
 from selfpatch.evaluation.image_trees import NamedPart, open_reported
+from selfpatch.evaluation.tables import read_labels
 
 Paths = str | Path | list[str]
 PARTS = ("train", "val")
 HUB_SPLITS = ("train", "validation")
+SPLITS = {"train", "training", "val", "valid", "validation", "test"}
+COMPARED = 8  # images of equal names, to tell copies
 
 
 def eval_transform(size: int = 224) -> v2.Transform:
@@ -57,10 +63,12 @@ class LabelledImages(Dataset):
     def source(self) -> str:
         return self.images.source
 
+    def read(self, index: int) -> bytes:
+        return self.images.read(int(self.indices[index]))
+
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int, str]:
-        number = int(self.indices[index])
         try:
-            image = load_rgb(self.images.location(number), self.images.read(number))
+            image = load_rgb(self.images.location(int(self.indices[index])), self.read(index))
         except UnreadableImage as error:
             return torch.zeros_like(self.transform(v2.functional.to_pil_image(torch.zeros(3, 8, 8)))), -1, str(error)
         return self.transform(image), int(self.labels[index]), ""
@@ -118,6 +126,18 @@ def with_classes(part: NamedPart, option: str, transform: Callable | None = None
     return LabelledImages(images, transform or eval_transform(), indices[known], labels, [classes[i] for i in found])
 
 
+def with_labels(part: NamedPart, path: str | Path, classes: list[str], transform: Callable | None = None,
+                option: str = "--val_labels") -> LabelledImages:
+    """The images of a part with the classes that a file gives them, which are among those of the training images."""
+    indices, names = part.numbered()
+    one_order = os.path.isdir(part.images.source) or isinstance(part.images, ArchiveImages)
+    labels = read_labels(path, names, classes, one_order)
+    if len(set(labels)) == 1:
+        raise ConfigError(f"{option} {path} gives all images one class, {classes[labels[0]]}: there is nothing to tell "
+                          "apart")
+    return LabelledImages(part.images, transform or eval_transform(), indices, torch.tensor(labels), classes)
+
+
 def has_given_classes(images: NamedImages) -> bool:
     """Whether classes come from a list's lines or a column, not from the folders."""
     return bool(images.classes) and not set(map(class_folder, images.names)) >= set(images.classes)
@@ -136,10 +156,12 @@ def hold_out(images: LabelledImages, share: float,
     """
     if not 0 < share < 1:
         raise ConfigError(f"{option} {share:g}: give a share between 0 and 1, such as 0.1")
-    train, val, seen = [], [], {}
-    for i, label in enumerate(images.labels.tolist()):
-        n = seen[label] = seen.get(label, 0) + 1
-        (val if int(n * share) > int((n - 1) * share) else train).append(i)
+    train, val, seen, sides = [], [], {}, {}
+    for i, (place, (label, _)) in enumerate(identities(images)):
+        if place not in sides:  # an image that is listed twice stays on one side
+            n = seen[label] = seen.get(label, 0) + 1
+            sides[place] = val if int(n * share) > int((n - 1) * share) else train
+        sides[place].append(i)
     if not train or not val:
         raise ConfigError(f"{option}: a share of {share:g} leaves {len(train)} images to compare with and {len(val)} "
                           "to test: give another share, or more images")
@@ -154,7 +176,7 @@ class Places(NamedTuple):
     data has train/ and val/ in it, or is a Hugging Face data set with the splits train and validation.
 
     val_share: the share of each class of data to test, where data is one set.
-    val_labels: file of the test images' classes, see read_labels.
+    val_labels: file of the test images' classes, see tables.read_labels.
     option: that gives data, for messages.
     undivided_share: val_share where data turns out to be one set; None refuses such data.
     suffixes, column: see sources.open_images.
@@ -201,8 +223,8 @@ def open_pair(places: Places, train_transform: Callable | None = None,
     share = places.undivided_share if places.val_share is None else places.val_share
     if len(pair) == 2:
         train = with_classes(pair[0], options[0], train_transform or transform)
-        val = (with_labels(pair[1], places.val_labels, train.classes, transform) if places.val_labels else
-               with_classes(pair[1], options[1], transform, places.labels_option))
+        val = (with_labels(pair[1], places.val_labels, train.classes, transform, places.labels_option)
+               if places.val_labels else with_classes(pair[1], options[1], transform, places.labels_option))
         check_apart(train, val)
     elif share is None or places.val_labels:
         advice = ": give --train_path and --val_path, or --val_share 0.1 to test a share of it"
@@ -212,12 +234,13 @@ def open_pair(places: Places, train_transform: Callable | None = None,
         every = with_classes(pair[0], option, transform)
         train, val = hold_out(every, share, "--val_share" if places.val_share is not None else option)
         train.transform = train_transform or train.transform
-    check_classes(train, val)
+    check_classes(train, val, places.val_share is not None)
     return train, val
 
 
 def find_parts(places: Places) -> list[NamedPart]:
     """Training and test images of places.data, or all images where it is not divided."""
+    check_paths(places.data, places.option, places.suffixes, places.column)
     first, *more = as_list(places.data)
     name = os.path.expanduser(first.removeprefix("hf:"))
     if first.startswith("hf:") and (":" not in name or os.path.exists(name)):  # without a split
@@ -229,14 +252,18 @@ def find_parts(places: Places) -> list[NamedPart]:
     return [NamedPart(images, f"{part}/") for part in PARTS] if divided else [NamedPart(images)]
 
 
-def check_classes(train: LabelledImages, val: LabelledImages) -> None:
-    """Raise ConfigError unless both have the same classes, two at least."""
+def check_classes(train: LabelledImages, val: LabelledImages, divided: bool) -> None:
+    """Raise ConfigError unless both have the same classes, two at least, which are no names of splits."""
+    for images in (train, val):
+        if SPLITS.issuperset(map(str.lower, images.classes)):
+            advice = ("leave --val_share out" if divided and {*PARTS} <= {*images.classes} else
+                      "name them train and val, or give one of them")
+            raise ConfigError(f"{images.source} has the folders {', '.join(images.classes)}, which are no classes: "
+                              + advice)
     if train.classes != val.classes:
         only = sorted(set(train.classes) ^ set(val.classes))
         raise ConfigError(f"{train.source} and {val.source} differ in class folders: {shortened(only)} "
                           f"{'is' if len(only) == 1 else 'are'} in one of them only")
-    if set(train.classes) == set(PARTS):
-        raise ConfigError(f"{train.source} has the folders train and val, which are no classes: leave --val_share out")
     for images in (train, val):
         if len(found := images.labels.unique()) < 2:
             raise ConfigError(f"{images.source} has images of one class only, {images.classes[int(found[0])]}: there "
@@ -245,63 +272,43 @@ def check_classes(train: LabelledImages, val: LabelledImages) -> None:
 
 
 def check_apart(train: LabelledImages, val: LabelledImages) -> None:
-    """Raise ConfigError if test images are training images too, by their paths."""
-    roots = [os.path.join(os.path.realpath(images.images.root), "") for images in (train, val)]
-    if train.images is val.images or not (roots[0].startswith(roots[1]) or roots[1].startswith(roots[0])):
-        return  # most often, so that the names of 1.3 million images need not be compared
-    known, tested = ({root + images.images.names[i] for i in images.indices.tolist()}
-                     for root, images in zip(roots, (train, val), strict=True))
-    if shared := sorted(known & tested):
-        raise ConfigError(f"{len(shared)} of {len(val)} test images are training images too, such as {shared[0]}: "
-                          "their classes would be known. Give other images to test")
+    """Raise ConfigError if test images are training images too, or copies: of one class, name and, in some, bytes."""
+    places, names, same, alike = {}, {}, [], []
+    for i, (place, name) in enumerate(identities(val)):
+        places[place] = names[name] = i
+    for i, (place, name) in enumerate(identities(train)):  # 1.3 million
+        if place in places:
+            same.append(places[place])
+        elif name in names:
+            alike.append((i, names[name]))
+    what, copied = "training images too", alike[::-(-len(alike) // COMPARED) or 1]
+    if not same and copied and OwnImages not in (type(train.images), type(val.images)):  # which reads in workers alone
+        with contextlib.suppress(UnreadableImage):
+            if all(train.read(i) == val.read(j) for i, j in copied):
+                what, same = "copies of training images, by their names and the bytes of some", [j for _, j in alike]
+    if same:
+        raise ConfigError(f"{len(same)} of {len(val)} test images are {what}, such as "
+                          f"{val.images.location(int(val.indices[min(same)]))}: their classes would be known. Give "
+                          "other images to test")
 
 
-# ---------------------------------------------------------------- files of labels
-
-def with_labels(part: NamedPart, path: str | Path, classes: list[str],
-                transform: Callable | None = None) -> LabelledImages:
-    """The images of a part with the classes that a file gives them, which are among those of the training images."""
-    indices, names = part.numbered()
-    return LabelledImages(part.images, transform or eval_transform(), indices,
-                          torch.tensor(read_labels(path, names, classes)), classes)
-
-
-def read_labels(path: str | Path, names: list[str], classes: list[str]) -> list[int]:
-    """The class of each image, by a file with a line "name label" for each, or a label alone for each in their order.
-
-    A name may lack its suffix and its folders; separators are tabs, commas and spaces. A label is the name of a class,
-    or its number, 0 being the first in sorted order. Lines about other images are skipped, hence a header, too.
-
-    Raises:
-        ConfigError: an image has no label, or a label is no class.
-    """
-    lines = [line.strip() for line in text_lines(str(path)) if line.strip()]
-    bases = [os.path.basename(name) for name in names]
-    ways = [names, bases] if len(set(bases)) == len(names) else [names]
-    numbers = {cut(name): i for cut in (lambda name: os.path.splitext(name)[0], str) for way in ways
-               for i, name in enumerate(way)}
-    found = {}
-    for line in lines:
-        splits = [part(separator) for part in (line.partition, line.rpartition) for separator in "\t, "]
-        matches = [(name.strip(), label.strip()) for name, _, label in splits if label and name.strip() in numbers]
-        if matches:
-            name, label = max(matches, key=lambda match: len(match[0]))  # a name may have spaces in it
-            found[numbers[name]] = label
-    if not found and len(lines) == len(names):
-        found = dict(enumerate(lines))
-    if missing := [name for i, name in enumerate(names) if i not in found]:
-        raise ConfigError(f"the labels {path} have {len(lines)} lines, and no label for {len(missing)} of {len(names)} "
-                          f"images, such as {missing[0]}: give a line \"name label\" for each, or a label for each in "
-                          "the order of their names")
-    given = [found[i] for i in range(len(names))]
-    known = {name: i for i, name in enumerate(classes)}
-    if not all(label in known for label in given):
-        # as in Kaggle's LOC_val_solution.csv, where boxes follow
-        given = [label if label in known else label.split()[0] for label in given]
-    if not all(label in known for label in given):
-        known = {str(i): i for i in range(len(classes))}
-    if wrong := [i for i, label in enumerate(given) if label not in known]:
-        raise ConfigError(f"the labels {path} give {names[wrong[0]]} the class {given[wrong[0]]}, which is neither "
-                          f"one of the {len(classes)} classes of the training images nor a number from 0 to "
-                          f"{len(classes) - 1}, its place among them (ILSVRC's own numbers are in another order)")
-    return [known[label] for label in given]
+def identities(images: LabelledImages) -> Iterator[tuple[Hashable, tuple[int, str]]]:
+    """Where each image lies, the same in all data that it is in, and its class with the name of its file."""
+    source, folders = images.images, {}
+    names, indices, labels = list(source.names), images.indices.tolist(), images.labels.tolist()
+    if isinstance(source, ArchiveImages):
+        files = [(status.st_dev, status.st_ino) for status in map(os.stat, source.paths)]
+        archives, starts = source.archives.tolist(), source.positions[:, 0].tolist()
+    elif isinstance(source, HubImages):
+        rows = source.rows.tolist()
+    for i, label in zip(indices, labels, strict=True):
+        folder, slash, name = names[i].rpartition("/")
+        if isinstance(source, ArchiveImages):
+            place = (files[archives[i]], starts[i] if starts[i] >= 0 else names[i])
+        elif isinstance(source, HubImages):  # where several rows may have one name
+            place = (source.root, rows[i])
+        else:
+            if folder not in folders:
+                folders[folder] = os.path.join(os.path.realpath(os.path.join(source.root, folder + slash)), "")
+            place = folders[folder] + name
+        yield place, (label, name)

@@ -102,8 +102,9 @@ class FusedDINOLoss(DINOLoss):
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        if unused := {"teacher_probs", "student_log_probs"} & cls.__dict__.keys():
-            raise TypeError(f"{cls.__name__}.{min(unused)} would have no effect: derive it from DINOLoss")
+        for name in ("student_log_probs", "teacher_probs"):
+            if getattr(cls, name) is not getattr(DINOLoss, name):
+                raise TypeError(f"{cls.__name__}.{name} would have no effect: derive it from DINOLoss")
 
     def compile(self, **kwargs) -> None:
         """Compile the elementwise passes over a chunk's logits; matrix products and the loop stay as they are."""

@@ -176,6 +176,7 @@ class DINOLoss(nn.Module):
 
     @torch.no_grad()
     def start_moving(self, batch_means: Sequence[list[torch.Tensor]]) -> Callable[[], None]:
+        """Begin to average the means over ranks; the function returned waits for that, and moves the centres."""
         means, exchange = [torch.stack(means).mean(0) for means in zip(*batch_means, strict=True)], None
         if get_world_size() > 1:
             sums = torch.cat([mean.flatten() for mean in means])

@@ -4,10 +4,11 @@
     image_tokens, targets = packed_targets(head, x, layout)             # [I, D], [T, D]
 
 The functions compute the same as vision_transformer.py and selfpatch_head.py, which are easier to read; those of the
-head are its fast form, also for crops of one size. After changing the plain form, use --pack_crops off, set the head's
-fast = False, or make the change here as well: tests/method/test_packed_crops.py compares the two. Subclasses are not
-packed. Attention stays within an image, so it runs once per resolution (as in DINOv3). One launch casts all weights of
-a block to autocast's precision, instead of one launch each.
+head are its fast form, also for crops of one size. After changing the plain form of the backbone, use --pack_crops off,
+and after changing that of the head, SelfPatchHead.fast = False; or make the change here as well:
+tests/method/test_packed_crops.py compares the two. Subclasses are not packed. Attention stays within an image, so it
+runs once per resolution (as in DINOv3). One launch casts all weights of a block to autocast's precision, instead of one
+launch each.
 """
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from timm.layers import Mlp
 from timm.models.vision_transformer import Attention, Block
 from torch import nn
 
+from selfpatch.method.neighbours import neighbours, window_cells
 from selfpatch.method.vision_transformer import VisionTransformer, recomputing
 
 Weights = dict[nn.Linear, tuple[torch.Tensor, torch.Tensor | None]]
@@ -84,7 +86,7 @@ class CastTogether(torch.autograd.Function):
 
 def autocast_dtype(x: torch.Tensor) -> torch.dtype:
     """The dtype of a matrix product with x."""
-    enabled = torch.is_autocast_enabled(x.device.type)
+    enabled = not x.is_meta and torch.is_autocast_enabled(x.device.type)
     return torch.get_autocast_dtype(x.device.type) if enabled else x.dtype
 
 
@@ -261,16 +263,3 @@ def neighbour_rows(layout: Layout, device: torch.device) -> torch.Tensor:
         parts.append((first + neighbours(grid, cells)).flatten(0, 1))
         start += images * tokens
     return torch.cat(parts)
-
-
-def window_cells(device: torch.device) -> torch.Tensor:
-    """The cells of a 3×3 window but its middle, which is the patch itself: 0 to 3 and 5 to 8."""
-    cell = torch.arange(8, device=device)
-    return cell + (cell >= 4)
-
-
-def neighbours(grid: tuple[int, int], cells: torch.Tensor) -> torch.Tensor:
-    """Indices of each patch's 8 neighbours on a torus, [N, 8], in neighbour_similarity's order."""
-    rows, columns = grid
-    patch = torch.arange(rows * columns, device=cells.device)[:, None]
-    return (patch // columns + cells // 3 - 1) % rows * columns + (patch % columns + cells % 3 - 1) % columns

@@ -4,61 +4,30 @@
     student = head(x)               # [B, N, D] -> [B, 1 + N, D]: class token over all patches, then the patches
     teacher = head.targets(x)       # the same class token, then for each patch a summary of its positives
 
-1. positive_matching: of a patch's 8 neighbours, the k_num most similar ones are its positives.
+1. positive_matching (neighbours.py): of a patch's 8 neighbours, the k_num most similar ones are its positives.
 2. SelfPatchHead.aggregate: the teacher summarises each patch's positives by class attention.
 3. DINOLoss.patch_loss (losses.py): the student's patch has to predict that summary's assignment to prototypes.
 """
 import torch
-import torch.nn.functional as F
 from timm.layers import Mlp, trunc_normal_
 from torch import nn
 
 from selfpatch.errors import ConfigError
+from selfpatch.method.neighbours import (  # noqa: F401 (users import neighbour_similarity from here)
+    check_grid,
+    gather_patches,
+    neighbour_similarity,
+    patch_rows,
+    positive_matching,
+)
 from selfpatch.method.packed_crops import (
     Layout,
-    neighbours,
     packed_class_tokens,
     packed_features,
     packed_summaries,
     packed_targets,
-    window_cells,
 )
 from selfpatch.method.vision_transformer import CropLogits, Logits, VisionTransformer, init_weights
-
-
-def neighbour_similarity(x: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """Cosine similarity of every patch to its 8 neighbours on a torus, [B, N, 8] in float32.
-
-    Neighbours are in row-major order: upper left, upper, upper right, left, right, lower left, lower, lower right.
-
-    Args:
-        x: patch features [B, N, D], row-major.
-        grid: rows and columns of patches, rows · columns = N.
-    """
-    x = F.normalize(x.float(), dim=-1).unflatten(1, grid)
-    first_half = []
-    for dy, dx in ((-1, -1), (-1, 0), (-1, 1), (0, -1)):
-        first_half.append((x * x.roll((-dy, -dx), dims=(1, 2))).sum(-1))
-    # similarity is symmetric: a patch is the upper left neighbour of its own lower right neighbour, and so on
-    second_half = [s.roll((dy, dx), dims=(1, 2)) for s, (dy, dx) in
-                   zip(reversed(first_half), ((0, -1), (-1, 1), (-1, 0), (-1, -1)), strict=True)]
-    return torch.stack(first_half + second_half, dim=-1).flatten(1, 2)
-
-
-def positive_matching(x: torch.Tensor, grid: tuple[int, int], k_num: int) -> torch.Tensor:
-    """Indices [B, N, k_num] of the neighbours most similar to each patch, best first (SelfPatch, Sec. 3)."""
-    _, best = neighbour_similarity(x, grid).topk(k_num, dim=-1)
-    return neighbours(grid, window_cells(x.device)).expand(len(x), -1, -1).gather(2, best)
-
-
-def patch_rows(index: torch.Tensor) -> torch.Tensor:
-    """Indices [B, N, k] within each image as rows of all images' patches, [B·N, k]."""
-    return (index + torch.arange(len(index), device=index.device)[:, None, None] * index.shape[1]).flatten(0, 1)
-
-
-def gather_patches(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Rows of x [B, N, D] at index [B, N, k] -> [B·N, k, D]."""
-    return x.flatten(0, 1)[patch_rows(index)]
 
 
 class ClassAttention(nn.Module):
@@ -100,7 +69,8 @@ class SelfPatchHead(nn.Module):
     """Positive matching and aggregation of neighbouring patches (SelfPatch, Sec. 3).
 
     The student uses forward, the teacher targets. Both have a plain form, summarise and aggregate, and a faster one
-    with equal results. A subclass that overrides a plain method uses the plain form, others the faster one.
+    with equal results, in packed_crops.py. Where a plain method is overridden, or a block is of another class, the
+    plain form is used; fast = False asks for it.
 
     Args:
         in_dim: width of the backbone.
@@ -113,11 +83,6 @@ class SelfPatchHead(nn.Module):
 
     fast = True
 
-    def __init_subclass__(cls, **kwargs):
-        super().__init_subclass__(**kwargs)
-        if {"summarise", "aggregate"} & cls.__dict__.keys():
-            cls.fast = False  # the faster form would ignore the override
-
     def __init__(self, in_dim: int, num_heads: int, k_num: int = 4):
         super().__init__()
         if not 1 <= k_num <= 8:
@@ -128,6 +93,15 @@ class SelfPatchHead(nn.Module):
         self.norm = nn.LayerNorm(in_dim, eps=1e-6)
         trunc_normal_(self.cls_token, std=0.02)
         self.apply(init_weights)
+
+    @property
+    def is_fast(self) -> bool:
+        """Whether the faster form is used, which would ignore overrides."""
+        if not self.fast or any(getattr(type(self), name) is not getattr(SelfPatchHead, name)
+                                for name in ("summarise", "aggregate", "class_token")):
+            return False
+        return all(type(block) is ClassAttentionBlock and type(block.attn) is ClassAttention
+                   for block in self.cls_blocks)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Student: backbone features x [B, N, D] -> class token over all patches, and the patches, [B, 1 + N, D]."""
@@ -147,14 +121,14 @@ class SelfPatchHead(nn.Module):
             ConfigError: the grid does not have N patches, or has fewer than 3 on a side.
         """
         positives = positive_matching(x, check_grid(x.shape[1], grid), self.k_num)
-        if self.fast:
+        if self.is_fast:
             c, targets = self.aggregate_projected(x, positives)
         else:
-            c, targets = self.summarise(x), self.aggregate(x, positives)
+            c, targets = self.class_token(x), self.aggregate(x, positives)
         return self.norm(torch.cat([c[:, None], targets], dim=1))
 
     def class_token(self, x: torch.Tensor) -> torch.Tensor:
-        return self.summarise_absorbed(x) if self.fast else self.summarise(x)
+        return self.summarise_absorbed(x) if self.is_fast else self.summarise(x)
 
     def summarise(self, x: torch.Tensor) -> torch.Tensor:
         """The class token after attending to patches x [B, M, D] in both blocks, [B, D]."""
@@ -175,21 +149,6 @@ class SelfPatchHead(nn.Module):
         """summarise(x) and aggregate(x, positives), projecting each patch once, however often it is a positive."""
         c = packed_summaries(self, x.flatten(0, 1), patch_rows(positives), Layout([len(x)], [(1, x.shape[1])]))
         return c[:len(x)], c[len(x):].view_as(x)
-
-
-def check_grid(num_patches: int, grid: tuple[int, int] | None) -> tuple[int, int]:
-    """The grid, or the square of that many patches if it is None.
-
-    Raises:
-        ConfigError: it has a different number of patches, or fewer than 3 on a side.
-    """
-    grid = grid or (round(num_patches ** 0.5),) * 2
-    if grid[0] * grid[1] != num_patches:
-        raise ConfigError(f"{num_patches} patches do not fill a grid of {grid[0]}×{grid[1]}: pass the right grid")
-    if min(grid) < 3:
-        raise ConfigError(f"on a {grid[0]}×{grid[1]} grid a patch has no 8 distinct neighbours: "
-                          "the crop needs at least 3 patches a side")
-    return grid
 
 
 class MultiCropWrapper(nn.Module):
@@ -251,7 +210,7 @@ class MultiCropWrapper(nn.Module):
         image, patches = torch.cat([t[:, 0] for t in tokens]), torch.cat([t[:, 1:].flatten(0, 1) for t in tokens])
         return self.logits(image, patches, [(len(t), t.shape[1] - 1) for t in tokens])
 
-    def logits(self, image: torch.Tensor, patches: torch.Tensor, shapes: list[tuple[int, int]]) -> CropLogits:
+    def logits(self, image: torch.Tensor, patches: torch.Tensor | None, shapes: list[tuple[int, int]]) -> CropLogits:
         """Logits of image tokens [I, D] and patches [T, D]; shapes: (images, patches per image) of each resolution."""
         image = self.c_head.factors(image)
         if not self.use_patches:
@@ -271,7 +230,7 @@ class PackedMultiCropWrapper(MultiCropWrapper):
 
     @property
     def packs(self) -> bool:
-        return type(self.backbone) is VisionTransformer and type(self.ca_head) is SelfPatchHead and self.ca_head.fast
+        return type(self.backbone) is VisionTransformer and type(self.ca_head) is SelfPatchHead and self.ca_head.is_fast
 
     def packed_features(self, crops: list[torch.Tensor]) -> tuple[torch.Tensor, Layout]:
         return packed_features(self.backbone, self.batches(crops))

@@ -283,7 +283,10 @@ class DINOHead(nn.Module):
         else:
             layers = []
             for dim in [in_dim] + [hidden_dim] * (nlayers - 2):
-                layers += [nn.Linear(dim, hidden_dim), *[nn.BatchNorm1d(hidden_dim)] * use_bn, nn.GELU()]
+                layers.append(nn.Linear(dim, hidden_dim))
+                if use_bn:
+                    layers.append(nn.BatchNorm1d(hidden_dim))
+                layers.append(nn.GELU())
             self.mlp = nn.Sequential(*layers, nn.Linear(hidden_dim, bottleneck_dim))
         self.apply(init_weights)
         self.last_layer = WeightNormLinear(bottleneck_dim, out_dim)

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch.utils.data import DataLoader
 
+from selfpatch.data.hub import HubImages, OwnImages
+from selfpatch.data.sources import check_paths
 from selfpatch.distributed.processes import get_world_size
 from selfpatch.evaluation.image_features import ImageFeature
 from selfpatch.evaluation.knn import knn_accuracy
@@ -41,7 +43,8 @@ class KnnProbe:
 
     Args:
         data: images with classes in any form, with train/ and val/ in it, or without, where every fifth image is
-            classified by the others; or Places, where test images have their classes in a file.
+            classified by the others; or Places, where test images have their classes in a file. Its suffixes and
+            column are those of the training images, which may be of another form, and then do not count.
         image_size: side of the centre crop.
         batch_size, num_workers: of the loader, in each process.
         dtype: of autocast; float32 for none.
@@ -54,8 +57,11 @@ class KnnProbe:
     def __init__(self, data: Paths | Places, image_size: int = 224, batch_size: int = 64, num_workers: int = 0,
                  device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, every: int = 1):
         places = data if isinstance(data, Places) else Places(data)
-        pair = open_pair(places._replace(option="--knn_data", undivided_share=HELD_OUT),
-                         transform=eval_transform(image_size))
+        reader, _ = check_paths(places.data or places.train, "--knn_data")
+        places = places._replace(option="--knn_data", undivided_share=HELD_OUT,
+                                 suffixes=() if reader in (HubImages, OwnImages) else places.suffixes,
+                                 column=places.column if reader is HubImages else "")
+        pair = open_pair(places, transform=eval_transform(image_size))
         self.device, self.dtype, self.every = torch.device(device), dtype, every
         self.loaders = [share_loader(images, batch_size, num_workers, self.device.type == "cuda") for images in pair]
 

@@ -7,6 +7,7 @@ import os
 import shutil
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -14,6 +15,7 @@ import safetensors.torch
 import torch
 from forked import run_ranks
 from golden_rules import set_weights
+from huggingface_hub.errors import RepositoryNotFoundError
 
 import main_selfpatch
 from selfpatch.checkpoints import published
@@ -234,6 +236,16 @@ def test_what_the_hub_does_not_have(hub, weights, name):
     hub("someone/vit", "model.safetensors", (weights / "weights.safetensors").read_bytes())
     with pytest.raises(CheckpointError, match=f"^hf-hub:{name} cannot be downloaded: "):
         load_backbone(f"hf-hub:{name}")
+
+
+def test_what_the_hub_refuses(monkeypatch):
+    def refuse(*_, **__):
+        raise RepositoryNotFoundError("404 Client Error.\n\nPlease make sure",
+                                      response=SimpleNamespace(headers={}, request=None))
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
+    with pytest.raises(CheckpointError, match=r"^hf-hub:someone/none cannot be downloaded: 404 Client Error\.$"):
+        load_backbone("hf-hub:someone/none")
 
 
 def test_pretraining_accepts_each_form_before_anything_is_downloaded(tmp_path, image_folder, weights):

@@ -144,6 +144,8 @@ def test_the_stride_of_windows_is_the_published_one(monkeypatch):
 def test_options(image_folder, tmp_path, capsys, job, words, says):
     for part in ("train", "val"):
         shutil.copytree(image_folder, tmp_path / part)
+    for path in (tmp_path / "val").rglob("*.jpg"):
+        path.rename(path.with_name(f"1{path.name}"))
     data = ["--data", f"folders:{tmp_path},{tmp_path}"] if job is eval_dense_retrieval else ["--data_path", tmp_path]
     assert run_job(job, *data, "--random_weights", "--arch", "vit_tiny", *words) == 2
     err = capsys.readouterr().err

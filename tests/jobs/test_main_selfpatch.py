@@ -84,9 +84,8 @@ def test_other_options_train(image_folder, tmp_path, words):
     assert any(k.startswith("backbone") for k in moved) and any(k.startswith("p_head") for k in moved)
 
 
-@pytest.mark.parametrize("extra", [
-    (), pytest.param(("--pack_crops", "on", "--checkpoint_activations", "mlp"), marks=pytest.mark.long)],
-                         ids=["", "packed"])
+@pytest.mark.long
+@pytest.mark.parametrize("extra", [(), ("--pack_crops", "on", "--checkpoint_activations", "mlp")], ids=["", "packed"])
 def test_compiled_run_is_the_plain_run(image_folder, tmp_path, monkeypatch, extra):
     """The same names in the checkpoint and, to rounding, the same weights; test_train_step.py has the real compiler."""
     shrink_job(monkeypatch, depth=1)

@@ -4,7 +4,13 @@ import torch
 from golden_rules import assert_close, load, rand, set_weights
 from networks import small_wrapper
 
-from selfpatch.method.selfpatch_head import MultiCropWrapper, SelfPatchHead, gather_patches, positive_matching
+from selfpatch.method.selfpatch_head import (
+    ClassAttentionBlock,
+    MultiCropWrapper,
+    SelfPatchHead,
+    gather_patches,
+    positive_matching,
+)
 from selfpatch.method.vision_transformer import DINOHead, vit_tiny
 
 
@@ -86,14 +92,38 @@ def test_fast_and_plain_forms_are_the_same(monkeypatch):
 
 
 def test_a_changed_aggregation_is_used():
-    class Mean(SelfPatchHead):
+    class MeanAggregation:
         def aggregate(self, x, positives):
             return gather_patches(x, positives).mean(1).unflatten(0, positives.shape[:2])
+
+    class Mean(MeanAggregation, SelfPatchHead):
+        pass
 
     head, x = Mean(24, 3, 4), torch.randn(2, 45, 24)
     expected = head.norm(head.aggregate(x, positive_matching(x, (5, 9), 4)))
     torch.testing.assert_close(head.targets(x, (5, 9))[:, 1:], expected)
-    assert SelfPatchHead.fast and not Mean.fast
+    assert not head.is_fast
+
+
+def test_another_block_and_another_class_token_are_used():
+    class Halved(ClassAttentionBlock):
+        def forward(self, c, x):
+            return super().forward(c, x) / 2
+
+    class First(SelfPatchHead):
+        def class_token(self, x):
+            return x[:, 0]
+
+    x, head = torch.randn(2, 45, 24), SelfPatchHead(24, 3)
+    assert head.is_fast
+    head.cls_blocks[1].__class__ = Halved
+    assert not head.is_fast and torch.equal(head.class_token(x), head.summarise(x))
+    first = First(24, 3)
+    torch.testing.assert_close(first.targets(x, (5, 9))[:, 0], first.norm(x[:, 0]))
+
+
+def test_on_the_meta_device():
+    assert SelfPatchHead(24, 3).to("meta").targets(torch.randn(2, 45, 24, device="meta"), (5, 9)).shape == (2, 46, 24)
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ import signal
 
 import pytest
 import torch
+from image_kinds import write_hub
 from networks import assert_same, small_wrapper
 from small_job import load, options
 
@@ -98,15 +99,40 @@ def test_figures_are_those_of_the_evaluation(image_folder):
 def test_a_folder_with_train_and_val(image_folder, tmp_path):
     (tmp_path / "train").symlink_to(image_folder)
     shutil.copytree(image_folder, tmp_path / "val")
+    for path in (tmp_path / "val").rglob("*.jpg"):
+        path.rename(path.with_name(f"1{path.name}"))  # copies of the same names would be refused
     # every image has its copy as its nearest neighbour, though k = 20 is all 12 of them
     network = small_wrapper()
     expected = KnnProbe(tmp_path, 32)(network)
     assert expected["knn_top1"] >= 50
     for path in (tmp_path / "val").rglob("*.jpg"):
         path.rename(tmp_path / "val" / path.name)
-    (tmp_path / "labels.txt").write_text("".join(f"{i:02} class{i % 2}\n" for i in range(12)))
+    (tmp_path / "labels.txt").write_text("".join(f"1{i:02} class{i % 2}\n" for i in range(12)))
     found = KnnProbe(Places(tmp_path, val_labels=tmp_path / "labels.txt"), 32)(network)
     assert [found[name] for name in ("knn_top1", "knn_top5")] == [expected[name] for name in ("knn_top1", "knn_top5")]
+
+
+def test_photographs_are_chosen_as_for_training(image_folder, tmp_path):
+    data = shutil.copytree(image_folder, tmp_path / "data")
+    for image in list(data.rglob("*.jpg")):
+        shutil.copy(image, image.with_name(f"{image.stem}.seg.png"))
+    probe = KnnProbe(Places(data, suffixes=[".jpg"], column="photo"), 32)  # of an hf: set, as the training images
+    assert sum(len(loader.dataset) for loader in probe.loaders) == 12
+    with pytest.raises(ConfigError, match="--knn_data .*data has no images in it: not read: .* .only .seg.png are"):
+        for image in list(data.rglob("*.png")):
+            image.unlink()
+        shutil.copytree(image_folder, tmp_path / "train")
+        for image in list((tmp_path / "train").rglob("*.jpg")):
+            image.rename(image.with_suffix(".seg.png"))
+        train_dino(options("--epochs", 1, "--data_path", tmp_path / "train", "--output_dir", tmp_path / "run",
+                           "--knn_data", data, "--image_suffix", ".seg.png"))
+
+
+def test_the_column_of_a_data_set_is_chosen_as_for_training(image_folder, tmp_path):
+    data = f"{write_hub(image_folder, tmp_path / 'data')}:train"
+    assert len(KnnProbe(Places(data, suffixes=[".jpg"], column="image"), 32).loaders) == 2
+    with pytest.raises(ConfigError, match="has no column of images photo, but image: give .* --image_column"):
+        KnnProbe(Places(data, column="photo"), 32)
 
 
 @pytest.mark.parametrize("make, says", [

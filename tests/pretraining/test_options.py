@@ -74,7 +74,9 @@ def test_where_to_compile(monkeypatch, capsys, way, device, triton, capability, 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
     assert main_selfpatch.choose_compile(way, torch.device(device)) is on
-    assert ("not compiled" in capsys.readouterr().out) == (way == "auto" and device == "cuda" and not on)
+    output = capsys.readouterr().out
+    assert ("not compiled" in output) == (way == "auto" and device == "cuda" and not on)
+    assert ("pip install triton" in output) == (not triton and way == "auto")
 
 
 @pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune-no-cudagraphs", "max-autotune"])
