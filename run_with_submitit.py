@@ -76,7 +76,8 @@ def main() -> None:
     main_selfpatch.check_options(vars(args))
     folder = Path(args.output_dir).absolute()
     args.output_dir, args.data_path = str(folder), [absolute(path) for path in as_list(args.data_path)]
-    args.knn_data = [absolute(path) for path in as_list(args.knn_data) if path]
+    if args.knn_data:
+        args.knn_data = [absolute(path) for path in as_list(args.knn_data)]
     args.knn_val_labels = args.knn_val_labels and absolute(args.knn_val_labels)
     if args.init_weights and not is_remote(args.init_weights):
         args.init_weights = absolute(args.init_weights)
