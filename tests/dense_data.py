@@ -6,6 +6,7 @@ from PIL import Image
 
 CLASS_COLOURS = ((40, 60, 200), (220, 60, 40), (60, 200, 60))  # of the classes 0, 1, 2
 UNTRAINED = ("--random_weights", "--arch", "vit_tiny", "--num_workers", 0, "--device", "cpu")
+TRUE_BOXES = [[8, 8, 40, 40], [56, 32, 88, 56]]  # of picture(0)
 
 
 def picture(number: int, width: int = 96, height: int = 64) -> tuple[Image.Image, np.ndarray]:

@@ -1,4 +1,4 @@
-"""Where the images, masks and annotations of a data set are: a folder, archives read in place, or a list.
+"""Where the images, masks, annotations and labels of a data set are: a folder, archives read in place, or a list.
 
     tree = Tree("VOCtrainval_11-May-2012.tar")          # or VOCdevkit/VOC2012, unpacked
     image, = tree.find(["JPEGImages/2007_000027.jpg"])
@@ -7,6 +7,7 @@
 """
 import io
 import os
+import re
 from collections.abc import Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -19,7 +20,7 @@ from selfpatch.data.archive_index import make_index
 from selfpatch.data.archives import READ_ERRORS, ArchiveImages, read_member
 from selfpatch.data.files import UnreadableImage, is_chosen, open_image, walk
 from selfpatch.data.names import NamedImages, in_order
-from selfpatch.data.sources import check_paths, open_images
+from selfpatch.data.sources import check_paths, open_images, text_lines
 from selfpatch.errors import ConfigError, warn
 from selfpatch.whole_files import regular
 
@@ -170,3 +171,73 @@ class Tree:
             names = [name.removeprefix(self.files.top) for name in index.names]
             found |= {name: (path, position) for name, position in zip(names, index.positions.tolist(), strict=True)}
         return found
+
+
+# ---------------------------------------------------------------- files of labels
+
+def read_labels(path: str | Path, names: list[str], classes: list[str], one_order: bool = True) -> list[int]:
+    """The class of each image, by a file with a line "name label" for each, or a label alone for each in their order.
+
+    A name may lack its suffix and its folders, and may come last; separators are tabs, commas and spaces. A label is
+    the name of a class, or its number, 0 being the first in sorted order, unless names of classes are numbers. Lines
+    about other images are skipped, hence a header, too.
+
+    Args:
+        one_order: the images have no order but that of their names, such as that of the lines of a list.
+
+    Raises:
+        ConfigError: an image has no label or two, a label is no class, or labels alone may be in another order.
+    """
+    lines = [line.strip() for line in text_lines(str(path)) if line.strip()]
+    labels = named_labels(lines, names)
+    if alone := not labels and len(lines) == len(names):
+        padded = [re.sub("[0-9]+", lambda number: number[0].zfill(20), name) for name in names]
+        if not one_order or in_order(padded) != list(range(len(names))):
+            raise ConfigError(f"the labels {path} are without names, and the images have more than one order (that of "
+                              "a list or data set, or 2.jpg before 10.jpg): give a line \"name label\" for each")
+        labels = list(enumerate(lines))
+    if missing := sorted(set(range(len(names))) - {image for image, _ in labels}):
+        raise ConfigError(f"the labels {path} have {len(lines)} lines, and no label for {len(missing)} of {len(names)} "
+                          f"images, such as {names[missing[0]]}: give a line \"name label\" for each, or a label for "
+                          "each in the order of their names")
+    known, found = class_numbers(path, {label for _, label in labels}, classes, alone), {}
+    for image, label in labels:
+        if label not in known:
+            raise ConfigError(f"the labels {path} give {names[image]} the class {label}, which is neither one of the "
+                              f"{len(classes)} classes of the training images nor a number from 0 to {len(classes) - 1}"
+                              ", its place among them where their names are no numbers (ILSVRC's own numbers are in "
+                              "another order)")
+        if found.setdefault(image, known[label]) != known[label]:
+            raise ConfigError(f"the labels {path} give {names[image]} two classes, {classes[found[image]]} and "
+                              f"{classes[known[label]]}: remove one of the lines")
+    return [found[image] for image in range(len(names))]
+
+
+def named_labels(lines: list[str], names: list[str]) -> list[tuple[int, str]]:
+    """(image, label) of lines "name label", or "label name" where that fits more lines; other lines are skipped."""
+    bases, numbers = [os.path.basename(name) for name in names], {}
+    for cut in (lambda name: os.path.splitext(name)[0], str):
+        for way in (names, bases) if len(set(bases)) == len(names) else (names,):
+            numbers |= {cut(name): i for i, name in enumerate(way)}
+
+    def pair(line: str, first: bool) -> tuple[int, str] | None:
+        parts = [cut(separator)[::1 if first else -1] for cut in (line.partition, line.rpartition)
+                 for separator in "\t, "]
+        fits = [(name.strip(), label.strip()) for name, _, label in parts if label and name.strip() in numbers]
+        name, label = max(fits, key=lambda one: len(one[0]), default=("", ""))  # a name may have spaces in it
+        return (numbers[name], label) if fits else None
+
+    return max(([found for line in lines if (found := pair(line, first))] for first in (True, False)), key=len)
+
+
+def class_numbers(path: str | Path, labels: set[str], classes: list[str], alone: bool) -> dict[str, int]:
+    """The classes of labels, by their names, or by numbers where all labels are; labels of no class are left out."""
+    known = {name: i for i, name in enumerate(classes)}
+    # as in Kaggle's LOC_val_solution.csv, where boxes follow
+    words = {label: label if alone or label in known else label.split()[0] for label in labels}
+    if all(map(str.isdecimal, words.values())) and not any(map(str.isdecimal, classes)):
+        known = {str(i): i for i in range(len(classes))}
+        if "0" not in words.values():
+            warn(f"the labels {path} have no 0, which is the first class, {classes[0]}: if they count from 1, all "
+                 "classes are wrong")
+    return {label: known[word] for label, word in words.items() if word in known}

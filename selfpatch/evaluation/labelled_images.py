@@ -22,8 +22,7 @@ from selfpatch.data.names import NamedImages, class_folder, number_classes
 from selfpatch.data.sources import as_list, check_paths
 from selfpatch.distributed.processes import get_rank, get_world_size
 from selfpatch.errors import ConfigError, warn
-from selfpatch.evaluation.image_trees import NamedPart, open_reported
-from selfpatch.evaluation.tables import read_labels
+from selfpatch.evaluation.image_trees import NamedPart, open_reported, read_labels
 
 Paths = str | Path | list[str]
 PARTS = ("train", "val")
@@ -176,7 +175,7 @@ class Places(NamedTuple):
     data has train/ and val/ in it, or is a Hugging Face data set with the splits train and validation.
 
     val_share: the share of each class of data to test, where data is one set.
-    val_labels: file of the test images' classes, see tables.read_labels.
+    val_labels: file of the test images' classes, see image_trees.read_labels.
     option: that gives data, for messages.
     undivided_share: val_share where data turns out to be one set; None refuses such data.
     suffixes, column: see sources.open_images.

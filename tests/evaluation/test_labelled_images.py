@@ -11,8 +11,8 @@ from image_kinds import files, write_hub, write_list, write_tar, write_zip
 
 import eval_knn
 from selfpatch.errors import ConfigError
+from selfpatch.evaluation.image_trees import read_labels
 from selfpatch.evaluation.labelled_images import Places, open_labelled, open_pair
-from selfpatch.evaluation.tables import read_labels
 
 CLASSES = ["ant", "bee", "cat"]
 
