@@ -274,7 +274,7 @@ def run_main(main: Callable[..., int | None], *args) -> NoReturn:
     """Call main(*args) and end the process with the status it returns.
 
     A ConfigError becomes one line and status 2, a TrainingError one line and its status, Ctrl-C one line and 130.
-    Characters that the output cannot encode are replaced by ?.
+    Characters that the output cannot encode are replaced by ?; a path that the locale cannot encode is one line.
 
     Args:
         args: main's; in the place of a parser, the options that it reads from the command line.
@@ -284,6 +284,10 @@ def run_main(main: Callable[..., int | None], *args) -> NoReturn:
         status = main(*(arg.parse_args() if isinstance(arg, argparse.ArgumentParser) else arg for arg in args))
     except (ConfigError, TrainingError) as error:
         status = report(error)
+    except UnicodeEncodeError as error:  # of a path, by LC_ALL=C without UTF-8 mode
+        if (encoding := sys.getfilesystemencoding()) == "utf-8":
+            raise
+        status = report(ConfigError(f"{error.object!a} cannot be encoded in {encoding}: set PYTHONUTF8=1"))
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the job is ending already
         if is_first_of_machine():

@@ -24,7 +24,7 @@ class PackedNames(Sequence):
     def __init__(self, names: Iterable[str]):
         text, ends = bytearray(), []
         for name in names:
-            text += name.encode(errors="surrogateescape")  # as Python holds file names that are not UTF-8
+            text += name.encode(errors="surrogatepass")  # names may hold bytes that are no text
             ends.append(len(text))
         self.text = torch.frombuffer(text, dtype=torch.uint8) if text else torch.empty(0, dtype=torch.uint8)
         self.ends = torch.tensor(ends, dtype=torch.int64)
@@ -35,12 +35,12 @@ class PackedNames(Sequence):
     def __getitem__(self, index: int) -> str:
         end = int(self.ends[index])
         start = int(self.ends[index - 1]) if index % len(self.ends) else 0
-        return self.text[start:end].numpy().tobytes().decode(errors="surrogateescape")
+        return self.text[start:end].numpy().tobytes().decode(errors="surrogatepass")
 
     def __iter__(self) -> Iterator[str]:
         start = 0
         for end in self.ends.tolist():
-            yield self.text[start:end].numpy().tobytes().decode(errors="surrogateescape")
+            yield self.text[start:end].numpy().tobytes().decode(errors="surrogatepass")
             start = end
 
 

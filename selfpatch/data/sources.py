@@ -153,10 +153,12 @@ def check_paths(paths: str | Path | list[str], option: str = "--data_path", suff
                           "list or data set")
     if kinds[0] is ArchiveImages:
         seen = {}
-        for path, status in ((path, os.stat(path)) for path in paths):
-            if path is not (first := seen.setdefault((status.st_dev, status.st_ino), path)):
+        for path in paths:
+            status = os.stat(path)
+            if first := seen.get(file := (status.st_dev, status.st_ino)):
                 raise ConfigError(f"{option}: {path} is the same archive as {first}" if path != first else
                                   f"{option}: {path} is given twice")
+            seen[file] = path
     if suffixes and kinds[0] in (HubImages, OwnImages):
         raise ConfigError(f"--image_suffix {' '.join(suffixes)}: is for folders, lists and archives, and {option} "
                           f"{paths[0]} is none of them")
