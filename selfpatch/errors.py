@@ -273,7 +273,8 @@ def replace_unknown_characters() -> None:
 def run_main(main: Callable[..., int | None], *args) -> NoReturn:
     """Call main(*args) and end the process with the status it returns.
 
-    A ConfigError becomes one line and status 2, a TrainingError one line and its status, Ctrl-C one line and 130.
+    A ConfigError becomes one line and status 2, a TrainingError one line and its status, Ctrl-C one line and 130;
+    an output that nobody reads any more, as in job.py | head, status 141.
     Characters that the output cannot encode are replaced by ?; a path that the locale cannot encode is one line.
 
     Args:
@@ -284,6 +285,9 @@ def run_main(main: Callable[..., int | None], *args) -> NoReturn:
         status = main(*(arg.parse_args() if isinstance(arg, argparse.ArgumentParser) else arg for arg in args))
     except (ConfigError, TrainingError) as error:
         status = report(error)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 128 + signal.SIGPIPE
     except UnicodeEncodeError as error:  # of a path, by LC_ALL=C without UTF-8 mode
         if (encoding := sys.getfilesystemencoding()) == "utf-8":
             raise

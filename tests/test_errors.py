@@ -60,6 +60,16 @@ def test_an_output_that_cannot_encode_gets_replacements(monkeypatch, words, says
     assert not end.value.code and says in output.getvalue().decode("ascii") and b"More" not in output.getvalue()
 
 
+def test_an_output_that_nobody_reads_any_more():
+    """As of job.py | head: no traceback, and the status of other programs."""
+    read, write = os.pipe()
+    os.close(read)
+    job = "from selfpatch.errors import run_main; run_main(lambda: print('x' * 100_000))"
+    result = subprocess.run([sys.executable, "-c", job], cwd=ROOT, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (result.returncode, result.stderr) == (141, "")
+
+
 JOBS = [path for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("*tion/t*.py"), *ROOT.glob("benchmarks/*.py")])
         if "run_main(" in path.read_text()]
 
