@@ -8,7 +8,7 @@ import main_selfpatch
 from selfpatch.method.losses import DINOLoss
 from selfpatch.method.training_run import build_networks
 
-WEIGHTS = ROOT / "weights" / "vit_tiny_imagenette.safetensors"
+WEIGHTS = ROOT / "weights" / "vit_pico8_selfpatch.safetensors"
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")
 
 
@@ -22,7 +22,7 @@ def test_the_readme_is_short():
 def test_features_from_a_checkpoint():
     namespace = {"images": torch.rand(2, 3, 64, 96)}
     exec(example("README.md", "Use a backbone").replace("checkpoint.pth", str(WEIGHTS)), namespace)
-    assert namespace["features"].shape == (2, 24, 192)
+    assert namespace["features"].shape == (2, 96, 96)
 
 
 @pytest.mark.parametrize("loss", ["FusedDINOLoss", pytest.param("DINOLoss", marks=pytest.mark.long)])
