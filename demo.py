@@ -143,15 +143,20 @@ class Findings(NamedTuple):
 def measure(backbone: VisionTransformer, unseen: Unseen) -> Findings:
     extract = FrameFeatures(backbone.eval(), batch_size=50)
     features = extract(unseen.images)  # [n, h, w, D]
-    grounds = torch.arange(len(features)) % len(NAMES)
-    whole = F.normalize(features.mean((1, 2)), dim=1)
-    top1 = classify(whole[MEMORY:], grounds[MEMORY:], whole[:MEMORY], grounds[:MEMORY], len(NAMES), [NEIGHBOURS])
     materials = retrieve(features, unseen.materials)
     confusion = confusion_matrix(unseen.materials[MEMORY:], materials, len(NAMES))
     masks = [follow(extract, scene) for scene in unseen.clips]
     scores = [np.mean(score_sequence(scene.objects, found)) for scene, found in zip(unseen.clips, masks, strict=True)]
     return Findings({"J&F": float(np.mean(scores)), "mean IoU": mean_iou(confusion.numpy()),
-                     "k-NN": top1[min(NEIGHBOURS, MEMORY)].top1 / 100}, materials.numpy(), masks, scores)
+                     "k-NN": tell_grounds(features)}, materials.numpy(), masks, scores)
+
+
+def tell_grounds(features: torch.Tensor) -> float:
+    """Share of the tested images whose ground k-NN finds, by the means of their patches' features [n, h, w, D]."""
+    grounds = torch.arange(len(features)) % len(NAMES)
+    whole = F.normalize(features.mean((1, 2)), dim=1)
+    top1 = classify(whole[MEMORY:], grounds[MEMORY:], whole[:MEMORY], grounds[:MEMORY], len(NAMES), [NEIGHBOURS])
+    return top1[min(NEIGHBOURS, MEMORY)].top1 / 100
 
 
 def retrieve(features: torch.Tensor, materials: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ Library code raises; only a job's main ends the process:
         run_main(main, get_args_parser())
 """
 import argparse
+import contextlib
 import errno
 import importlib.util
 import io
@@ -13,6 +14,7 @@ import math
 import multiprocessing
 import numbers
 import os
+import select
 import signal
 import sys
 import time
@@ -270,6 +272,15 @@ def replace_unknown_characters() -> None:
             stream.reconfigure(errors="replace")
 
 
+def output_is_closed() -> bool:
+    """Whether nobody reads standard output any more."""
+    with contextlib.suppress(OSError, ValueError):  # it is no file
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)
+        return bool(poll.poll(0))
+    return False
+
+
 def run_main(main: Callable[..., int | None], *args) -> NoReturn:
     """Call main(*args) and end the process with the status it returns.
 
@@ -282,16 +293,21 @@ def run_main(main: Callable[..., int | None], *args) -> NoReturn:
     """
     replace_unknown_characters()
     try:
-        status = main(*(arg.parse_args() if isinstance(arg, argparse.ArgumentParser) else arg for arg in args))
+        try:
+            status = main(*(arg.parse_args() if isinstance(arg, argparse.ArgumentParser) else arg for arg in args))
+        finally:
+            sys.stdout.flush()  # here, since an error at the exit of the interpreter cannot be caught
     except (ConfigError, TrainingError) as error:
         status = report(error)
     except BrokenPipeError:
+        if not output_is_closed():
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 128 + signal.SIGPIPE
     except UnicodeEncodeError as error:  # of a path, by LC_ALL=C without UTF-8 mode
-        if (encoding := sys.getfilesystemencoding()) == "utf-8":
+        if not sys.getfilesystemencoding() == error.encoding != "utf-8":
             raise
-        status = report(ConfigError(f"{error.object!a} cannot be encoded in {encoding}: set PYTHONUTF8=1"))
+        status = report(ConfigError(f"{error.object!a} cannot be encoded in {error.encoding}: set PYTHONUTF8=1"))
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the job is ending already
         if is_first_of_machine():

@@ -60,14 +60,37 @@ def test_an_output_that_cannot_encode_gets_replacements(monkeypatch, words, says
     assert not end.value.code and says in output.getvalue().decode("ascii") and b"More" not in output.getvalue()
 
 
-def test_an_output_that_nobody_reads_any_more():
+@pytest.mark.parametrize("words", [["100_000"], ["1"], ["--help"]])
+def test_an_output_that_nobody_reads_any_more(words):
     """As of job.py | head: no traceback, and the status of other programs."""
     read, write = os.pipe()
     os.close(read)
-    job = "from selfpatch.errors import run_main; run_main(lambda: print('x' * 100_000))"
-    result = subprocess.run([sys.executable, "-c", job], cwd=ROOT, stdout=write, stderr=subprocess.PIPE, text=True)
+    job = """from selfpatch.errors import ArgumentParser, run_main
+parser = ArgumentParser()
+parser.add_argument("length", type=int)
+run_main(lambda args: print(args.length * "x"), parser)"""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    result = subprocess.run([sys.executable, "-c", job, *words], cwd=ROOT, env=environment, stdout=write,
+                            stderr=subprocess.PIPE, text=True)
     os.close(write)
     assert (result.returncode, result.stderr) == (141, "")
+
+
+def test_other_broken_pipes_are_errors():
+    read, write = os.pipe()
+    os.close(read)
+    with pytest.raises(BrokenPipeError):
+        run_main(os.write, write, b"x")
+    os.close(write)
+
+
+@pytest.mark.parametrize("encoding, ends", [("ascii", SystemExit), ("utf-8", UnicodeEncodeError)])
+def test_a_path_that_the_locale_cannot_encode(monkeypatch, capsys, encoding, ends):
+    monkeypatch.setattr("sys.getfilesystemencoding", lambda: encoding)
+    with pytest.raises(ends):
+        run_main("fü.jpg".encode, "ascii")
+    said = "'f\\xfc.jpg' cannot be encoded in ascii: set PYTHONUTF8=1" in capsys.readouterr().err
+    assert said == (encoding == "ascii")
 
 
 JOBS = [path for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("*tion/t*.py"), *ROOT.glob("benchmarks/*.py")])

@@ -24,7 +24,7 @@ class PackedNames(Sequence):
     def __init__(self, names: Iterable[str]):
         text, ends = bytearray(), []
         for name in names:
-            text += name.encode(errors="surrogatepass")  # names may hold bytes that are no text
+            text += name.encode(errors="surrogatepass")  # keeps what Python could not decode
             ends.append(len(text))
         self.text = torch.frombuffer(text, dtype=torch.uint8) if text else torch.empty(0, dtype=torch.uint8)
         self.ends = torch.tensor(ends, dtype=torch.int64)

@@ -200,8 +200,8 @@ def test_what_cannot_be_read_is_one_line(image_folder, tmp_path, words, message)
 
 
 def test_packed_names_are_the_names():
-    ascii_ü = "ü.jpg".encode().decode("ascii", "surrogateescape")  # of a folder, where Python takes names for ASCII
-    names = ["a/b.jpg", "", "ü.jpg", os.fsdecode(b"not\xffutf8.jpg"), ascii_ü, "z"]
+    undecoded = "ü.jpg".encode().decode("ascii", "surrogateescape")  # of a folder, where Python takes names for ASCII
+    names = ["a/b.jpg", "", "ü.jpg", os.fsdecode(b"not\xffutf8.jpg"), undecoded, "z"]
     packed = PackedNames(iter(names))
     assert list(packed) == names and [packed[i] for i in range(6)] == names and packed[-1] == "z"
     assert list(PackedNames([])) == [] and len(NamedImages("x", [])) == 0
