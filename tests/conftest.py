@@ -17,8 +17,11 @@ with contextlib.suppress(ImportError):  # torch's compiler imports it, which fai
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 
-if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as shells start what runs in the background; jobs heed that
+# shells start what runs in the background without SIGINT, and nohup without SIGHUP; jobs heed that
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True)
