@@ -292,25 +292,32 @@ def run_main(main: Callable[..., int | None], *args) -> NoReturn:
         args: main's; in the place of a parser, the options that it reads from the command line.
     """
     replace_unknown_characters()
+    status = None
     try:
-        try:
-            status = main(*(arg.parse_args() if isinstance(arg, argparse.ArgumentParser) else arg for arg in args))
-        finally:
-            sys.stdout.flush()  # here, since an error at the exit of the interpreter cannot be caught
-    except (ConfigError, TrainingError) as error:
-        status = report(error)
+        status = status_of(main, args)
+        sys.stdout.flush()  # here, since an error at the exit of the interpreter cannot be caught
     except BrokenPipeError:
         if not output_is_closed():
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 128 + signal.SIGPIPE
+        status = status or 128 + signal.SIGPIPE
+    sys.exit(status)
+
+
+def status_of(main: Callable[..., int | None], args: tuple) -> int | str | None:
+    """What to end the process with; errors are reported."""
+    try:
+        return main(*(arg.parse_args() if isinstance(arg, argparse.ArgumentParser) else arg for arg in args))
+    except SystemExit as end:  # of --help
+        return end.code
+    except (ConfigError, TrainingError) as error:
+        return report(error)
     except UnicodeEncodeError as error:  # of a path, by LC_ALL=C without UTF-8 mode
         if not sys.getfilesystemencoding() == error.encoding != "utf-8":
             raise
-        status = report(ConfigError(f"{error.object!a} cannot be encoded in {error.encoding}: set PYTHONUTF8=1"))
+        return report(ConfigError(f"{error.object!a} cannot be encoded in {error.encoding}: set PYTHONUTF8=1"))
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the job is ending already
         if is_first_of_machine():
             print(f"{program_name()}: interrupted", file=sys.stderr, flush=True)
-        status = 128 + signal.SIGINT
-    sys.exit(status)
+        return 128 + signal.SIGINT

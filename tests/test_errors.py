@@ -60,20 +60,27 @@ def test_an_output_that_cannot_encode_gets_replacements(monkeypatch, words, says
     assert not end.value.code and says in output.getvalue().decode("ascii") and b"More" not in output.getvalue()
 
 
-@pytest.mark.parametrize("words", [["100_000"], ["1"], ["--help"]])
-def test_an_output_that_nobody_reads_any_more(words):
-    """As of job.py | head: no traceback, and the status of other programs."""
+@pytest.mark.parametrize("words, status, says", [(["100_000"], 141, ""), (["1"], 141, ""), (["--help"], 141, ""),
+                                                 (["-1"], 2, "job.py: error: too short\n")])
+def test_an_output_that_nobody_reads_any_more(tmp_path, words, status, says):
+    """As of job.py | head: no traceback, and the status of other programs; but an error is told."""
     read, write = os.pipe()
     os.close(read)
-    job = """from selfpatch.errors import ArgumentParser, run_main
+    (tmp_path / "job.py").write_text("""from selfpatch.errors import ArgumentParser, ConfigError, run_main
+
+def main(args):
+    print(args.length * "x")
+    if args.length < 0:
+        raise ConfigError("too short")
+
 parser = ArgumentParser()
 parser.add_argument("length", type=int)
-run_main(lambda args: print(args.length * "x"), parser)"""
+run_main(main, parser)""")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
-    result = subprocess.run([sys.executable, "-c", job, *words], cwd=ROOT, env=environment, stdout=write,
-                            stderr=subprocess.PIPE, text=True)
+    result = subprocess.run([sys.executable, tmp_path / "job.py", *words], env=environment | {"PYTHONPATH": str(ROOT)},
+                            stdout=write, stderr=subprocess.PIPE, text=True)
     os.close(write)
-    assert (result.returncode, result.stderr) == (141, "")
+    assert (result.returncode, result.stderr) == (status, says)
 
 
 def test_other_broken_pipes_are_errors():

@@ -11,7 +11,7 @@ import tarfile
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from functools import lru_cache
 from typing import BinaryIO
 
@@ -71,6 +71,11 @@ class ArchiveImages(NamedImages):
 
     def location(self, index: int) -> str:
         return f"{self.paths[self.archives[index]]}/{self.top}{self.names[index]}"
+
+    def places(self) -> list[Hashable]:
+        files = [(status.st_dev, status.st_ino) for status in map(os.stat, self.paths)]
+        members = zip(self.archives.tolist(), self.positions[:, 0].tolist(), self.names, strict=True)
+        return [(files[archive], start if start >= 0 else name) for archive, start, name in members]
 
     def read(self, index: int) -> bytes:
         path, position = self.paths[self.archives[index]], self.positions[index].tolist()

@@ -9,7 +9,7 @@ import importlib.util
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from pathlib import Path
 
 import torch
@@ -56,6 +56,9 @@ class HubImages(NamedImages):
 
     def location(self, index: int) -> str:
         return f"{self.root} row {int(self.rows[index])} ({self.names[index]})"
+
+    def places(self) -> list[Hashable]:
+        return [(self.root, row) for row in self.rows.tolist()]  # several rows may have one name
 
     def read(self, index: int) -> bytes:
         image = self.images[int(self.rows[index])][self.column] or {}

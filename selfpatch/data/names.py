@@ -6,7 +6,7 @@ every object that is looked at. Names are therefore kept in two tensors, whose m
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from itertools import pairwise
 
 import torch
@@ -82,6 +82,12 @@ class NamedImages:
     def location(self, index: int) -> str:
         """Where the image is, for messages."""
         return os.path.join(self.root, self.names[index])
+
+    def places(self) -> list[Hashable]:
+        """Where each image lies, the same in all data that it is in, after links in its folders."""
+        names = [os.path.split(name) for name in self.names]
+        folders = {folder: os.path.realpath(os.path.join(self.root, folder)) for folder in {name[0] for name in names}}
+        return [os.path.join(folders[folder], name) for folder, name in names]
 
     def read(self, index: int) -> bytes:
         """The bytes of the image's file.

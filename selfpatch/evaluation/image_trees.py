@@ -8,8 +8,8 @@
 import io
 import os
 import re
-from collections.abc import Sequence
-from functools import cached_property, lru_cache
+from collections.abc import Hashable, Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,9 +34,6 @@ def open_reported(paths: str | Path | list[str], option: str, suffixes: Sequence
     return images
 
 
-real_path = lru_cache(os.path.realpath)
-
-
 class Item(NamedTuple):
     """One of some images: a file of a folder, a member of an archive, a row of a data set."""
     images: NamedImages
@@ -44,10 +41,6 @@ class Item(NamedTuple):
 
     def __str__(self) -> str:
         return self.images.location(self.index)
-
-    def real(self) -> str:
-        """Where it is, after links in its root, to find it in two sets."""
-        return os.path.join(real_path(self.images.root), self.images.name(self.index))
 
     def read(self) -> bytes:
         """Raises UnreadableImage."""
@@ -66,6 +59,13 @@ class Item(NamedTuple):
         except Exception:
             open_image(str(self), self.read())  # says what is wrong
             raise UnreadableImage(f"cannot read the image {self}: replace it or remove it") from None
+
+
+def places_of(items: Iterable[Item]) -> list[Hashable]:
+    """Where each item lies, see NamedImages.places."""
+    items = list(items)
+    places = {id(images): images.places() for images in {id(item.images): item.images for item in items}.values()}
+    return [places[id(item.images)][item.index] for item in items]
 
 
 class NamedPart(NamedTuple):

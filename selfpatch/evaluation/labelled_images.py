@@ -17,7 +17,7 @@ from torchvision.transforms import v2
 
 from selfpatch.data.archives import ArchiveImages
 from selfpatch.data.files import UnreadableImage, load_rgb
-from selfpatch.data.hub import HubImages, OwnImages
+from selfpatch.data.hub import OwnImages
 from selfpatch.data.names import NamedImages, class_folder, number_classes
 from selfpatch.data.sources import as_list, check_paths
 from selfpatch.distributed.processes import get_rank, get_world_size
@@ -292,22 +292,7 @@ def check_apart(train: LabelledImages, val: LabelledImages) -> None:
 
 
 def identities(images: LabelledImages) -> Iterator[tuple[Hashable, tuple[int, str]]]:
-    """Where each image lies, the same in all data that it is in, and its class with the name of its file."""
-    source, folders = images.images, {}
-    names, indices, labels = list(source.names), images.indices.tolist(), images.labels.tolist()
-    if isinstance(source, ArchiveImages):
-        files = [(status.st_dev, status.st_ino) for status in map(os.stat, source.paths)]
-        archives, starts = source.archives.tolist(), source.positions[:, 0].tolist()
-    elif isinstance(source, HubImages):
-        rows = source.rows.tolist()
-    for i, label in zip(indices, labels, strict=True):
-        folder, slash, name = names[i].rpartition("/")
-        if isinstance(source, ArchiveImages):
-            place = (files[archives[i]], starts[i] if starts[i] >= 0 else names[i])
-        elif isinstance(source, HubImages):  # where several rows may have one name
-            place = (source.root, rows[i])
-        else:
-            if folder not in folders:
-                folders[folder] = os.path.join(os.path.realpath(os.path.join(source.root, folder + slash)), "")
-            place = folders[folder] + name
-        yield place, (label, name)
+    """Where each image lies (see NamedImages.places), and its class with the name of its file."""
+    places, names = images.images.places(), list(images.images.names)
+    for i, label in zip(images.indices.tolist(), images.labels.tolist(), strict=True):
+        yield places[i], (label, names[i].rpartition("/")[2])

@@ -26,7 +26,7 @@ from selfpatch.data.files import IMAGE_SUFFIXES, load_ids, load_rgb, split_name
 from selfpatch.data.hub import HubImages, image_columns, load_split, parts_of
 from selfpatch.data.sources import add_source_options
 from selfpatch.errors import ConfigError, warn
-from selfpatch.evaluation.image_trees import Item, NamedPart, Tree
+from selfpatch.evaluation.image_trees import Item, NamedPart, Tree, places_of
 from selfpatch.evaluation.labelled_images import HUB_SPLITS
 
 IGNORE = 255  # id of pixels that are not scored
@@ -134,8 +134,9 @@ def find_segmentation_data(text: str, num_classes: int | None = None, suffixes: 
     check_sizes(data.train + data.val)
     for split, pairs in (("train", data.train), ("val", data.val)):
         check_classes(data, pairs, split)
-    known = {pair.image.real() for pair in data.train}
-    if shared := [pair.image for pair in data.val if pair.image.real() in known]:
+    train, val = ([pair.image for pair in pairs] for pairs in (data.train, data.val))
+    known = set(places_of(train))
+    if shared := [image for image, place in zip(val, places_of(val), strict=True) if place in known]:
         raise ConfigError(f"--data: {len(shared)} of {len(data.val)} test images are training images too, such as "
                           f"{shared[0]}: give other images to test")
     return data
@@ -262,11 +263,11 @@ def find_pairs(images: NamedPart, masks: NamedPart, suffixes: Sequence[str] = ()
     """
     split = split_name if suffixes else os.path.splitext
     numbers, names = images.numbered()
-    own = {Item(images.images, number).real() for number in numbers.tolist()} if suffixes else ()
-    found = {}
-    for number, name in zip(*masks.numbered(), strict=True):
-        item = Item(masks.images, int(number))
-        if own and item.real() in own:
+    own = set(places_of(Item(images.images, number) for number in numbers.tolist())) if suffixes else ()
+    mask_numbers, mask_names = masks.numbered()
+    items, found = [Item(masks.images, number) for number in mask_numbers.tolist()], {}
+    for item, name, place in zip(items, mask_names, places_of(items), strict=True):
+        if place in own:
             continue
         other = found.setdefault(split(name)[0], item)
         if other != item:
