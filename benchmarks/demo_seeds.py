@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(ROOT))
 
 from selfpatch.errors import ArgumentParser, run_main, user_path  # noqa: E402
 from selfpatch.evaluation.tables import format_table  # noqa: E402
