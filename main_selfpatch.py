@@ -40,7 +40,7 @@ from selfpatch.distributed.processes import (
 )
 from selfpatch.distributed.rank_watch import RankWatch
 from selfpatch.distributed.stopping import Interruption
-from selfpatch.errors import ArgumentParser, ConfigError, TrainingError, run_main
+from selfpatch.errors import ArgumentParser, ConfigError, TrainingError, run_main, try_print
 from selfpatch.evaluation.labelled_images import Places
 from selfpatch.method.fused_loss import FusedDINOLoss
 from selfpatch.method.losses import DINOLoss
@@ -147,7 +147,7 @@ def pretrain(args: argparse.Namespace, loss_class: type[DINOLoss] | None = None)
     download_first([] if continues else [args.init_weights])
     weights = together(lambda: read_initial_weights(args.init_weights, args.arch, args.patch_size)
                        if args.init_weights and not continues else None)
-    on_main_process(lambda: prepare(args.data_path, args.image_column))
+    on_main_process(lambda: prepare(args.data_path))
     loader = together(lambda: build_loader(args, process, compiled))
     places = Places(args.knn_data, val_labels=args.knn_val_labels, suffixes=args.image_suffix, column=args.image_column)
     probe = together(lambda: KnnProbe(places, args.global_crops_size, args.batch_size_per_gpu, args.num_workers,
@@ -165,7 +165,7 @@ def pretrain(args: argparse.Namespace, loss_class: type[DINOLoss] | None = None)
         older_log, within = begin(run, folder, weights, saved_args)
         weights = None  # free memory for the optimiser's state
         if is_main_process():
-            print(start_line(args, process, loader, run, compiled), flush=True)
+            try_print(start_line(args, process, loader, run, compiled))
         log = together(lambda: open_log(args, folder, run, loader, saved_args, older_log) if is_main_process()
                        else None)
         with rare_collection(), Interruption(args.save_every_minutes, timeout) as interruption, \
@@ -189,7 +189,7 @@ def begin(run: TrainingRun, folder: RunFolder, weights: tuple | None,
     if weights and path is None:
         line = together(lambda: set_initial_weights(run.student_module, run.teacher, *weights))
         if is_main_process():
-            print(line)
+            try_print(line)
     if path == folder.last and not within:
         on_main_process(lambda: folder.copy_if_missing(run.epoch - 1))
     return older_log, within

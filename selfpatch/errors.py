@@ -14,14 +14,14 @@ import math
 import multiprocessing
 import numbers
 import os
-import select
+import re
 import signal
 import sys
 import time
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 LONGEST_MESSAGE = 4000  # characters: the names in a message, and their length, may come from an untrusted file
 # errors of a disk that may be gone at the next attempt
@@ -151,7 +151,8 @@ def absurdity(value: object) -> str:
             return f"{str(value)!r} has a NUL in it"
         if str(value).startswith(("https://", "http://")):
             return ""  # no path
-        longest = max((os.fsencode(part) for part in str(value).split("/")), key=len)
+        path = re.sub(r"\{[^{}]*\}", "", str(value).partition(".py:")[0])  # x/{a,b}.tar and mine.py:ARGUMENT
+        longest = max((os.fsencode(part) for part in path.split("/")), key=len)
         if len(longest) > 255:
             return f"a name of {len(longest)} bytes, of which file systems allow 255"
     return ""
@@ -245,10 +246,16 @@ def is_first_of_machine() -> bool:
     return os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0"
 
 
+def try_print(text: str, stream: TextIO | None = None) -> None:
+    """Print a line, on stdout by default, in work that goes on where it cannot: on a full disk, in a closed pipe."""
+    with contextlib.suppress(OSError):
+        print(text, file=stream, flush=True)
+
+
 def warn(text: str) -> None:
     """Print a warning as one line on stderr, from the first process of each machine."""
     if is_first_of_machine():
-        print(f"warning: {printable(text)}", file=sys.stderr, flush=True)
+        try_print(f"warning: {printable(text)}", sys.stderr)
 
 
 def report(error: Exception) -> int:
@@ -261,7 +268,7 @@ def report(error: Exception) -> int:
         time.sleep(0 if error.on_all_ranks else GRACE_SECONDS)
     if error.every_rank or is_first_of_machine() or not error.on_all_ranks:
         kind = "" if isinstance(error, RunStopped) else "error: "
-        print(f"{program_name()}: {kind}{printable(error)}", file=sys.stderr, flush=True)
+        try_print(f"{program_name()}: {kind}{printable(error)}", sys.stderr)
     return getattr(error, "status", 2)
 
 
@@ -272,20 +279,20 @@ def replace_unknown_characters() -> None:
             stream.reconfigure(errors="replace")
 
 
-def output_is_closed() -> bool:
-    """Whether nobody reads standard output any more."""
-    with contextlib.suppress(OSError, ValueError):  # it is no file
-        poll = select.poll()
-        poll.register(sys.stdout.fileno(), 0)
-        return bool(poll.poll(0))
-    return False
+def output_error(stream: TextIO, text: str = "") -> OSError | None:
+    """Why text, and what a stream still holds, cannot be written; None if it was."""
+    try:
+        print(text, end="", file=stream, flush=True)
+    except OSError as error:
+        return error
+    return None
 
 
 def run_main(main: Callable[..., int | None], *args) -> NoReturn:
     """Call main(*args) and end the process with the status it returns.
 
     A ConfigError becomes one line and status 2, a TrainingError one line and its status, Ctrl-C one line and 130;
-    an output that nobody reads any more, as in job.py | head, status 141.
+    an output that nobody reads any more, as in job.py | head, status 141, and one that is full, one line and 2.
     Characters that the output cannot encode are replaced by ?; a path that the locale cannot encode is one line.
 
     Args:
@@ -295,12 +302,15 @@ def run_main(main: Callable[..., int | None], *args) -> NoReturn:
     status = None
     try:
         status = status_of(main, args)
-        sys.stdout.flush()  # here, since an error at the exit of the interpreter cannot be caught
-    except BrokenPipeError:
-        if not output_is_closed():
+    except OSError:
+        if not output_error(sys.stdout, "\n"):  # it was of another file
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = status or 128 + signal.SIGPIPE
+    if error := output_error(sys.stdout):
+        status = status or (128 + signal.SIGPIPE if isinstance(error, BrokenPipeError) else
+                            report(ConfigError(f"the output cannot be written ({error.strerror})")))
+    for stream in (sys.stdout, sys.stderr):  # an error at the exit of the interpreter would change the status
+        if output_error(stream):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     sys.exit(status)
 
 
@@ -319,5 +329,5 @@ def status_of(main: Callable[..., int | None], args: tuple) -> int | str | None:
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the job is ending already
         if is_first_of_machine():
-            print(f"{program_name()}: interrupted", file=sys.stderr, flush=True)
+            try_print(f"{program_name()}: interrupted", sys.stderr)
         return 128 + signal.SIGINT

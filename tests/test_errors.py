@@ -60,25 +60,30 @@ def test_an_output_that_cannot_encode_gets_replacements(monkeypatch, words, says
     assert not end.value.code and says in output.getvalue().decode("ascii") and b"More" not in output.getvalue()
 
 
-@pytest.mark.parametrize("words, status, says", [(["100_000"], 141, ""), (["1"], 141, ""), (["--help"], 141, ""),
-                                                 (["-1"], 2, "job.py: error: too short\n")])
-def test_an_output_that_nobody_reads_any_more(tmp_path, words, status, says):
-    """As of job.py | head: no traceback, and the status of other programs; but an error is told."""
+@pytest.mark.parametrize("output, words, status, says", [
+    ("", ["100_000"], 141, ""), ("", ["1"], 141, ""), ("", ["--help"], 141, ""),
+    ("", ["-1"], 75, "job.py: saved\n"), ("2>&1", ["-1"], 75, ""), (">&-", ["1"], 0, ""),
+    (">&-", ["-1"], 75, "job.py: saved\n"),
+    *((">/dev/full", [word], 2, "job.py: error: the output cannot be written (No space left on device)\n")
+      for word in ("1", "100_000", "--help")), (">/dev/full 2>&1", ["-1"], 75, "")])
+def test_an_output_that_cannot_be_written(tmp_path, output, words, status, says):
+    """As of job.py | head: no traceback, and the status of other programs; an error is told, and its status kept."""
     read, write = os.pipe()
     os.close(read)
-    (tmp_path / "job.py").write_text("""from selfpatch.errors import ArgumentParser, ConfigError, run_main
+    (tmp_path / "job.py").write_text("""from selfpatch.errors import ArgumentParser, RunStopped, run_main
 
 def main(args):
     print(args.length * "x")
     if args.length < 0:
-        raise ConfigError("too short")
+        raise RunStopped("saved")
 
 parser = ArgumentParser()
 parser.add_argument("length", type=int)
 run_main(main, parser)""")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
-    result = subprocess.run([sys.executable, tmp_path / "job.py", *words], env=environment | {"PYTHONPATH": str(ROOT)},
-                            stdout=write, stderr=subprocess.PIPE, text=True)
+    words = ["sh", "-c", f'exec "$@" {output}', "sh", sys.executable, tmp_path / "job.py", *words]
+    result = subprocess.run(words, env=environment | {"PYTHONPATH": str(ROOT)}, stdout=write, stderr=subprocess.PIPE,
+                            text=True)
     os.close(write)
     assert (result.returncode, result.stderr) == (status, says)
 
@@ -107,9 +112,11 @@ JOBS = [path for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("*tion/t*.py"), 
 @pytest.mark.parametrize("path", JOBS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_job_puts_the_checkout_first(path):
     """Under python -P and -I, and PYTHONSAFEPATH=1, Python itself does not; nor may there be an installed package."""
-    before, line, after = re.split(r"(sys\.path\.insert\(0, )", path.read_text(), maxsplit=1)
+    here = r"Path\(__file__\)\.resolve\(\)\.parent"
+    root = here if path.parent == ROOT else rf"(?:ROOT|{here}s\[1\])"
+    before, after = re.split(rf"sys\.path\.insert\(0, str\({root}\)\)", path.read_text(), maxsplit=1)
     names = re.findall(r"^(?:import|from) (\w+)", before, re.MULTILINE)
-    assert line and "selfpatch" in after
+    assert "selfpatch" in after
     assert path.parent.name == "benchmarks" or set(names) <= sys.stdlib_module_names
 
 

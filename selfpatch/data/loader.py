@@ -23,7 +23,7 @@ from selfpatch.data.dataset import TrainingImages
 from selfpatch.data.seeds import seeded
 from selfpatch.distributed.processes import Process
 from selfpatch.distributed.stopping import SIGNALS
-from selfpatch.errors import TrainingError, check_may_start
+from selfpatch.errors import TrainingError, check_may_start, try_print
 
 MAX_RESTARTS = 3  # of workers, in an epoch
 ALONE = Process()  # on the CPU
@@ -274,7 +274,7 @@ class CropLoader:
                 if restarts > MAX_RESTARTS:
                     raise TrainingError(f"{died}, and workers were restarted {MAX_RESTARTS} times in this epoch: they "
                                         "may be short of memory, lower --num_workers") from None
-                print(f"warning: {died}; new workers continue at the same batch", flush=True)
+                try_print(f"warning: {died}; new workers continue at the same batch")
                 batches = self.start()
                 continue
             self.position += 1

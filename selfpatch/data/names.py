@@ -12,7 +12,7 @@ from itertools import pairwise
 import torch
 
 from selfpatch.data.files import IMAGE_SUFFIXES, read_bytes, split_name
-from selfpatch.errors import is_first_of_machine
+from selfpatch.errors import is_first_of_machine, try_print
 
 PROGRESS_SECONDS = 5.0  # between two lines about a long scan
 SHOWN = 8  # suffixes in a line
@@ -74,10 +74,6 @@ class NamedImages:
 
     def __len__(self) -> int:
         return len(self.names)
-
-    def name(self, index: int) -> str:
-        """The image below root, the same in whatever kind of data it is."""
-        return self.names[index]
 
     def location(self, index: int) -> str:
         """Where the image is, for messages."""
@@ -187,5 +183,5 @@ class Progress:
             if self.count % 256 == 0 and time.monotonic() >= self.next:  # a look at the clock costs as much as an item
                 self.next = time.monotonic() + PROGRESS_SECONDS
                 if is_first_of_machine():
-                    print(f"{self.what}: {self.count:,} {self.unit} so far", flush=True)
+                    try_print(f"{self.what}: {self.count:,} {self.unit} so far")
             yield item

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from selfpatch.distributed.precision import allow_tf32
-from selfpatch.errors import ConfigError, TrainingError, program_name
+from selfpatch.errors import ConfigError, TrainingError, program_name, try_print
 
 T = TypeVar("T")
 
@@ -144,8 +144,8 @@ def join(process: Process, backend: str, port: int = 29500, dist_url: str = "env
 
     def notice() -> None:
         absent = f"missing: {name_ranks(missing)}; " if missing else ""
-        print(f"{program_name()}: {who} waits for {more} at {place} until {start + timeout:%Y-%m-%d %H:%M}, {limit} in "
-              f"all; {absent}{alone}", file=sys.stderr, flush=True)
+        try_print(f"{program_name()}: {who} waits for {more} at {place} until {start + timeout:%Y-%m-%d %H:%M}, "
+                  f"{limit} in all; {absent}{alone}", sys.stderr)
 
     timer = threading.Timer(notice_after, notice)
     timer.daemon = True

@@ -17,7 +17,7 @@ from functools import partial
 import torch.distributed as dist
 
 from selfpatch.distributed.processes import connect_store, format_duration, is_lost_contact
-from selfpatch.errors import TrainingError, is_first_of_machine, printable, program_name
+from selfpatch.errors import TrainingError, is_first_of_machine, printable, program_name, try_print
 
 
 class PeerError(TrainingError):
@@ -153,7 +153,7 @@ class RankWatch(threading.Thread):
         os._exit(TrainingError.status)
 
     def report(self, text: str) -> None:
-        print(f"{program_name()}: {text}", file=sys.stderr, flush=True)
+        try_print(f"{program_name()}: {text}", sys.stderr)
 
 
 def store_is_torchruns() -> bool:

@@ -3,6 +3,7 @@
 A signal only sets a flag. After each step the ranks start to reduce their wishes to the maximum, and read the result a
 step later, so that nobody waits for it; then all of them save and end after the same step.
 """
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -72,7 +73,8 @@ class Interruption:
         if self.interrupts > 1:
             for child in multiprocessing.active_children():
                 child.kill()
-            os.write(sys.stderr.fileno(), f"{program_name()}: interrupted twice: ended without a save\n".encode())
+            with contextlib.suppress(OSError):
+                os.write(sys.stderr.fileno(), f"{program_name()}: interrupted twice: ended without a save\n".encode())
             os._exit(128 + signal.SIGINT)
         # submitit submits a job again by the signal that Slurm was asked to send, which a SIGTERM may come before
         if self.signal is None or (self.signal == signal.SIGTERM and number in USER_SIGNALS):

@@ -6,7 +6,7 @@ import torch
 
 from selfpatch.distributed.precision import choose_dtype
 from selfpatch.distributed.processes import is_main_process
-from selfpatch.errors import ConfigError, is_installed
+from selfpatch.errors import ConfigError, is_installed, try_print
 from selfpatch.method.fused_loss import FusedDINOLoss
 from selfpatch.method.losses import DINOLoss
 
@@ -48,7 +48,7 @@ def choose_compile(choice: str, device: torch.device) -> bool:
     if missing and choice != "auto":
         raise ConfigError(f"--compile {choice}: {missing}")
     if missing and is_main_process():
-        print(f"not compiled, which is slower: {missing}")
+        try_print(f"not compiled, which is slower: {missing}")
     return not missing
 
 

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from selfpatch.data.loader import CropLoader
 from selfpatch.distributed.precision import autocast, has_bfloat16
 from selfpatch.distributed.processes import get_world_size, is_main_process, peak_memory_gb
-from selfpatch.errors import TrainingError
+from selfpatch.errors import TrainingError, try_print
 from selfpatch.method.losses import DINOLoss, Losses
 from selfpatch.method.optim import (
     all_finite,
@@ -210,7 +210,7 @@ def train_one_epoch(run: TrainingRun, loader: CropLoader, log_every: int = 10, l
             logger.read()  # the epoch's only wait for the device
             check_logged_steps(run, logger)
             if is_main_process():
-                print(progress_line(logger, run, images_per_step), flush=True)
+                try_print(progress_line(logger, run, images_per_step))
                 on_log(logger)
         if step < steps:
             after_step()

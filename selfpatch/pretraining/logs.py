@@ -14,7 +14,7 @@ from pathlib import Path
 
 from selfpatch.data.loader import CropLoader
 from selfpatch.distributed.processes import peak_memory_gb
-from selfpatch.errors import PASSING_ERRORS, ConfigError, TrainingError
+from selfpatch.errors import PASSING_ERRORS, ConfigError, TrainingError, try_print
 from selfpatch.method.training_run import TrainingRun
 from selfpatch.pretraining.engine import prototypes
 from selfpatch.pretraining.meters import MetricLogger
@@ -135,7 +135,7 @@ class JsonLines:
             message = f"cannot write to {self.path} ({error.strerror})"
             if error.errno not in PASSING_ERRORS:
                 raise TrainingError(f"{message}: the same command continues from the last checkpoint") from None
-            print(f"warning: {message}; training goes on, and the next row will try again", flush=True)
+            try_print(f"warning: {message}; training goes on, and the next row will try again")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -293,5 +293,5 @@ class RunLog:
             return
         whole, left = (datetime.timedelta(seconds=round(count * seconds_per_step))
                        for count in (steps, steps - self.run.step))
-        print(f"expected time: {whole} for the whole run of {epochs} epochs, of which {left} remain (without "
-              "evaluations and saving)", flush=True)
+        try_print(f"expected time: {whole} for the whole run of {epochs} epochs, of which {left} remain (without "
+                  "evaluations and saving)")

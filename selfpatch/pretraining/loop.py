@@ -7,7 +7,7 @@ from functools import partial
 from selfpatch.data.loader import CropLoader, TooManyBadImages
 from selfpatch.distributed.processes import Process, gather_objects, is_distributed, on_main_process, together
 from selfpatch.distributed.stopping import STOP, Interruption
-from selfpatch.errors import ConfigError, RunStopped
+from selfpatch.errors import ConfigError, RunStopped, try_print
 from selfpatch.method.training_run import TrainingRun
 from selfpatch.pretraining.engine import check_logged_steps, check_weights, health_warnings, train_one_epoch
 from selfpatch.pretraining.knn_probe import KnnProbe
@@ -86,7 +86,7 @@ class TrainingLoop:
                 raise
             self.end_epoch(stats, probe if probe and probe.due(epoch, epochs) else None)
         if self.log:
-            print(f"done: {epochs} epochs, {self.folder.last}")
+            try_print(f"done: {epochs} epochs, {self.folder.last}")
 
     def end_epoch(self, stats: dict[str, float], probe: KnnProbe | None) -> None:
         """Save and log the epoch that has ended; evaluate it if there is a probe."""
@@ -102,7 +102,7 @@ class TrainingLoop:
         if self.log:
             warmed_up = epoch >= self.run.schedules.warmup_epochs
             for warning in health_warnings(stats, self.run.dino_loss, warmed_up, self.loader.batch_size):
-                print(f"warning: {warning}", flush=True)
+                try_print(f"warning: {warning}")
 
     def after_step(self, logger: MetricLogger) -> None:
         """Save, and collect garbage, if it is time.
@@ -166,11 +166,11 @@ class TrainingLoop:
         except ConfigError as error:
             if is_distributed():  # the others may be waiting in an exchange
                 raise
-            print(f"warning: no k-NN accuracy after epoch {epoch}: {error}", flush=True)
+            try_print(f"warning: no k-NN accuracy after epoch {epoch}: {error}")
             return
         if self.log:
-            print(f"epoch {epoch}: k-NN top-1 {accuracy['knn_top1']:.2f} %, top-5 {accuracy['knn_top5']:.2f} % "
-                  f"({accuracy['knn_seconds']:.0f} s)", flush=True)
+            try_print(f"epoch {epoch}: k-NN top-1 {accuracy['knn_top1']:.2f} %, top-5 {accuracy['knn_top5']:.2f} % "
+                      f"({accuracy['knn_seconds']:.0f} s)")
         on_main_process(lambda: self.log.amend_epoch(accuracy))
 
     def track_epoch(self) -> None:

@@ -14,7 +14,7 @@ from selfpatch.data.dataset import TrainingImages
 from selfpatch.data.loader import CropLoader
 from selfpatch.data.seeds import mixed_seed
 from selfpatch.distributed.processes import Process, gather_objects, is_main_process
-from selfpatch.errors import ConfigError
+from selfpatch.errors import ConfigError, try_print
 from selfpatch.method.training_run import TrainingRun
 from selfpatch.method.vision_transformer import ARCHS
 from selfpatch.pretraining.meters import MetricLogger
@@ -164,7 +164,7 @@ def resume(run: TrainingRun, folder: RunFolder, path: Path | None, ours: dict) -
     lines = compare_with_checkpoint(ours, saved, ours["allow_changed"], path)
     lines.append(unused_weights(ours["init_weights"], saved.get("init_weights"), path))
     for line in filter(None, lines if is_main_process() else ()):
-        print(line)
+        try_print(line)
     if steps := state.get("step_of_epoch"):
         old_batch, new_batch = (with_batch(args).get("batch") for args in (saved, ours))
         images = steps * (old_batch or new_batch)
@@ -183,7 +183,7 @@ def resume(run: TrainingRun, folder: RunFolder, path: Path | None, ours: dict) -
         raise ConfigError(f"--epochs {epochs}, but {path} is in epoch {run.epoch} already: give more --epochs, or "
                           "another --output_dir")
     if "crop_seeds" not in saved and run.epoch < epochs and is_main_process():
-        print(f"crops are drawn anew: those of {path} were not seeded by (seed, epoch, index of the image)")
+        try_print(f"crops are drawn anew: those of {path} were not seeded by (seed, epoch, index of the image)")
     return state.get("older_log", [0, 0]), {"ranks": state["ranks"]} if "ranks" in state else {}
 
 

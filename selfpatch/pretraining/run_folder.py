@@ -22,7 +22,7 @@ from pathlib import Path
 
 from selfpatch.checkpoints.files import CheckpointError, read_checkpoint, write_checkpoint
 from selfpatch.distributed.processes import is_main_process
-from selfpatch.errors import PASSING_ERRORS, ConfigError, TrainingError
+from selfpatch.errors import PASSING_ERRORS, ConfigError, TrainingError, try_print
 from selfpatch.whole_files import WriteError, whole_file
 
 try:
@@ -75,7 +75,7 @@ class RunFolder:
                 if error.errno in (errno.EACCES, errno.EAGAIN):
                     raise ConfigError(f"--output_dir {self.path} is in use by {holder}: wait until that run ends, end "
                                       "it, or choose another folder") from None
-                print(f"warning: {self.path} cannot be locked ({error.strerror}): start no second run there")
+                try_print(f"warning: {self.path} cannot be locked ({error.strerror}): start no second run there")
                 break
             if self.descriptor is None:
                 os.close(descriptor)  # its holder has just removed the file: lock the new one
@@ -121,8 +121,8 @@ class RunFolder:
         if self.previous.is_file():
             with contextlib.suppress(CheckpointError):
                 self.state = read_checkpoint(self.previous)
-                print(f"warning: {damage or f'there is no {self.last}'}; continuing from the one before, "
-                      f"{self.previous}", flush=True)
+                try_print(f"warning: {damage or f'there is no {self.last}'}; continuing from the one before, "
+                          f"{self.previous}")
                 if damage:
                     with contextlib.suppress(OSError):
                         os.replace(self.last, self.path / "damaged.pth")
@@ -166,7 +166,7 @@ class RunFolder:
             if self.copies(epoch) and not self.numbered(epoch).is_file():
                 self.copy(epoch)
         except WriteError as error:
-            print(f"warning: {error}", flush=True)
+            try_print(f"warning: {error}")
 
     def copy(self, epoch: int) -> None:
         """Copy checkpoint.pth to its numbered name, whole or not at all."""
@@ -187,7 +187,7 @@ class RunFolder:
         except WriteError as error:
             if last_chance or error.errno not in PASSING_ERRORS:
                 raise TrainingError(f"{error}; the same command continues from the last checkpoint") from None
-            print(f"warning: {error}; training goes on, and the next save will try again", flush=True)
+            try_print(f"warning: {error}; training goes on, and the next save will try again")
 
     def keep_for_inspection(self, state: dict) -> str:
         """Write nan.pth on rank 0; the end of a message that says where it is, or why it could not be written."""
@@ -210,5 +210,5 @@ class RunFolder:
             with open(path, "a", **encoding) as file:
                 file.write("\n" * bool(text and text[-1] != "\n") + "".join(f"{line}\n" for line in new))
         except OSError as error:
-            print(f"warning: cannot write {path} ({error.strerror}); the next save will try again", flush=True)
-        print(f"warning: {len(errors)} of {num_images} images cannot be read, see {path}", flush=True)
+            try_print(f"warning: cannot write {path} ({error.strerror}); the next save will try again")
+        try_print(f"warning: {len(errors)} of {num_images} images cannot be read, see {path}")

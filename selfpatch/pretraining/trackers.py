@@ -5,7 +5,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from selfpatch.errors import ConfigError, require_packages
+from selfpatch.errors import ConfigError, require_packages, try_print
 
 TRACKERS = ("tensorboard", "wandb", "trackio")
 
@@ -80,8 +80,8 @@ class Trackers:
         try:
             action()
         except Exception as error:  # of whatever kind the package or its server has
-            print(f"warning: {name} failed ({error}), and is not used from here on; log.txt and steps.jsonl have the "
-                  "same values", flush=True)
+            try_print(f"warning: {name} failed ({error}), and is not used from here on; log.txt and steps.jsonl have "
+                      "the same values")
             if name == "tensorboard":
                 self.boards = {}
             self.services.pop(name, None)

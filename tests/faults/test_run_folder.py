@@ -239,6 +239,19 @@ def test_files_without_checksums_load(sound, tmp_path):
 # Disks
 
 
+@pytest.mark.parametrize("closed", [False, True])
+def test_an_output_that_cannot_be_written_does_not_end_a_run(tmp_path, words, monkeypatch, closed):
+    """A log on a full disk; the pipe of `| tee log`, which Ctrl-C ends before the run has saved."""
+    read, write = os.pipe()
+    os.close(read)
+    output = open(write if closed else "/dev/full", "w")
+    monkeypatch.setattr("sys.stdout", output)
+    train_dino(options(*words, "--log_every", 1))
+    with pytest.raises(BrokenPipeError if closed else OSError):
+        output.close()
+    assert load(tmp_path / "checkpoint.pth")["epoch"] == 2
+
+
 def failing_save(monkeypatch, number, times):
     save, calls = torch.save, []
 
