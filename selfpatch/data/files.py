@@ -133,7 +133,7 @@ def read_bytes(path: str | Path) -> bytes:
         UnreadableImage: there is none, it is empty, or it is a folder, a FIFO or a device.
     """
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
+        if not stat.S_ISREG(with_retries(lambda: os.stat(path)).st_mode):
             raise UnreadableImage(f"{path} is not a regular file")
         data = with_retries(Path(path).read_bytes)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path, and what is raised above

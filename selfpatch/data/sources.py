@@ -25,7 +25,7 @@ from selfpatch.data.files import (
     unread_formats,
     walk,
 )
-from selfpatch.data.hub import HubImages, OwnImages, parts_of
+from selfpatch.data.hub import HubImages, OwnImages, load_split, parts_of
 from selfpatch.data.names import NamedImages, Progress, common_top, in_order, number_classes
 from selfpatch.errors import ConfigError
 from selfpatch.whole_files import regular
@@ -68,14 +68,14 @@ def open_images(paths: str | Path | list[str], option: str = "--data_path", suff
     return images
 
 
-def prepare(paths: str | Path | list[str], column: str = "") -> None:
+def prepare(paths: str | Path | list[str]) -> None:
     """Index archives, and load a data set into its cache, so that other processes find them there."""
     reader, paths = check_paths(paths)
     for path in paths:
         if reader is ArchiveImages:
             open_index(path)
         elif reader is HubImages:
-            HubImages(path, column)
+            load_split(*parts_of(path))
 
 
 def as_list(paths: str | Path | list[str]) -> list[str]:
@@ -232,7 +232,8 @@ def open_class_folders(directory: str, suffixes: Sequence[str] = ()) -> NamedIma
         labels += [label] * len(found)
     images = NamedImages(directory, names, classes, labels)
     images.unread, images.suffixes = unread, suffixes or images.suffixes
-    images.outside = sum(is_image_name(name) and not is_hidden(name) for name in os.listdir(directory))
+    images.outside = sum(is_chosen(name, suffixes) and not is_hidden(name) and name not in classes
+                         for name in os.listdir(directory))
     return images
 
 

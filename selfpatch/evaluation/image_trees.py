@@ -64,8 +64,8 @@ class Item(NamedTuple):
 def places_of(items: Iterable[Item]) -> list[Hashable]:
     """Where each item lies, see NamedImages.places."""
     items = list(items)
-    places = {id(images): images.places() for images in {id(item.images): item.images for item in items}.values()}
-    return [places[id(item.images)][item.index] for item in items]
+    places = {images: images.places() for images in {item.images for item in items}}
+    return [places[images][index] for images, index in items]
 
 
 class NamedPart(NamedTuple):
@@ -230,11 +230,16 @@ def named_labels(lines: list[str], names: list[str]) -> list[tuple[int, str]]:
     return max(([found for line in lines if (found := pair(line, first))] for first in (True, False)), key=len)
 
 
+def without_boxes(label: str) -> str:
+    """The class of "class x y x y …", as in Kaggle's LOC_val_solution.csv; any other label as it is."""
+    first, *rest = label.split()
+    return first if all(word.isdecimal() or word == first for word in rest) else label
+
+
 def class_numbers(path: str | Path, labels: set[str], classes: list[str], alone: bool) -> dict[str, int]:
     """The classes of labels, by their names, or by numbers where all labels are; labels of no class are left out."""
     known = {name: i for i, name in enumerate(classes)}
-    # as in Kaggle's LOC_val_solution.csv, where boxes follow
-    words = {label: label if alone or label in known else label.split()[0] for label in labels}
+    words = {label: label if alone or label in known else without_boxes(label) for label in labels}
     if all(map(str.isdecimal, words.values())) and not any(map(str.isdecimal, classes)):
         known = {str(i): i for i in range(len(classes))}
         if "0" not in words.values():

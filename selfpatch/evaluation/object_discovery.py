@@ -333,7 +333,7 @@ def _folders(place: str, suffixes: Sequence[str]) -> list[BoxImage]:
 def _hub(place: str, image_column: str) -> list[BoxImage]:
     name, column = split_column(place)
     pairs = hub_pairs(f"hf:{name}", column, image_column)
-    return with_masks([pair.image.images.name(pair.image.index) for pair in pairs], pairs)
+    return with_masks([pair.image.images.names[pair.image.index] for pair in pairs], pairs)
 
 
 def with_masks(names: list[str], pairs: list[Pair]) -> list[BoxImage]:

@@ -172,7 +172,7 @@ def test_a_damaged_member_is_replaced_and_named(archive):
     archive.write_bytes(data)
     loader, found = epoch(archive, num_workers=2, max_bad_images=0.1)
     assert len(found) == 6 and len(loader.bad_images) == 1
-    assert loader.bad_images.pop().startswith(f"cannot read the image {archive}/train/{images.name(3)} (")
+    assert loader.bad_images.pop().startswith(f"cannot read the image {archive}/train/{images.names[3]} (")
 
 
 def test_a_size_beyond_the_archive_takes_no_memory(archive):

@@ -11,6 +11,7 @@ from selfpatch.data.dataset import build_dataset
 from selfpatch.data.files import UnreadableImage
 from selfpatch.data.loader import CropLoader, prefetch
 from selfpatch.data.seeds import seeded
+from selfpatch.data.sources import open_images
 from selfpatch.distributed.processes import Process
 from selfpatch.errors import ConfigError, TrainingError
 
@@ -168,6 +169,8 @@ def test_images_beside_class_folders_are_counted(folder):
     for name in ("one.jpg", "two.PNG", "._one.jpg", "notes.txt"):
         (folder / name).touch()
     assert build_dataset(folder).images.unread_summary() == "not read: 2 beside the class folders (move them into one)"
+    (folder / "class.png").mkdir()
+    assert open_images(folder, suffixes=[".jpg"]).outside == 1
 
 
 @pytest.mark.parametrize("locked", ["", "class1", "class1/deep"])

@@ -78,6 +78,8 @@ def test_one_value_stays_a_text(image_folder, tmp_path, monkeypatch):
     parse = get_args_parser().parse_args
     assert parse(["--data_path", "x"]).data_path == "x" and parse([]).data_path == "/path/to/imagenet/train"
     assert parse(["--data_path", "x.tar", "y.tar", "--epochs", "3"]).data_path == ["x.tar", "y.tar"]
+    for text in (f"x/{{{','.join(map(str, range(100)))}}}.tar", f"f.py:{300 * 'x'}"):  # no name of 255 bytes
+        assert parse(["--data_path", text]).data_path == text
     monkeypatch.chdir(tmp_path)
     assert [absolute(path) for path in ("x", "hf:a/b", "f.py:x")] == [f"{tmp_path}/x", "hf:a/b", f"{tmp_path}/f.py:x"]
     prepare(image_folder)

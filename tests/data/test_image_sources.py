@@ -51,7 +51,7 @@ def test_other_kinds_in_workers(image_folder, tmp_path, kind):
     assert len(found) == 6 and all(map(torch.equal, found, expected))
     images = open_images(data_path)
     copied = pickle.loads(pickle.dumps(images))  # as for workers that are not forked
-    assert copied.read(3) == images.read(3) == (image_folder / images.name(3)).read_bytes()
+    assert copied.read(3) == images.read(3) == (image_folder / images.names[3]).read_bytes()
 
 
 # ---------------------------------------------------------------- folders and lists

@@ -127,6 +127,7 @@ def test_class_names_that_are_numbers_or_have_spaces(tmp_path):
     ("ant\nbee\n", "labels have 2 lines, and no label for 3 of 3 images"),
     ("1\n2\n3\n", "labels give z.png the class 3, which is neither one of the 3 classes .* nor a number from 0 to 2"),
     ("ant\nbee\ndog\n", "labels give z.png the class dog, which is neither"),
+    ("x ant hill\ny bee\nz cat\n", "labels give x.png the class ant hill, which is neither"),
     ("cat c1\nant c2\nbee c3\n", "labels give x.png the class cat c1, which is neither"),
     ("x ant\ny bee\nz cat\nx.png cat\n", "labels give x.png two classes, ant and cat: remove one of the lines")])
 def test_labels_that_do_not_fit(tmp_path, text, says):

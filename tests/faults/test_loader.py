@@ -99,7 +99,7 @@ def test_a_file_that_hangs(image_folder, num_workers, who):
     loader = make_loader(image_folder, num_workers=num_workers, timeout=4)
     loader.set_epoch(1)
     first = next(iter(loader.sampler))
-    bad = int(Path(loader.dataset.images.name(first)).stem)
+    bad = int(Path(loader.dataset.images.names[first]).stem)
     loader.dataset.loader = hang
     replacement = re.escape(loader.dataset.images.location((first + 1) % 12))
     with pytest.raises(TrainingError, match=f"{who} has given nothing for 4 s .*began to read is {replacement}"):
@@ -111,18 +111,21 @@ def write_image(path):
     return path
 
 
+@pytest.mark.parametrize("place, call", [(Path, "read_bytes"), (os, "stat")])
 @pytest.mark.parametrize("number, failures, readable", [
     (errno.EIO, 2, True), (errno.ESTALE, 1, True), (errno.EIO, 3, False), (errno.EACCES, 1, False)])
-def test_a_transient_error_is_tried_again(tmp_path, monkeypatch, number, failures, readable):
-    path, calls, read = write_image(tmp_path / "x.png"), [], Path.read_bytes
+def test_a_transient_error_is_tried_again(tmp_path, monkeypatch, number, failures, readable, place, call):
+    path, calls, original = write_image(tmp_path / "x.png"), [], getattr(place, call)
 
-    def fail(self):
-        calls.append(self)
+    def fail(file, *args, **kwargs):
+        if file != path:
+            return original(file, *args, **kwargs)
+        calls.append(file)
         if len(calls) <= failures:
             raise OSError(number, os.strerror(number))
-        return read(self)
+        return original(file)
 
-    monkeypatch.setattr(Path, "read_bytes", fail)
+    monkeypatch.setattr(place, call, fail)
     monkeypatch.setattr(image_files, "RETRY_SECONDS", (0, 0))
     if readable:
         assert load_rgb(path).size == (8, 8) and len(calls) == failures + 1
