@@ -76,9 +76,9 @@ def page() -> str:
         "## What its names become", "",
         *table(("a network is where this is", "written by", "its names"),
                 [(f"`{name}`", *rest) for name, *rest in PATCH_EMBEDDINGS]), "",
-        "Depth 12 and widths 192, 384 and 768 become `vit_tiny`, `vit_small` and `vit_base`, in float32, of any patch "
-        "size and square grid, with or without class token and final norm. A class token without position embedding "
-        "(DeiT III) gets one of zeros.", "",
+        "Widths of 192, 384, 768 (depth 12) and 96 (depth 4) become `vit_tiny`, `vit_small`, `vit_base` and "
+        "`vit_pico`, in float32, of any patch size and square grid, with or without class token and final norm. A "
+        "class token without position embedding (DeiT III) gets one of zeros.", "",
         "## What is left out, and named in the line", "",
         *table(("names that start with", "what they are"),
                 [(", ".join(f"`{start}`" for start in starts), what) for starts, what in IGNORED]), "",

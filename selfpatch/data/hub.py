@@ -22,7 +22,7 @@ SYNTAX = "hf:NAME, hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT, where NAME may be a fo
 
 
 class HubImages(NamedImages):
-    """The rows of a data set that has a column of images, by class and name where it has both, else in its own order.
+    """The rows of a data set that has a column of images, by class and name where they have names, else in its order.
 
     Only that column is read, from memory-mapped files that workers share. Images stay as they were encoded.
 

@@ -38,8 +38,8 @@ MOST_SHARDS = 10**6
 def add_source_options(group: argparse._ActionsContainer) -> None:
     """Add --image_suffix and --image_column, see open_images."""
     group.add_argument("--image_suffix", default=[], type=image_suffix, nargs="+", metavar="SUFFIX",
-                       help="where photographs and masks are together: take the images alone whose names go on so "
-                            "after the first dot, .jpg of 0001.jpg and 0001.seg.png, apart from numbers; for folders, "
+                       help="where photographs and masks are together: take the images alone whose names end so "
+                            "from the first dot on, .jpg of 0001.jpg and 0001.seg.png, numbers aside; for folders, "
                             "lists and archives")
     group.add_argument("--image_column", default="", metavar="NAME",
                        help="of a Hugging Face data set; default: the first column of images")
