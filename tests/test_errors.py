@@ -106,7 +106,7 @@ def test_a_path_that_the_locale_cannot_encode(monkeypatch, capsys, encoding, end
 
 
 JOBS = [path for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("*tion/t*.py"), *ROOT.glob("benchmarks/*.py")])
-        if "run_main(" in path.read_text()]
+        if re.search(r"    run_main\(main[,)]", path.read_text())]  # not a user's script with another loss
 
 
 @pytest.mark.parametrize("path", JOBS, ids=lambda path: str(path.relative_to(ROOT)))
