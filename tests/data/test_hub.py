@@ -54,7 +54,7 @@ def test_what_else_a_function_returns(tmp_path, returned, message):
         open_images(f"{tmp_path}/f.py:a")
 
 
-@pytest.mark.parametrize("context", ["fork", "spawn"])
+@pytest.mark.parametrize("context", ["fork", pytest.param("spawn", marks=pytest.mark.long)])
 def test_a_function_with_a_dataclass_and_a_module_beside_it(image_folder, tmp_path, context):
     (tmp_path / "beside_it.py").write_text("ROOT = " + repr(str(image_folder)))
     (tmp_path / "later_too.py").write_text("def read(path):\n    return open(path, 'rb').read()")

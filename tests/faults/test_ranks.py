@@ -109,7 +109,7 @@ with RankWatch(rank, 2, timedelta(minutes=30), notice_after=6):
 """
 
 
-@pytest.mark.parametrize("failing", [0, 1])
+@pytest.mark.parametrize("failing", [0, pytest.param(1, marks=pytest.mark.long)])
 def test_a_blocked_rank_is_ended_when_another_has_told_its_error(failing):
     outputs = run_program(BLOCKED, failing, envs=ranks(), seconds=50)
     status, _, errors = outputs[1 - failing]
