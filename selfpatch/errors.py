@@ -299,13 +299,15 @@ def run_main(main: Callable[..., int | None], *args) -> NoReturn:
         args: main's; in the place of a parser, the options that it reads from the command line.
     """
     replace_unknown_characters()
-    status = None
+    status = error = None
     try:
         status = status_of(main, args)
-    except OSError:
-        if not output_error(sys.stdout, "\n"):  # it was of another file
+    except OSError as raised:
+        if raised.filename is None:
+            error = output_error(sys.stdout, "\n")
+        if not error or error.errno != raised.errno:  # it was of another file
             raise
-    if error := output_error(sys.stdout):
+    if error := error or output_error(sys.stdout):
         status = status or (128 + signal.SIGPIPE if isinstance(error, BrokenPipeError) else
                             report(ConfigError(f"the output cannot be written ({error.strerror})")))
     for stream in (sys.stdout, sys.stderr):  # an error at the exit of the interpreter would change the status

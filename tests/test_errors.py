@@ -61,7 +61,8 @@ def test_an_output_that_cannot_encode_gets_replacements(monkeypatch, words, says
 
 
 @pytest.mark.parametrize("output, words, status, says", [
-    ("", ["100_000"], 141, ""), ("", ["1"], 141, ""), ("", ["--help"], 141, ""),
+    *((output, [word], 141, "") for output in ("", "PYTHONUNBUFFERED=1") for word in ("1", "100_000")),
+    ("", ["--help"], 141, ""),
     ("", ["-1"], 75, "job.py: saved\n"), ("2>&1", ["-1"], 75, ""), (">&-", ["1"], 0, ""),
     (">&-", ["-1"], 75, "job.py: saved\n"),
     *((">/dev/full", [word], 2, "job.py: error: the output cannot be written (No space left on device)\n")
@@ -81,19 +82,25 @@ parser = ArgumentParser()
 parser.add_argument("length", type=int)
 run_main(main, parser)""")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
-    words = ["sh", "-c", f'exec "$@" {output}', "sh", sys.executable, tmp_path / "job.py", *words]
+    words = ["sh", "-c", f'{output} "$@"', "sh", sys.executable, tmp_path / "job.py", *words]
     result = subprocess.run(words, env=environment | {"PYTHONPATH": str(ROOT)}, stdout=write, stderr=subprocess.PIPE,
                             text=True)
     os.close(write)
     assert (result.returncode, result.stderr) == (status, says)
 
 
-def test_other_broken_pipes_are_errors():
+def test_errors_of_other_files_are_not_taken_for_the_outputs(monkeypatch):
     read, write = os.pipe()
     os.close(read)
     with pytest.raises(BrokenPipeError):
         run_main(os.write, write, b"x")
     os.close(write)
+    output = open("/dev/full", "w")
+    monkeypatch.setattr("sys.stdout", output)
+    with pytest.raises(FileNotFoundError):
+        run_main(lambda: print("x") or open("no such file"))
+    with pytest.raises(OSError, match="No space"):
+        output.close()
 
 
 @pytest.mark.parametrize("encoding, ends", [("ascii", SystemExit), ("utf-8", UnicodeEncodeError)])

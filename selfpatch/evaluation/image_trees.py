@@ -233,7 +233,7 @@ def named_labels(lines: list[str], names: list[str]) -> list[tuple[int, str]]:
 def without_boxes(label: str) -> str:
     """The class of "class x y x y …", as in Kaggle's LOC_val_solution.csv; any other label as it is."""
     first, *rest = label.split()
-    return first if all(word.isdecimal() or word == first for word in rest) else label
+    return first if all(word == first or re.fullmatch(r"-?\d+(\.\d*)?", word) for word in rest) else label
 
 
 def class_numbers(path: str | Path, labels: set[str], classes: list[str], alone: bool) -> dict[str, int]:

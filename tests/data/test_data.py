@@ -169,7 +169,7 @@ def test_images_beside_class_folders_are_counted(folder):
     for name in ("one.jpg", "two.PNG", "._one.jpg", "notes.txt"):
         (folder / name).touch()
     assert build_dataset(folder).images.unread_summary() == "not read: 2 beside the class folders (move them into one)"
-    (folder / "class.png").mkdir()
+    (folder / "class.jpg").mkdir()
     assert open_images(folder, suffixes=[".jpg"]).outside == 1
 
 

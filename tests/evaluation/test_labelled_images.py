@@ -106,7 +106,7 @@ def test_photographs_beside_their_masks(colours, expected, tmp_path, capsys):
 
 @pytest.mark.parametrize("text", [
     "x 1.png ant\ny.png bee\nz.png cat\n", "z.png\t2\ny.png\t1\nx 1.png\t0\n", "0\n1\n2\n\n", "ant\nbee\ncat",
-    "ImageId,PredictionString\nw,ant 1 2 3 4\nx 1,ant 85 1 499 272\ny,bee 1 2 3 4 bee 5 6 7 8\nz,cat 1 1 1 1\n",
+    "ImageId,PredictionString\nw,ant 1 2 3 4\nx 1,ant 85 1 499 272\ny,bee 1 2 3 4 bee 5.0 -6 7 8\nz,cat 1 1 1 1\n",
     "\ufeffy.png,bee\r\nx 1.png,ant\r\nz.png,cat\r\n", "cat z.png\nant x 1\nbee y.png", "2,z\n0,x 1.png\n1,y\n",
     "x 1,ant 5\ny,bee\nx 1,ant 7\nz,cat\n"])
 def test_labels_by_name_or_in_order(tmp_path, text):
