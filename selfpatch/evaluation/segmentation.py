@@ -263,12 +263,15 @@ def find_pairs(images: NamedPart, masks: NamedPart, suffixes: Sequence[str] = ()
     """
     split = split_name if suffixes else os.path.splitext
     numbers, names = images.numbered()
-    own = set(places_of(Item(images.images, number) for number in numbers.tolist())) if suffixes else ()
+    items = [Item(images.images, number) for number in numbers.tolist()]
     mask_numbers, mask_names = masks.numbered()
-    items, found = [Item(masks.images, number) for number in mask_numbers.tolist()], {}
-    for item, name, place in zip(items, mask_names, places_of(items), strict=True):
-        if place in own:
-            continue
+    candidates = [(Item(masks.images, number), name)
+                  for number, name in zip(mask_numbers.tolist(), mask_names, strict=True)]
+    if suffixes:
+        own, places = set(places_of(items)), places_of(item for item, _ in candidates)
+        candidates = [one for one, place in zip(candidates, places, strict=True) if place not in own]
+    found = {}
+    for item, name in candidates:
         other = found.setdefault(split(name)[0], item)
         if other != item:
             raise ConfigError(f"--data: {other} and {os.path.basename(name)} are masks of the same name: which one is "
@@ -279,8 +282,7 @@ def find_pairs(images: NamedPart, masks: NamedPart, suffixes: Sequence[str] = ()
     if missing := [name for name, stem in zip(names, stems, strict=True) if stem not in found]:
         raise ConfigError(f"--data: {len(missing)} of {len(names)} images in {images.place} have no mask in "
                           f"{masks.place}, such as {missing[0]}")
-    return [Pair(Item(images.images, number), found[stem])
-            for number, stem in zip(numbers.tolist(), stems, strict=True)]
+    return [Pair(item, found[stem]) for item, stem in zip(items, stems, strict=True)]
 
 
 def check_classes(data: SegmentationData, pairs: list[Pair], split: str) -> None:

@@ -3,12 +3,14 @@ import os
 import shutil
 import signal
 import time
+from datetime import timedelta
 
 import pytest
 from forked import free_port, ranks, run_program
 from processes import Job, run
 
 from selfpatch.data.loader import RankSampler
+from selfpatch.distributed.rank_watch import RankWatch
 
 pytestmark = pytest.mark.slow
 
@@ -107,6 +109,16 @@ with RankWatch(rank, 2, timedelta(minutes=30), notice_after=6):
         raise TrainingError("no more images")
     time.sleep(60)
 """
+
+
+def test_a_process_ends_also_where_it_cannot_say_why(monkeypatch):
+    watch, ended, stderr = RankWatch(0, 2, timedelta(minutes=30)), [], open("/dev/full", "w")
+    monkeypatch.setattr("sys.stderr", stderr)
+    monkeypatch.setattr(os, "_exit", ended.append)
+    watch.end_process()
+    with pytest.raises(OSError, match="No space"):
+        stderr.close()
+    assert ended == [1]
 
 
 @pytest.mark.parametrize("failing", [0, pytest.param(1, marks=pytest.mark.long)])
