@@ -27,6 +27,7 @@ from selfpatch.data.files import load_rgb
 from selfpatch.data.normalisation import normalise
 from selfpatch.data.sources import add_source_options
 from selfpatch.distributed.processes import gather_objects, get_rank, get_world_size, is_main_process, together
+from selfpatch.distributed.workers import worker_options
 from selfpatch.errors import POSITIVE_FLOAT, ArgumentParser, ConfigError, Number, run_main, user_path
 from selfpatch.evaluation.common import (
     Column,
@@ -128,7 +129,7 @@ def discover_share(feature: PatchFeature, images: list[BoxImage], args: argparse
                    draw: Callable | None = None) -> dict[int, Found]:
     """discover_all for this process's share of the images."""
     dataset = Images(images, range(get_rank(), len(images), get_world_size()))
-    loader = DataLoader(dataset, None, num_workers=args.num_workers)
+    loader = DataLoader(dataset, None, **worker_options(args.num_workers))
     outcome = {}
     for i, pixels, truth in tqdm(loader, desc="images", unit="image", disable=not is_main_process()):
         boxes = discover(feature, pixels, args, device, images[i].image)

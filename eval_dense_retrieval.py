@@ -25,6 +25,7 @@ from selfpatch.data.normalisation import IMAGENET_MEAN, IMAGENET_STD, normalise
 from selfpatch.data.seeds import mixed_seed, seeded
 from selfpatch.distributed.collectives import sum_over_processes
 from selfpatch.distributed.processes import get_rank, get_world_size, is_main_process, together
+from selfpatch.distributed.workers import worker_options
 from selfpatch.errors import POSITIVE_FLOAT, POSITIVE_INT, ArgumentParser, ConfigError, run_main
 from selfpatch.evaluation.common import (
     Column,
@@ -125,8 +126,8 @@ def image_size(patch_size: int) -> int:
 def batches(dataset: Dataset, args: argparse.Namespace, device: torch.device,
             name: str) -> Iterator[list[torch.Tensor]]:
     """The samples of a data set in batches on the device; the first process shows a progress bar of that name."""
-    loader = DataLoader(dataset, args.batch_size_per_gpu, num_workers=args.num_workers,
-                        pin_memory=device.type == "cuda")
+    loader = DataLoader(dataset, args.batch_size_per_gpu, pin_memory=device.type == "cuda",
+                        **worker_options(args.num_workers))
     with tqdm(total=len(dataset), desc=name, unit="image", disable=not is_main_process()) as progress:
         for batch in loader:
             yield [part.to(device, non_blocking=True) for part in batch]

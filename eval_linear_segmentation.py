@@ -24,6 +24,7 @@ from selfpatch.data.normalisation import normalise
 from selfpatch.data.seeds import mixed_seed
 from selfpatch.distributed.collectives import sum_over_processes
 from selfpatch.distributed.processes import get_rank, get_world_size, is_main_process, together
+from selfpatch.distributed.workers import worker_options
 from selfpatch.errors import POSITIVE_FLOAT, POSITIVE_INT, ArgumentParser, ConfigError, Number, TrainingError, run_main
 from selfpatch.evaluation.common import (
     Column,
@@ -138,7 +139,7 @@ def train(feature: PatchFeature, data: SegmentationData, args: argparse.Namespac
     warmup = round(args.iterations * PUBLISHED_WARMUP / PUBLISHED_STEPS) if args.warmup is None else args.warmup
     schedule = cosine_schedule(args.lr, 0.0, args.iterations, warmup, WARMUP_START)
     crops = TrainingCrops(data, size, args.batch_size, args.iterations, args.seed)
-    loader = DataLoader(crops, crops.own, num_workers=args.num_workers, pin_memory=device.type == "cuda")
+    loader = DataLoader(crops, crops.own, pin_memory=device.type == "cuda", **worker_options(args.num_workers))
     with tqdm(loader, "training", unit="step", disable=not first) as progress:
         for step, (pixels, ids) in enumerate(progress):
             pixels, ids = (part.to(device, non_blocking=True) for part in (pixels, ids))
@@ -178,7 +179,7 @@ def score(feature: PatchFeature, head: LinearHead, data: SegmentationData, num_w
 
     def share() -> torch.Tensor:
         confusion = torch.zeros(data.num_classes, data.num_classes, dtype=torch.long, device=device)
-        loader = DataLoader(TestImages(data), None, num_workers=num_workers)
+        loader = DataLoader(TestImages(data), None, **worker_options(num_workers))
         for pixels, ids in tqdm(loader, "test", unit="image", disable=not is_main_process()):
             image = normalise(pixels.to(device), image_statistics(model))
             prediction = full_size_prediction(

@@ -4,16 +4,15 @@ Killed workers are replaced, without any change to the batches. A worker that ha
 it was reading.
 """
 import contextlib
-import gc
-import multiprocessing.connection
+import multiprocessing
 import signal
 import threading
 import time
 from collections.abc import Iterable, Iterator
 from ctypes import c_int64
 from itertools import islice
-from multiprocessing.process import BaseProcess
 from multiprocessing.sharedctypes import RawArray
+from multiprocessing.util import Finalize
 
 import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, get_worker_info
@@ -22,7 +21,7 @@ from selfpatch.data.augmentations import DeviceAugmentation, RandomCrops
 from selfpatch.data.dataset import TrainingImages
 from selfpatch.data.seeds import seeded
 from selfpatch.distributed.processes import Process
-from selfpatch.distributed.stopping import SIGNALS
+from selfpatch.distributed.workers import WorkerDied, ended_workers, init_worker, kill, raise_for_exit, worker_options
 from selfpatch.errors import TrainingError, check_may_start, try_print
 
 MAX_RESTARTS = 3  # of workers, in an epoch
@@ -56,14 +55,6 @@ class EpochImages(Dataset):
     def note(self, index: int) -> None:
         info = get_worker_info()
         self.loading[info.id if info else 0] = index
-
-
-def init_worker(_: int) -> None:
-    """Prepare a worker process."""
-    gc.enable()  # off in the process that trains, see pretraining/loop.py's rare_collection
-    # Ctrl-C and Slurm signal every process of a job: the main one decides when the workers end
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -173,31 +164,8 @@ def time_limit(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, handler)
 
 
-class WorkerDied(Exception):
-    """A data worker ended too early; the message names it and the signal or status."""
-
-
 class TooManyBadImages(TrainingError):
     """More unreadable images than --max_bad_images allows."""
-
-
-def ended_workers() -> Iterator:
-    """Stand in for an iterator whose workers failed to start: raise WorkerDied at the first batch."""
-    raise WorkerDied("a data worker was ended as it started")
-    yield
-
-
-def raise_for_exit(workers: list[BaseProcess]) -> None:
-    """Raise WorkerDied if a worker has ended, or RuntimeError if it ran out of shared memory."""
-    ended = multiprocessing.connection.wait([worker.sentinel for worker in workers], timeout=1)
-    for worker in workers:
-        if worker.sentinel in ended:
-            worker.join(1)  # its connections close a moment before it has a status
-        if worker.exitcode == -signal.SIGBUS:  # how a full /dev/shm shows itself, which new workers would meet again
-            raise RuntimeError("DataLoader worker is killed by signal: Bus error")
-        if worker.exitcode:
-            how = f"signal {-worker.exitcode}" if worker.exitcode < 0 else f"status {worker.exitcode}"
-            raise WorkerDied(f"the data worker with pid {worker.pid} was ended by {how}")
 
 
 class CropLoader:
@@ -233,15 +201,17 @@ class CropLoader:
         self.images = EpochImages(dataset, self.sampler, num_workers)
         # workers start anew each epoch, with the sampler's epoch; a generator of its own, or the DataLoader would draw
         # their seeds from the one that training uses
-        self.batches = DataLoader(self.images, batch_size, sampler=self.sampler, num_workers=num_workers,
-                                  pin_memory=on_gpu, drop_last=True, worker_init_fn=init_worker,
-                                  generator=torch.Generator())
+        self.batches = DataLoader(self.images, batch_size, sampler=self.sampler, pin_memory=on_gpu,
+                                  drop_last=True, worker_init_fn=init_worker, generator=torch.Generator(),
+                                  **worker_options(num_workers))
         self.copy_stream = torch.cuda.Stream(self.device) if on_gpu else None
         self.augment = None
         if isinstance(dataset.transform, RandomCrops):
             self.augment = DeviceAugmentation(dataset.transform.local_crops_number).to(self.device)
         self.position = self.next_start = 0
         self.workers = []
+        # at its exit, the interpreter would wait for the workers of a loader that an error has left open
+        Finalize(self, kill, (self.workers,), exitpriority=0)
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -294,7 +264,7 @@ class CropLoader:
             if "DataLoader worker" not in str(error):
                 raise
             batches = ended_workers()
-        self.workers = [child for child in multiprocessing.active_children() if child not in others]
+        self.workers[:] = [child for child in multiprocessing.active_children() if child not in others]
         if threading.current_thread() is threading.main_thread():
             # torch's handler, of this loader or of one before it (--knn_data), would raise in the middle of a step;
             # without it, next_batch finds dead workers
@@ -335,7 +305,6 @@ class CropLoader:
                                    f"--max_bad_images {self.max_bad_images:g})")
 
     def close(self) -> None:
-        """End the workers. They ignore SIGTERM, by which torch would end them at the interpreter's exit."""
-        for worker in self.workers:
-            worker.kill()
-        self.workers = []
+        """End the workers."""
+        kill(self.workers)
+        self.workers.clear()

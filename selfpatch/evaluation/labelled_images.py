@@ -21,6 +21,7 @@ from selfpatch.data.hub import OwnImages
 from selfpatch.data.names import NamedImages, class_folder, number_classes
 from selfpatch.data.sources import as_list, check_paths
 from selfpatch.distributed.processes import get_rank, get_world_size
+from selfpatch.distributed.workers import worker_options
 from selfpatch.errors import ConfigError, warn
 from selfpatch.evaluation.image_trees import NamedPart, open_reported, read_labels
 
@@ -82,7 +83,7 @@ class LabelledImages(Dataset):
 def share_loader(images: LabelledImages, batch_size: int, num_workers: int = 0, on_gpu: bool = False) -> DataLoader:
     """Batches of this process's share of the images: r, r + world size, …"""
     share = images.subset(torch.arange(get_rank(), len(images), get_world_size()))
-    return DataLoader(share, batch_size, num_workers=num_workers, pin_memory=on_gpu)
+    return DataLoader(share, batch_size, pin_memory=on_gpu, **worker_options(num_workers))
 
 
 # ---------------------------------------------------------------- one set

@@ -18,6 +18,7 @@ from selfpatch.data.seeds import seeded
 from selfpatch.distributed.collectives import sum_over_processes
 from selfpatch.distributed.precision import autocast
 from selfpatch.distributed.processes import get_rank, get_world_size, together
+from selfpatch.distributed.workers import worker_options
 from selfpatch.errors import ConfigError
 from selfpatch.evaluation.image_features import ImageFeature, check_finite
 from selfpatch.evaluation.labelled_images import LabelledImages
@@ -213,7 +214,7 @@ class CropBatches:
     def _load(self, epoch: int, batches: Iterable[torch.Tensor]) -> DataLoader:
         self.dataset.epoch = epoch
         return DataLoader(self.dataset, batch_sampler=[batch.tolist() for batch in batches],
-                          num_workers=self.num_workers, pin_memory=self.on_gpu)
+                          pin_memory=self.on_gpu, **worker_options(self.num_workers))
 
 
 def tokens_of(batches: Iterable, feature: TokenFeature, device: torch.device,

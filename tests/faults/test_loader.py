@@ -1,14 +1,17 @@
 """Data workers that are killed or stopped, files that hang or fail for a moment."""
 import errno
+import gc
 import multiprocessing
 import os
 import re
 import signal
 import time
+from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import pytest
 import torch
+from forked import run_program
 from PIL import Image
 from torch.utils.data import DataLoader
 from torch.utils.data._utils import signal_handling
@@ -48,6 +51,24 @@ def test_a_killed_worker_is_replaced_and_changes_nothing(image_folder, augment, 
     assert capsys.readouterr().out.count("was ended by signal 9; new workers continue at the same batch") in (1, 2)
 
 
+def test_a_worker_that_is_killed_with_a_lock_of_its_loader(image_folder, tmp_path, capsys):
+    """torch's workers look at an Event of their iterator, whose lock dies with them."""
+    loader = make_loader(image_folder)
+    load = loader.dataset.loader
+
+    def die_once(path, data):
+        if path.endswith("07.jpg") and not (died := tmp_path / "died").exists():
+            died.touch()
+            for event in gc.get_objects():
+                if type(event) is Event:
+                    event._cond.acquire()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return load(path, data)
+
+    loader.dataset.loader = die_once
+    assert len(crops(loader)) == 12 and "was ended by signal 9" in capsys.readouterr().out
+
+
 def test_a_killed_worker_is_replaced_after_another_loader(image_folder, monkeypatch):
     """Such as that of --knn_data, whose handler of SIGCHLD raises for a dead worker, whatever runs then."""
     monkeypatch.setattr(signal_handling, "_SIGCHLD_handler_set", False)
@@ -69,6 +90,24 @@ def test_workers_that_die_again_and_again_end_the_run(image_folder, monkeypatch)
     with pytest.raises(TrainingError, match="was ended (by signal 9|as it started), and workers were restarted "
                                             "3 times.*--num_workers"):
         crops(make_loader(image_folder))
+
+
+LEFT_OPEN = """
+import sys
+import test_loader
+loader = test_loader.make_loader(sys.argv[1])
+loader.dataset.loader = None
+try:
+    next(iter(loader))
+except TypeError as error:
+    kept = error  # as Python keeps the last error that it has printed; by its frames it keeps the iterator
+print("done")
+"""
+
+
+def test_a_process_that_leaves_a_loader_open_ends(image_folder):
+    [(status, printed, errors)] = run_program(LEFT_OPEN, image_folder, seconds=20)
+    assert (status, printed) == (0, "done\n"), errors
 
 
 def test_workers_outlive_the_signals_that_a_job_gets(image_folder):
