@@ -28,6 +28,7 @@ from data import time_of
 
 from selfpatch.data.normalisation import normalise
 from selfpatch.distributed.processes import keep_freed_memory, pick_device
+from selfpatch.distributed.workers import worker_options
 from selfpatch.errors import ArgumentParser, ConfigError, run_main, user_path
 from selfpatch.evaluation.image_features import ImageFeature, extract
 from selfpatch.evaluation.knn import bank_dtype, neighbours
@@ -79,8 +80,8 @@ def measure_search(args: argparse.Namespace, device: torch.device) -> dict[str, 
 def measure_extraction(args: argparse.Namespace, device: torch.device) -> dict[str, float]:
     model = ARCHS[args.arch](16).eval().to(device)
     feature = ImageFeature(model)
-    loader = DataLoader(MadeImages(args.images), args.batch_size, num_workers=args.workers,
-                        pin_memory=device.type == "cuda")
+    loader = DataLoader(MadeImages(args.images), args.batch_size, pin_memory=device.type == "cuda",
+                        **worker_options(args.workers))
     batch = normalise(torch.stack([loader.dataset[0][0]] * args.batch_size).to(device))
 
     @torch.inference_mode()

@@ -1,5 +1,6 @@
 """Shared fixtures: a tiny ImageFolder of photograph-like noise, the pretraining job made small, a run of it."""
 import contextlib
+import ctypes
 import os
 import signal
 import sys
@@ -22,6 +23,11 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+# by faulthandler_timeout a process of the tests ends without its data workers, which would hold pytest's pipe open
+if sys.platform == "linux":
+    libc, PR_SET_PDEATHSIG = ctypes.CDLL(None), 1
+    os.register_at_fork(after_in_child=lambda: libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL))
 
 
 @pytest.fixture(autouse=True)

@@ -25,3 +25,10 @@ def test_the_package_imports_nothing_of_the_root():
 def test_a_folder_has_at_most_a_dozen_modules():
     folders = [path.parent for path in (ROOT / "selfpatch").rglob("__init__.py")]
     assert not {folder.name: count for folder in folders if (count := len(list(folder.glob("[!_]*.py")))) > 12}
+
+
+def test_every_loader_has_its_workers_from_worker_options():
+    files = [*(ROOT / "selfpatch").rglob("*.py"), *ROOT.glob("eval_*.py"), ROOT / "discover_objects.py"]
+    calls = [node for path in files for node in ast.walk(ast.parse(path.read_text()))
+             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "DataLoader"]
+    assert len(calls) >= 7 and all("worker_options" in ast.unparse(call) for call in calls)

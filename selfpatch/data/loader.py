@@ -259,12 +259,17 @@ class CropLoader:
         self.sampler.start = self.first * self.batch_size
         others, handler = set(multiprocessing.active_children()), signal.getsignal(signal.SIGCHLD)
         try:
-            batches = iter(self.batches)
-        except RuntimeError as error:  # torch's handler, if a worker ends before the last one has started
-            if "DataLoader worker" not in str(error):
+            with time_limit(self.timeout):
+                batches = iter(self.batches)
+        except TimeLimit:
+            raise TrainingError(f"the data workers have not started within {self.timeout:g} s "
+                                "(--loader_timeout)") from None
+        except (RuntimeError, BrokenPipeError) as error:  # torch's handler, if a worker ends before all have started
+            if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
                 raise
             batches = ended_workers()
-        self.workers[:] = [child for child in multiprocessing.active_children() if child not in others]
+        finally:
+            self.workers[:] = [child for child in multiprocessing.active_children() if child not in others]
         if threading.current_thread() is threading.main_thread():
             # torch's handler, of this loader or of one before it (--knn_data), would raise in the middle of a step;
             # without it, next_batch finds dead workers

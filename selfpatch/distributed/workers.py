@@ -29,10 +29,12 @@ class Flag:
 
 
 def worker_options(num_workers: int) -> dict[str, object]:
-    """Arguments of a DataLoader with which a killed worker cannot make it hang."""
-    if not num_workers:
+    """Arguments of a DataLoader whose workers look at a Flag in the place of an Event."""
+    if not num_workers:  # torch takes a context only with workers
         return {"num_workers": 0}
-    context = copy.copy(multiprocessing.get_context())
+    # get_context() alone would fix the start method for the whole program
+    method = multiprocessing.get_start_method(allow_none=True) or multiprocessing.get_all_start_methods()[0]
+    context = copy.copy(multiprocessing.get_context(method))
     context.Event = Flag
     return {"num_workers": num_workers, "multiprocessing_context": context}
 

@@ -1,11 +1,13 @@
 """Data workers that are killed or stopped, files that hang or fail for a moment."""
 import errno
-import gc
+import itertools
 import multiprocessing
 import os
 import re
 import signal
+import sys
 import time
+from multiprocessing.process import BaseProcess
 from multiprocessing.synchronize import Event
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from selfpatch.data.dataset import build_dataset
 from selfpatch.data.files import UnreadableImage, load_rgb
 from selfpatch.data.loader import CropLoader
 from selfpatch.errors import TrainingError
+from selfpatch.evaluation.labelled_images import open_labelled, share_loader
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning",
                                         "ignore:.*fork.*:DeprecationWarning")
@@ -51,22 +54,58 @@ def test_a_killed_worker_is_replaced_and_changes_nothing(image_folder, augment, 
     assert capsys.readouterr().out.count("was ended by signal 9; new workers continue at the same batch") in (1, 2)
 
 
-def test_a_worker_that_is_killed_with_a_lock_of_its_loader(image_folder, tmp_path, capsys):
-    """torch's workers look at an Event of their iterator, whose lock dies with them."""
+def die_with_a_lock():
+    """Be killed while looking at the flag of torch's iterator; as an Event it has a lock, which is never released."""
+    frame = sys._getframe()
+    while frame.f_code.co_name != "_worker_loop":
+        frame = frame.f_back
+    if isinstance(event := frame.f_locals["done_event"], Event):
+        event._cond.acquire()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_worker_that_is_killed_with_a_lock_is_replaced(image_folder, tmp_path, capsys):
     loader = make_loader(image_folder)
     load = loader.dataset.loader
 
     def die_once(path, data):
         if path.endswith("07.jpg") and not (died := tmp_path / "died").exists():
             died.touch()
-            for event in gc.get_objects():
-                if type(event) is Event:
-                    event._cond.acquire()
-            os.kill(os.getpid(), signal.SIGKILL)
+            die_with_a_lock()
         return load(path, data)
 
     loader.dataset.loader = die_once
     assert len(crops(loader)) == 12 and "was ended by signal 9" in capsys.readouterr().out
+
+
+def test_a_worker_of_an_evaluation_that_is_killed_with_a_lock(image_folder):
+    images = open_labelled(image_folder, "--data_path", lambda image: die_with_a_lock())
+    with pytest.raises(RuntimeError, match="DataLoader worker .* (killed by signal|exited unexpectedly)"):
+        list(share_loader(images, 1, num_workers=2))
+
+
+@pytest.mark.parametrize("error, raised, says", [
+    (OSError(errno.EAGAIN, "no more processes"), OSError, "no more processes"),
+    (BrokenPipeError(), TrainingError, "ended as it started, and workers were restarted 3 times"),
+    pytest.param(None, TrainingError, r"have not started within 1 s \(--loader_timeout\)", marks=pytest.mark.long)])
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # torch deletes what it has half made
+def test_workers_that_cannot_be_started(image_folder, monkeypatch, error, raised, says):
+    """The second of two; a worker that is killed as it starts breaks, or blocks, the pipe that brings it its data."""
+    start, count = BaseProcess.start, itertools.count()
+
+    def fail(self):
+        if next(count) % 2 == 0:
+            return start(self)
+        if error:
+            raise error
+        time.sleep(60)
+
+    monkeypatch.setattr(BaseProcess, "start", fail)
+    loader = make_loader(image_folder, timeout=1)
+    with pytest.raises(raised, match=says):
+        crops(loader)
+    assert loader.workers
+    loader.close()
 
 
 def test_a_killed_worker_is_replaced_after_another_loader(image_folder, monkeypatch):
