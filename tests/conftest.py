@@ -24,7 +24,8 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
-# by faulthandler_timeout a process of the tests ends without its data workers, which would hold pytest's pipe open
+# faulthandler_timeout ends a process of the tests, but not its forked data workers, which hold pytest's pipe open;
+# with this they end when the thread that forked them does
 if sys.platform == "linux":
     libc, PR_SET_PDEATHSIG = ctypes.CDLL(None), 1
     os.register_at_fork(after_in_child=lambda: libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL))

@@ -8,9 +8,10 @@ import multiprocessing
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from ctypes import c_int64
 from itertools import islice
+from multiprocessing.process import BaseProcess
 from multiprocessing.sharedctypes import RawArray
 from multiprocessing.util import Finalize
 
@@ -182,11 +183,12 @@ class CropLoader:
         process: rank and world size give the share of the images, device where batches go.
         seed: of the order of images, and of their crops.
         max_bad_images: share of the images that may be unreadable.
-        timeout: seconds that a batch may take to load; 0 for no limit.
+        timeout: seconds that a batch, or the start of the workers, may take; 0 for no limit.
 
     Raises:
         TooManyBadImages: while iterating.
         ConfigError: this process may not start workers.
+        OSError: while iterating, if a worker cannot be started.
         TrainingError: while iterating, if workers, or the reading of a file, hang, or workers are killed.
     """
 
@@ -253,7 +255,12 @@ class CropLoader:
             yield crops
 
     def start(self) -> Iterator:
-        """An iterator of the DataLoader from this position on."""
+        """An iterator of the DataLoader from this position on.
+
+        Raises:
+            OSError: a worker cannot be started.
+            TrainingError: the workers did not start within the timeout.
+        """
         self.close()
         self.first = self.position
         self.sampler.start = self.first * self.batch_size
@@ -261,21 +268,31 @@ class CropLoader:
         try:
             with time_limit(self.timeout):
                 batches = iter(self.batches)
-        except TimeLimit:
-            raise TrainingError(f"the data workers have not started within {self.timeout:g} s "
-                                "(--loader_timeout)") from None
-        except (RuntimeError, BrokenPipeError) as error:  # torch's handler, if a worker ends before all have started
-            if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
-                raise
-            batches = ended_workers()
-        finally:
-            self.workers[:] = [child for child in multiprocessing.active_children() if child not in others]
+        except BaseException as error:
+            self.take_workers(others, handler)
+            self.close()  # or torch would wait for each of them
+            if isinstance(error, TimeLimit):
+                raise TrainingError(f"the data workers have not started within {self.timeout:g} s "
+                                    "(--loader_timeout)") from None
+            # raised by torch's handler, or by the pipe to a worker, if one ends before all have started
+            if isinstance(error, BrokenPipeError) or "DataLoader worker" in str(error):
+                return ended_workers()
+            raise
+        self.take_workers(others, handler)
+        return batches
+
+    def take_workers(self, others: set[BaseProcess], handler: Callable | int | None) -> None:
+        """Note the processes that are not among the others, after the DataLoader has started workers.
+
+        Args:
+            handler: of SIGCHLD, before.
+        """
         if threading.current_thread() is threading.main_thread():
             # torch's handler, of this loader or of one before it (--knn_data), would raise in the middle of a step;
             # without it, next_batch finds dead workers
             is_torchs = (getattr(handler, "__module__", None) or "").startswith("torch.utils.data")
             signal.signal(signal.SIGCHLD, signal.SIG_DFL if is_torchs else handler)
-        return batches
+        self.workers[:] = [child for child in multiprocessing.active_children() if child not in others]
 
     def next_batch(self, batches: Iterator) -> tuple:
         """The next batch of the workers.

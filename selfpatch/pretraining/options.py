@@ -187,7 +187,8 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
                        help="largest share of the images that may be unreadable; each is replaced by the next one, and "
                             "listed in output_dir/bad_images.txt")
     group.add_argument("--loader_timeout", default=600, type=POSITIVE_FLOAT,
-                       help="seconds that the data workers may take for a batch; then the run ends, naming the file")
+                       help="seconds that the data workers may take to start, or for a batch; then the run ends, "
+                            "naming the file")
     group.add_argument("--num_workers", default=10, type=Number(int, 0, 1000), help="processes that load data, per GPU")
 
 

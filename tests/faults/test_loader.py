@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 from multiprocessing.process import BaseProcess
 from multiprocessing.synchronize import Event
@@ -87,7 +88,7 @@ def test_a_worker_of_an_evaluation_that_is_killed_with_a_lock(image_folder):
 @pytest.mark.parametrize("error, raised, says", [
     (OSError(errno.EAGAIN, "no more processes"), OSError, "no more processes"),
     (BrokenPipeError(), TrainingError, "ended as it started, and workers were restarted 3 times"),
-    pytest.param(None, TrainingError, r"have not started within 1 s \(--loader_timeout\)", marks=pytest.mark.long)])
+    (None, TrainingError, r"have not started within 1 s \(--loader_timeout\)")])
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # torch deletes what it has half made
 def test_workers_that_cannot_be_started(image_folder, monkeypatch, error, raised, says):
     """The second of two; a worker that is killed as it starts breaks, or blocks, the pipe that brings it its data."""
@@ -96,16 +97,36 @@ def test_workers_that_cannot_be_started(image_folder, monkeypatch, error, raised
     def fail(self):
         if next(count) % 2 == 0:
             return start(self)
-        if error:
-            raise error
-        time.sleep(60)
+        time.sleep(0.2 if error else 60)  # until the first ignores SIGTERM, by which torch would end it
+        raise error
 
     monkeypatch.setattr(BaseProcess, "start", fail)
-    loader = make_loader(image_folder, timeout=1)
+    begin = time.monotonic()
     with pytest.raises(raised, match=says):
-        crops(loader)
-    assert loader.workers
-    loader.close()
+        crops(make_loader(image_folder, timeout=1))
+    assert time.monotonic() - begin < 5  # torch waits 5 s for each worker that does not end
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_threads_that_cannot_be_started(image_folder, monkeypatch):
+    """By which torch has already set its handler of SIGCHLD, which would raise as the workers are ended."""
+    def fail(self):
+        if self.name == "QueueFeederThread":
+            raise RuntimeError("can't start new thread")
+        return start(self)
+
+    start = threading.Thread.start
+    monkeypatch.setattr(signal_handling, "_SIGCHLD_handler_set", False)
+    monkeypatch.setattr(threading.Thread, "start", fail)
+    with pytest.raises(RuntimeError, match="new thread"):
+        crops(make_loader(image_folder))
+    assert getattr(signal.getsignal(signal.SIGCHLD), "__module__", "") != signal_handling.__name__
+
+
+def test_a_loader_does_not_fix_the_start_method(image_folder, monkeypatch):
+    monkeypatch.setattr(multiprocessing.context._default_context, "_actual_context", None)
+    make_loader(image_folder)
+    assert multiprocessing.get_start_method(allow_none=True) is None
 
 
 def test_a_killed_worker_is_replaced_after_another_loader(image_folder, monkeypatch):
