@@ -44,11 +44,11 @@ from selfpatch.evaluation.dense_retrieval import (
     sample_patches,
 )
 from selfpatch.evaluation.image_features import PatchFeature
+from selfpatch.evaluation.image_trees import Pair
 from selfpatch.evaluation.knn import BANK_ROWS
 from selfpatch.evaluation.model_options import Candidate, load_candidates
 from selfpatch.evaluation.segmentation import (
     IGNORE,
-    Pair,
     SegmentationData,
     add_segmentation_data,
     confusion_matrix,

@@ -2,7 +2,7 @@
 import ast
 import re
 
-from repository import ROOT
+from repository import JOBS, ROOT
 
 IMPORTS = [(path.relative_to(ROOT), name)
            for path in (ROOT / "selfpatch").rglob("*.py") for node in ast.walk(ast.parse(path.read_text()))
@@ -29,7 +29,7 @@ def test_a_folder_has_at_most_a_dozen_modules():
 
 
 def test_every_loader_has_its_workers_from_worker_options():
-    files = [*(ROOT / "selfpatch").rglob("*.py"), *ROOT.glob("*.py"), *ROOT.glob("benchmarks/*.py")]
+    files = [*(ROOT / "selfpatch").rglob("*.py"), *JOBS]
     calls = [node for path in files for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
     loaders = [text for text in map(ast.unparse, calls) if re.match(r"([\w.]+\.)?DataLoader\(", text)]
     assert len(loaders) >= 8 and all("worker_options" in text for text in loaders)

@@ -18,7 +18,7 @@ from PIL import Image
 
 from selfpatch.data.archive_index import make_index
 from selfpatch.data.archives import READ_ERRORS, ArchiveImages, read_member
-from selfpatch.data.files import UnreadableImage, is_chosen, open_image, walk
+from selfpatch.data.files import IMAGE_SUFFIXES, UnreadableImage, is_chosen, open_image, split_name, walk
 from selfpatch.data.names import NamedImages, in_order
 from selfpatch.data.sources import check_paths, open_images, text_lines
 from selfpatch.errors import ConfigError, warn
@@ -59,6 +59,12 @@ class Item(NamedTuple):
         except Exception:
             open_image(str(self), self.read())  # says what is wrong
             raise UnreadableImage(f"cannot read the image {self}: replace it or remove it") from None
+
+
+class Pair(NamedTuple):
+    """An image and its mask."""
+    image: Item
+    mask: Item
 
 
 def places_of(items: Iterable[Item]) -> list[Hashable]:
@@ -246,3 +252,36 @@ def class_numbers(path: str | Path, labels: set[str], classes: list[str], alone:
             warn(f"the labels {path} have no 0, which is the first class, {classes[0]}: if they count from 1, all "
                  "classes are wrong")
     return {label: known[word] for label, word in words.items() if word in known}
+
+
+def find_pairs(images: NamedPart, masks: NamedPart, suffixes: Sequence[str] = ()) -> list[Pair]:
+    """Every image of a part with the mask of the same name, without regard to suffixes.
+
+    Args:
+        suffixes: --image_suffix; if given, names count up to the first dot, and no image is a mask.
+
+    Raises:
+        ConfigError: an image has no mask, or there are two masks of one name.
+    """
+    split = split_name if suffixes else os.path.splitext
+    numbers, names = images.numbered()
+    items = [Item(images.images, number) for number in numbers.tolist()]
+    mask_numbers, mask_names = masks.numbered()
+    candidates = [(Item(masks.images, number), name)
+                  for number, name in zip(mask_numbers.tolist(), mask_names, strict=True)]
+    if suffixes:
+        own, places = set(places_of(items)), places_of(item for item, _ in candidates)
+        candidates = [one for one, place in zip(candidates, places, strict=True) if place not in own]
+    found = {}
+    for item, name in candidates:
+        other = found.setdefault(split(name)[0], item)
+        if other != item:
+            raise ConfigError(f"--data: {other} and {os.path.basename(name)} are masks of the same name: which one is "
+                              "meant is not known, so move one of them out of the folder")
+    if not names:
+        raise ConfigError(f"--data: there are no images in {images.place} ({' '.join(suffixes or IMAGE_SUFFIXES)})")
+    stems = [split(name)[0] for name in names]
+    if missing := [name for name, stem in zip(names, stems, strict=True) if stem not in found]:
+        raise ConfigError(f"--data: {len(missing)} of {len(names)} images in {images.place} have no mask in "
+                          f"{masks.place}, such as {missing[0]}")
+    return [Pair(item, found[stem]) for item, stem in zip(items, stems, strict=True)]

@@ -30,12 +30,10 @@ from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
 
 from selfpatch.data.files import IMAGE_SUFFIXES
 from selfpatch.errors import ConfigError, user_path, warn
-from selfpatch.evaluation.image_trees import Item, Tree
+from selfpatch.evaluation.image_trees import Item, Pair, Tree, find_pairs
 from selfpatch.evaluation.segmentation import (
-    Pair,
     check_sizes,
     check_source_options,
-    find_pairs,
     hub_pairs,
     image_and_mask_trees,
     read_list,

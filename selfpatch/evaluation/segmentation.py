@@ -22,23 +22,17 @@ import torch
 from PIL import Image
 from scipy.optimize import linear_sum_assignment
 
-from selfpatch.data.files import IMAGE_SUFFIXES, load_ids, load_rgb, split_name
+from selfpatch.data.files import IMAGE_SUFFIXES, load_ids, load_rgb
 from selfpatch.data.hub import HubImages, image_columns, load_split, parts_of
 from selfpatch.data.sources import add_source_options
 from selfpatch.errors import ConfigError, warn
-from selfpatch.evaluation.image_trees import Item, NamedPart, Tree, places_of
+from selfpatch.evaluation.image_trees import Item, NamedPart, Pair, Tree, find_pairs, places_of
 from selfpatch.evaluation.labelled_images import HUB_SPLITS
 
 IGNORE = 255  # id of pixels that are not scored
 SPLITS = {"train": ("train", "training"), "val": ("val", "validation")}  # names of a split's folder
 HELP = ("voc:PLACE, voc_aug:PLACE (SBD's trainaug list), ade20k:PLACE, folders:IMAGES,MASKS or hf:NAME,COLUMN (of "
         "masks), these two with --num_classes; each a folder, archive or list")
-
-
-class Pair(NamedTuple):
-    """An image and its mask."""
-    image: Item
-    mask: Item
 
 
 class SegmentationData(NamedTuple):
@@ -250,39 +244,6 @@ def split_part(tree: Tree, split: str, top: str = "") -> NamedPart:
             return part
     raise ConfigError(f"--data: there is no folder {' or '.join(SPLITS[split])} with images "
                       f"({' '.join(tree.suffixes or IMAGE_SUFFIXES)}) in {os.path.join(tree.place, top)}")
-
-
-def find_pairs(images: NamedPart, masks: NamedPart, suffixes: Sequence[str] = ()) -> list[Pair]:
-    """Every image of a part with the mask of the same name, without regard to suffixes.
-
-    Args:
-        suffixes: --image_suffix; if given, names count up to the first dot, and no image is a mask.
-
-    Raises:
-        ConfigError: an image has no mask, or there are two masks of one name.
-    """
-    split = split_name if suffixes else os.path.splitext
-    numbers, names = images.numbered()
-    items = [Item(images.images, number) for number in numbers.tolist()]
-    mask_numbers, mask_names = masks.numbered()
-    candidates = [(Item(masks.images, number), name)
-                  for number, name in zip(mask_numbers.tolist(), mask_names, strict=True)]
-    if suffixes:
-        own, places = set(places_of(items)), places_of(item for item, _ in candidates)
-        candidates = [one for one, place in zip(candidates, places, strict=True) if place not in own]
-    found = {}
-    for item, name in candidates:
-        other = found.setdefault(split(name)[0], item)
-        if other != item:
-            raise ConfigError(f"--data: {other} and {os.path.basename(name)} are masks of the same name: which one is "
-                              "meant is not known, so move one of them out of the folder")
-    if not names:
-        raise ConfigError(f"--data: there are no images in {images.place} ({' '.join(suffixes or IMAGE_SUFFIXES)})")
-    stems = [split(name)[0] for name in names]
-    if missing := [name for name, stem in zip(names, stems, strict=True) if stem not in found]:
-        raise ConfigError(f"--data: {len(missing)} of {len(names)} images in {images.place} have no mask in "
-                          f"{masks.place}, such as {missing[0]}")
-    return [Pair(item, found[stem]) for item, stem in zip(items, stems, strict=True)]
 
 
 def check_classes(data: SegmentationData, pairs: list[Pair], split: str) -> None:

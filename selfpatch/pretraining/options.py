@@ -188,7 +188,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
                             "listed in output_dir/bad_images.txt")
     group.add_argument("--loader_timeout", default=600, type=POSITIVE_FLOAT,
                        help="seconds that the data workers may take to start, or for a batch; then the run ends, "
-                            "naming the file")
+                            "and for a batch the error names the file")
     group.add_argument("--num_workers", default=10, type=Number(int, 0, 1000), help="processes that load data, per GPU")
 
 

@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+from functools import partial
 from multiprocessing.process import BaseProcess
 from multiprocessing.synchronize import Event
 from pathlib import Path
@@ -86,8 +87,8 @@ def test_a_worker_of_an_evaluation_that_is_killed_with_a_lock(image_folder):
 
 
 @pytest.mark.parametrize("error, raised, says", [
-    (OSError(errno.EAGAIN, "no more processes"), OSError, "no more processes"),
-    (BrokenPipeError(), TrainingError, "ended as it started, and workers were restarted 3 times"),
+    (partial(OSError, errno.EAGAIN, "no more processes"), OSError, "no more processes"),
+    (BrokenPipeError, TrainingError, "ended as it started, and workers were restarted 3 times"),
     (None, TrainingError, r"have not started within 1 s \(--loader_timeout\)")])
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # torch deletes what it has half made
 def test_workers_that_cannot_be_started(image_folder, monkeypatch, error, raised, says):
@@ -98,7 +99,7 @@ def test_workers_that_cannot_be_started(image_folder, monkeypatch, error, raised
         if next(count) % 2 == 0:
             return start(self)
         time.sleep(0.2 if error else 60)  # until the first ignores SIGTERM, by which torch would end it
-        raise error
+        raise error()
 
     monkeypatch.setattr(BaseProcess, "start", fail)
     begin = time.monotonic()
